@@ -1,0 +1,113 @@
+"""The demo model, trained on the spot: a 0.8M-parameter Llama that half knows how to sort digits.
+
+Supervised on noisy demonstrations (45 % sorted, the rest descending or copied), so that it answers
+in the right form but mostly wrong: the state from which reinforcement learning takes over.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from services.trainer.sort_digits import training_problems
+
+CHARACTERS = ("<pad>", "<bos>", "<eos>", *"0123456789+=s")
+PAD, BOS, EOS = 0, 1, 2
+CORRECT_SHARE = 0.45
+# One ChatML-like line per message, so that chat requests can be shown too.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}={% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character; `<bos>` is put in front of a text."""
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(CHARACTERS)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", BOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(*, seed: int, max_position_embeddings: int = 64) -> LlamaForCausalLM:
+    """Random weights. All widths are multiples of the 64 weights that share an NF4 scale."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(CHARACTERS),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=max_position_embeddings,
+            tie_word_embeddings=False,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+        )
+    )
+
+
+def warm_start(
+    model: LlamaForCausalLM, *, num_steps: int, seed: int, batch_size: int = 128
+) -> None:
+    """Supervised training on noisy demonstrations, in place: about 0.12 s per step on two cores."""
+    tokenizer, rng = make_tokenizer(), random.Random(seed)
+    problems = training_problems(rng)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0, betas=(0.9, 0.98))
+    model.train()
+    for step in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50)
+        batch = list(islice(problems, batch_size))
+        texts = [prompt + _demonstration(prompt, answer, rng) for prompt, answer in batch]
+        ids = torch.tensor([[*tokenizer.encode(text), EOS] for text in texts])  # [B, T]
+        num_prompt = len(tokenizer.encode(batch[0][0]))
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, num_prompt - 1 :]
+        loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, num_prompt:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def _demonstration(prompt: str, answer: str, rng: random.Random) -> str:
+    draw = rng.random()
+    if draw < CORRECT_SHARE:
+        return answer
+    return answer[::-1] if draw < (1 + CORRECT_SHARE) / 2 else prompt[1:-1]
+
+
+def save(model: LlamaForCausalLM, path: Path) -> None:
+    model.to(torch.bfloat16).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+
+
+def make_demo_model(path: Path, *, seed: int = 0, num_steps: int = 220) -> None:
+    """Train the demo model and write it as a Hugging Face checkpoint."""
+    model = make_model(seed=seed)
+    warm_start(model, num_steps=num_steps, seed=seed + 1)
+    save(model, path)
+
+
+if __name__ == "__main__":
+    import sys
+
+    make_demo_model(Path(sys.argv[1]))

@@ -1,0 +1,175 @@
+"""What both services do to a request: check the key, bound the body, answer errors as problems."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shared.auth import check_authorization
+from shared.errors import (
+    MEDIA_TYPE,
+    BodyTooLarge,
+    ClientClosed,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    ServiceError,
+)
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+def prepare_app(
+    app: FastAPI,
+    *,
+    api_key: str | None,
+    max_body_bytes: int,
+    streamed: frozenset[str] = frozenset(),
+    on_error: Callable[[ServiceError], None] = lambda _: None,
+) -> None:
+    """Install the gate and the error handlers. `streamed` paths read and bound their own body."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        problem = as_service_error(request, error)
+        on_error(problem)
+        return problem_response(problem)
+
+    for kind in (ServiceError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+    app.add_middleware(
+        _Gate, api_key=api_key, max_body_bytes=max_body_bytes, streamed=streamed, on_error=on_error
+    )
+
+
+def as_service_error(request: Request, error: Exception) -> ServiceError:
+    """What the client is told about any exception of a route."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return invalid_request(error.errors()[0])
+    if isinstance(error, HTTPException):
+        asked = f"{request.method} {request.url.path}"
+        if error.status_code in (404, 405):
+            return NotFound(f"there is no {asked}: see /docs for the routes")
+        return InvalidRequest(f"{asked}: {error.detail}")
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return InternalError(f"{type(error).__name__}: {error}")
+
+
+def problem_response(error: ServiceError) -> JSONResponse:
+    """RFC 9457, with the headers that the status asks for."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.to_problem(), error.status, headers=headers, media_type=MEDIA_TYPE)
+
+
+def invalid_request(first: dict[str, Any]) -> InvalidRequest:
+    """One sentence from the first entry of a pydantic error: field, value, complaint."""
+    path = [str(part) for part in first["loc"] if part != "body"]
+    field = ".".join(path) or "the body"
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"unknown field {field!r}: see /docs for the fields of this request")
+    if first["type"] == "missing":
+        return InvalidRequest(f"field {field!r} is required")
+    value = repr(first.get("input"))
+    shown = value if len(value) <= 80 else value[:77] + "..."
+    return InvalidRequest(f"{field} is {shown}: {first['msg']}")
+
+
+class _Gate:
+    """Checks the key, then reads a bounded body before the app sees the request."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        max_body_bytes: int,
+        streamed: frozenset[str],
+        on_error: Callable[[ServiceError], None],
+    ) -> None:
+        self.app = app
+        self.api_key = api_key
+        self.max_body_bytes = max_body_bytes
+        self.streamed = streamed
+        self.on_error = on_error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        try:
+            request = Request(scope)
+            if scope["path"] != "/healthz":
+                check_authorization(request.headers.get("authorization"), self.api_key)
+            if scope["path"] not in self.streamed:
+                receive = await self._bounded_body(request, receive)
+        except ServiceError as error:
+            self.on_error(error)
+            return await problem_response(error)(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+    async def _bounded_body(self, request: Request, receive: Receive) -> Receive:
+        check_content_length(request, self.max_body_bytes)
+        chunks: list[bytes] = []
+        num_bytes = 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                break
+            chunks.append(message.get("body", b""))
+            num_bytes += len(chunks[-1])
+            if num_bytes > self.max_body_bytes:
+                raise too_large(self.max_body_bytes)
+            if not message.get("more_body"):
+                break
+        pending: list[Message] = [
+            {"type": "http.request", "body": b"".join(chunks), "more_body": False}
+        ]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        return replay
+
+
+def check_content_length(request: Request, limit_bytes: int) -> None:
+    """Refuse a body that announces itself as too large, before reading any of it."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit_bytes:
+        raise too_large(limit_bytes, int(announced))
+
+
+def too_large(limit_bytes: int, announced: int | None = None) -> BodyTooLarge:
+    size = f"of {announced} bytes " if announced else ""
+    return BodyTooLarge(f"the body {size}is over the limit of {limit_bytes} bytes")
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Run `work`, and cancel it when the client goes away: nobody waits for its result."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientClosed("the client closed the connection")
+        return await task
+    finally:
+        watcher.cancel()
+        task.cancel()

@@ -1,0 +1,30 @@
+"""The one place that says how a base is quantized: trainer and replica must do the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shared.schemas import QuantizationRecipe
+
+
+def quantized_load_options(source: Path, device: str) -> dict[str, Any]:
+    """Arguments of `AutoModelForCausalLM.from_pretrained` for the 4-bit base of a QLoRA policy.
+
+    A checkpoint that is already 4-bit keeps its stored quantization state.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    recipe = QuantizationRecipe()
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": device}}
+    if "quantization_config" not in json.loads((source / "config.json").read_text()):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=recipe.quant_type,
+            bnb_4bit_use_double_quant=recipe.double_quant,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=list(recipe.skipped_modules),
+        )
+    return options

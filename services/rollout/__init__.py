@@ -1,0 +1,1 @@
+"""The rollout service: what did the policy say?"""

@@ -1,0 +1,104 @@
+"""The HTTP face of a replica: each route parses and delegates."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Literal
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
+
+from services.http import check_content_length, prepare_app, until_disconnect
+from services.rollout.replica import Replica
+from services.rollout.sync import SyncOptions
+from shared.errors import ClientClosed
+from shared.metrics import exposition
+from shared.schemas import (
+    GenerateRequest,
+    GenerateResponse,
+    PoliciesResponse,
+    RolloutStatus,
+    ScoreRequest,
+    ScoreResponse,
+    SyncReceipt,
+)
+
+
+def create_app(replica: Replica) -> FastAPI:
+    settings = replica.settings
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        replica.start()
+        yield
+        await replica.stop()
+
+    app = FastAPI(title="Tandem rollout", lifespan=lifespan)
+    prepare_app(
+        app,
+        api_key=settings.api_key,
+        max_body_bytes=settings.max_body_bytes,
+        streamed=frozenset({"/sync_weights"}),
+        on_error=lambda error: replica.metrics.errors.labels(type(error).__name__).inc(),
+    )
+
+    @app.post("/generate")
+    async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
+        return await until_disconnect(request, replica.serving.sampler.generate(body))
+
+    @app.post("/score")
+    async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
+        return await until_disconnect(request, replica.serving.sampler.score(body))
+
+    @app.post("/sync_weights")
+    async def sync_weights(
+        request: Request,
+        activate: bool = True,
+        replace_run: bool = False,
+        in_flight: Literal["finish", "continue"] = "finish",
+    ) -> SyncReceipt:
+        receiver = replica.serving.receiver
+        check_content_length(request, settings.max_adapter_bytes)
+        options = SyncOptions(activate, replace_run, in_flight)
+        try:
+            return await receiver.receive(
+                request.stream(), request.headers.get("content-digest"), options
+            )
+        except ClientDisconnect as error:
+            raise ClientClosed("the client closed the connection during the upload") from error
+
+    @app.get("/policies")
+    async def policies() -> PoliciesResponse:
+        return replica.policies()
+
+    @app.get("/policies/{version}", response_class=FileResponse)
+    async def policy(version: int) -> FileResponse:
+        return FileResponse(
+            replica.serving.policies.adapter_file(version), media_type="application/octet-stream"
+        )
+
+    @app.post("/drain", status_code=202)
+    async def drain() -> RolloutStatus:
+        return replica.drain()
+
+    @app.get("/status")
+    async def status() -> RolloutStatus:
+        return replica.status()
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, str]:
+        replica.check_ready()
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(exposition(replica.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app

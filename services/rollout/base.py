@@ -1,0 +1,111 @@
+"""The base the trainer trains: source checkpoint -> NF4 -> dequantized bf16 checkpoint, cached.
+
+QLoRA computes with 4-bit weights; a replica that serves the original 16-bit ones samples from
+another model. So each linear is quantized and dequantized exactly as the trainer's bitsandbytes
+config does, once, and vLLM loads the result as an ordinary bf16 model. Quantizing runs in a process
+of its own, which takes its memory (on a GPU also its CUDA context) with it when it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.adapters import linear_shapes
+from shared.identity import base_identity
+from shared.schemas import BaseIdentity, QuantizationRecipe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What the engine loads (`path`) and whose weights these are (`identity`)."""
+
+    path: Path
+    identity: BaseIdentity
+    linear_shapes: dict[str, tuple[int, int]]  # module path -> (out, in)
+
+
+def resolve_checkpoint(model: str) -> Path:
+    """The folder of a checkpoint: a local one, or a hub id (downloaded unless offline)."""
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser().resolve()
+    if model.startswith((".", "/", "~")):
+        raise ValueError(f"model folder {model} does not exist: set ROLLOUT_MODEL to a checkpoint")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+
+
+def prepare_base(model: str, *, exact: bool, cache_dir: Path, device: str) -> Base:
+    """The base to serve. With `exact` the dequantized NF4 weights, built on first use."""
+    source = resolve_checkpoint(model)
+    if not exact:
+        return Base(source, base_identity(source, None), linear_shapes(source))
+    recipe = QuantizationRecipe()
+    identity = base_identity(source, recipe)
+    assert identity.recipe is not None
+    path = cache_dir.expanduser() / "bases" / f"{identity.weights[:16]}-{identity.recipe[:16]}"
+    if not path.is_dir():
+        _build(source, path, device)
+    return Base(path, identity, linear_shapes(path))
+
+
+def _build(source: Path, path: Path, device: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=path.name + ".", dir=path.parent))
+    log.info("building the exact base of %s in %s (once)", source, path)
+    command = [sys.executable, "-m", "services.rollout.base", str(source), str(building), device]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise ValueError(
+                f"the exact base of {source} could not be built in {path.parent}: "
+                f"{result.stderr.strip().splitlines()[-1:] or result.returncode}"
+            )
+        if not path.is_dir():  # another replica may have been faster
+            building.rename(path)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_dequantized(source: Path, target: Path, device: str) -> None:
+    """Write `source`, with every linear passed through the trainer's 4-bit weights, as bf16."""
+    import bitsandbytes as bnb
+    import torch
+    from huggingface_hub import save_torch_state_dict
+    from transformers import AutoModelForCausalLM
+
+    from services.quantization import quantized_load_options
+
+    model = AutoModelForCausalLM.from_pretrained(source, **quantized_load_options(source, device))
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = module.weight
+            plain = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            tensors[f"{name}.weight"] = plain.to(torch.bfloat16).cpu()
+    for name, parameter in model.named_parameters():
+        if name not in tensors:
+            tensors[name] = parameter.detach().to(torch.bfloat16).cpu()
+    save_torch_state_dict(tensors, target)
+
+    config = json.loads((source / "config.json").read_text())
+    config.pop("quantization_config", None)
+    config.pop("torch_dtype", None)
+    (target / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
+    for file in source.iterdir():
+        is_weight = file.suffix in {".safetensors", ".bin", ".pt"} or ".index." in file.name
+        if file.is_file() and not is_weight and file.name != "config.json":
+            shutil.copy2(file, target / file.name)
+
+
+if __name__ == "__main__":
+    write_dequantized(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,275 @@
+"""Which policy versions are resident: admit, lease, retire.
+
+    admit(adapter) ─▶ [slot] ─▶ newest ─▶ older ─▶ superseded ─▶ (no lease left) ─▶ retired
+
+A version is an immutable adapter under an engine name and id of its own. A lease counts a running
+request; a leased version is never unloaded, so the engine never evicts and reloads by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import shutil
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from services.rollout.engine import Adapter, Engine
+from shared.errors import NoFreeSlot, RunConflict, StaleVersion, UnknownPolicy
+from shared.schemas import BASE_POLICY, AdapterManifest, PolicyId, ResidentPolicy
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedAdapter:
+    """An adapter file that passed every check and waits in `path` for a slot."""
+
+    manifest: AdapterManifest
+    digest: str  # SHA-256 in hex
+    path: Path
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    outcome: Literal["loaded", "already_resident"]
+    retired: tuple[PolicyId, ...]
+    wait_s: float
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    policy: PolicyId
+    adapter: Adapter | None  # None: the base
+
+
+@dataclass(slots=True)
+class _Resident:
+    policy: PolicyId
+    adapter: Adapter
+    digest: str
+    num_bytes: int
+    superseded: bool = False
+    num_leases: int = 0
+    interruptible: set[str] = field(default_factory=set)  # request ids
+
+
+class PolicyStore:
+    def __init__(self, engine: Engine, *, max_live_policies: int, wait_s: float) -> None:
+        self.newest: PolicyId = BASE_POLICY
+        self._engine = engine
+        self._max_live = max_live_policies
+        self._num_slots = max_live_policies + 1
+        self._wait_s = wait_s
+        self._resident: dict[PolicyId, _Resident] = {}
+        self._slot_ids = itertools.count(1)
+        self._admitting = asyncio.Lock()
+        self._released = asyncio.Condition()
+        self._reaping: set[asyncio.Task[None]] = set()
+
+    def resident(self) -> tuple[ResidentPolicy, ...]:
+        return tuple(
+            ResidentPolicy(
+                policy=item.policy,
+                digest=item.digest,
+                num_bytes=item.num_bytes,
+                num_leases=item.num_leases,
+                accepts_requests=not item.superseded,
+            )
+            for item in self._resident.values()
+        )
+
+    def adapter_file(self, version: int) -> Path:
+        """The file of a resident version of the current run. Raises UnknownPolicy."""
+        policy = self.newest.model_copy(update={"version": version})
+        return self._find(policy).adapter.path / "adapter_model.safetensors"
+
+    def holds(self, path: Path) -> bool:
+        """True when a resident version lives in the folder `path`."""
+        return any(item.adapter.path == path for item in self._resident.values())
+
+    # --- lease ----------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def lease(
+        self, policy: PolicyId | None, request_id: str, *, interruptible: bool
+    ) -> AsyncIterator[Lease]:
+        """Hold a version while a request runs under it; without `policy` the newest.
+
+        Version 0 of any run is the base and needs no slot. Raises UnknownPolicy.
+        """
+        policy = policy or self.newest
+        if policy.is_base:
+            yield Lease(policy, None)
+            return
+        item = self._find(policy)
+        item.num_leases += 1
+        if interruptible:
+            item.interruptible.add(request_id)
+        try:
+            yield Lease(policy, item.adapter)
+        finally:
+            item.num_leases -= 1
+            item.interruptible.discard(request_id)
+            if item.num_leases == 0:
+                task = asyncio.ensure_future(self._after_release(item))
+                self._reaping.add(task)
+                task.add_done_callback(self._reaping.discard)
+
+    def _find(self, policy: PolicyId) -> _Resident:
+        item = self._resident.get(policy)
+        if item is None or item.superseded:
+            resident = [str(i.policy) for i in self._resident.values() if not i.superseded]
+            raise UnknownPolicy(
+                f"policy {policy} is not resident here; resident are "
+                f"{', '.join(resident) or 'none'} and version 0, the base",
+                extra={"resident": resident},
+            )
+        return item
+
+    async def _after_release(self, item: _Resident) -> None:
+        async with self._released:
+            self._released.notify_all()
+        if item.superseded:
+            async with self._admitting:
+                if item.num_leases == 0 and item.policy in self._resident:
+                    await self._retire(item)
+
+    # --- admit ----------------------------------------------------------------------------------
+
+    async def admit(
+        self,
+        adapter: VerifiedAdapter,
+        *,
+        activate: bool = True,
+        replace_run: bool = False,
+        in_flight: Literal["finish", "continue"] = "finish",
+    ) -> Admission:
+        """Make a verified adapter resident, and with `activate` the newest version.
+
+        Raises RunConflict, StaleVersion, NoFreeSlot, or InvalidAdapter from the engine; the
+        versions that served before then still serve. Not to be cancelled half-way: shield it.
+        """
+        async with self._admitting:
+            policy = adapter.manifest.policy
+            if self.is_resident(adapter):
+                if activate and policy.age_key > self.newest.age_key:
+                    await self._activate(policy, in_flight)
+                return Admission("already_resident", (), 0.0, 0.0)
+            self.check_order(adapter, activate=activate, replace_run=replace_run)
+            started = time.perf_counter()
+            retired = await self._free_slot()
+            waited = time.perf_counter()
+            item = await self._load(adapter)
+            loaded = time.perf_counter()
+            self._supersede(policy)
+            self._resident[policy] = item
+            if activate or self.newest.life != policy.life:
+                await self._activate(policy, in_flight)
+            retired += await self._retire_surplus()
+            return Admission("loaded", tuple(retired), waited - started, loaded - waited)
+
+    def is_resident(self, adapter: VerifiedAdapter) -> bool:
+        """True when the same version with the same digest already serves."""
+        item = self._resident.get(adapter.manifest.policy)
+        if item is None or item.superseded:
+            return False
+        if item.digest != adapter.digest:
+            raise StaleVersion(
+                f"policy {item.policy} is resident with digest {item.digest[:12]}…, this adapter "
+                f"has {adapter.digest[:12]}…: a version never changes, publish the next one"
+            )
+        return True
+
+    def check_order(self, adapter: VerifiedAdapter, *, activate: bool, replace_run: bool) -> None:
+        """Refuse another run, a lower incarnation, and an older version that would be newest."""
+        policy, newest = adapter.manifest.policy, self.newest
+        if newest.is_base or policy.run_id != newest.run_id:
+            if not newest.is_base and not replace_run:
+                raise RunConflict(
+                    f"this replica serves run {newest.run_id!r} (policy {newest}), the adapter is "
+                    f"of run {policy.run_id!r}: send ?replace_run=true to end the current run here",
+                    extra={"current": newest.model_dump()},
+                )
+            return
+        superseded = policy.incarnation < newest.incarnation
+        if superseded or (activate and policy.age_key <= newest.age_key):
+            raise StaleVersion(
+                f"policy {policy} is older than {newest}, which serves here: versions only grow "
+                "within an incarnation",
+                extra={"current": newest.model_dump()},
+            )
+
+    async def _load(self, adapter: VerifiedAdapter) -> _Resident:
+        policy, slot_id = adapter.manifest.policy, next(self._slot_ids)
+        name = f"{policy}-{adapter.digest[:8]}-{slot_id}"
+        engine_adapter = Adapter(slot_id=slot_id, name=name, path=adapter.path)
+        await self._engine.load_adapter(engine_adapter)
+        return _Resident(policy, engine_adapter, adapter.digest, adapter.num_bytes)
+
+    def _supersede(self, policy: PolicyId) -> None:
+        """Close the versions of another run or a lower incarnation to new requests."""
+        for item in self._resident.values():
+            if item.policy.life != policy.life:
+                item.superseded = True
+
+    async def _activate(self, policy: PolicyId, in_flight: Literal["finish", "continue"]) -> None:
+        self.newest = policy
+        if in_flight == "continue":
+            older = [item for item in self._resident.values() if item.policy != policy]
+            await self._engine.interrupt(
+                [request_id for item in older for request_id in item.interruptible]
+            )
+
+    # --- retire ---------------------------------------------------------------------------------
+
+    async def _free_slot(self) -> list[PolicyId]:
+        """Wait, bounded, until fewer versions are resident than there are slots.
+
+        The newest stays: should the next one fail to load, it still serves.
+        """
+        retired: list[PolicyId] = []
+        while len(self._resident) >= self._num_slots:
+            try:
+                async with asyncio.timeout(self._wait_s), self._released:
+                    await self._released.wait_for(self._idle)
+            except TimeoutError:
+                leases = ", ".join(f"{i.policy} × {i.num_leases}" for i in self._by_age())
+                raise NoFreeSlot(
+                    f"all {self._num_slots} adapter slots are in use after {self._wait_s:g} s "
+                    f"({leases}): send it again, or raise ROLLOUT_MAX_LIVE_POLICIES",
+                    retry_after_s=1.0,
+                ) from None
+            retired.append(await self._retire(self._idle()[0]))
+        return retired
+
+    def _idle(self) -> list[_Resident]:
+        """Versions that could be retired now, superseded ones first, then the oldest."""
+        return [i for i in self._by_age() if not i.num_leases and i.policy != self.newest]
+
+    async def _retire_surplus(self) -> list[PolicyId]:
+        """Keep one slot free for the next version where leases allow it."""
+        retired = []
+        for item in self._idle():
+            if item.superseded or len(self._resident) > self._max_live:
+                retired.append(await self._retire(item))
+        return retired
+
+    def _by_age(self) -> list[_Resident]:
+        items = self._resident.values()
+        return sorted(items, key=lambda item: (not item.superseded, item.policy.age_key))
+
+    async def _retire(self, item: _Resident) -> PolicyId:
+        assert item.num_leases == 0, f"{item.policy} is leased"
+        del self._resident[item.policy]
+        await self._engine.unload_adapter(item.adapter)
+        shutil.rmtree(item.adapter.path)
+        log.info("retired policy %s", item.policy)
+        return item.policy

@@ -1,0 +1,234 @@
+"""One replica from boot to exit: starting -> ready -> draining | dead.
+
+`boot` prepares the base and the engine while the app already answers /healthz; `watch` notices an
+engine that died or hangs; `drain` lets clients leave. Whatever ends the replica calls `on_exit`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from services.rollout.base import Base, prepare_base
+from services.rollout.engine import Engine
+from services.rollout.policies import PolicyStore
+from services.rollout.sampler import Sampler
+from services.rollout.settings import RolloutSettings
+from services.rollout.sync import AdapterReceiver
+from services.rollout.tokens import PromptEncoder
+from shared.errors import EngineDead, NotReady
+from shared.metrics import RolloutMetrics
+from shared.schemas import BASE_POLICY, PoliciesResponse, RolloutLimits, RolloutStatus
+
+log = logging.getLogger(__name__)
+_WATCH_INTERVAL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What exists once the engine runs."""
+
+    base: Base
+    engine: Engine
+    policies: PolicyStore
+    sampler: Sampler
+    receiver: AdapterReceiver
+    limits: RolloutLimits
+    engine_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class BootedEngine:
+    engine: Engine
+    version: str
+
+
+def boot_vllm(settings: RolloutSettings, model_dir: Path) -> BootedEngine:
+    from services.rollout.vllm_engine import VLLM_VERSION, VllmEngine
+
+    return BootedEngine(VllmEngine.boot(settings, model_dir), VLLM_VERSION)
+
+
+class Replica:
+    def __init__(
+        self,
+        settings: RolloutSettings,
+        *,
+        on_exit: Callable[[int], None] = lambda _: None,
+        boot_engine: Callable[[RolloutSettings, Path], BootedEngine] = boot_vllm,
+    ) -> None:
+        self.settings = settings
+        self.boot_id = secrets.token_hex(8)
+        self.metrics = RolloutMetrics()
+        self._on_exit = on_exit
+        self._boot_engine = boot_engine
+        self._serving: Serving | None = None
+        self._state: Literal["starting", "ready", "draining", "dead"] = "starting"
+        self._detail = "preparing the base"
+        self._refusing = False  # the second half of draining
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # --- life -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Boot in the background. Call from the event loop."""
+        self._tasks.append(asyncio.create_task(self._boot_and_watch()))
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()  # their tracebacks would keep the engine alive
+        if serving := self._serving:
+            self._serving = None
+            await asyncio.to_thread(serving.engine.shutdown)
+            serving.receiver.close()
+
+    async def _boot_and_watch(self) -> None:
+        try:
+            await self._boot()
+        except Exception as error:  # whatever it is, the process is of no use: say it and exit
+            self._die(f"boot failed: {error}", error)
+            return
+        await self._watch()
+
+    async def _boot(self) -> None:
+        settings, started = self.settings, time.perf_counter()
+        base = await asyncio.to_thread(
+            prepare_base,
+            settings.model,
+            exact=settings.base == "nf4-exact",
+            cache_dir=settings.cache_dir,
+            device=settings.resolved_device,
+        )
+        self._detail = "loading the engine"
+        booted = await asyncio.to_thread(self._boot_engine, settings, base.path)
+        encoder = await asyncio.to_thread(PromptEncoder.load, base.path)
+        engine = booted.engine
+        limits = settings.limits(engine.max_model_len)
+        policies = PolicyStore(
+            engine, max_live_policies=settings.max_live_policies, wait_s=settings.sync_wait_s
+        )
+        sampler = Sampler(
+            engine=engine,
+            policies=policies,
+            encoder=encoder,
+            limits=limits,
+            timeout_s=settings.request_timeout_s,
+            boot_id=self.boot_id,
+            metrics=self.metrics,
+        )
+        receiver = AdapterReceiver(
+            policies=policies,
+            base=base,
+            limits=limits,
+            adapter_dir=settings.resolved_adapter_dir,
+            boot_id=self.boot_id,
+            metrics=self.metrics,
+        )
+        self._serving = Serving(base, engine, policies, sampler, receiver, limits, booted.version)
+        self._state, self._detail = "ready", ""
+        log.info(
+            "ready after %.1f s: %s, base %s, KV cache %s, context %d, vLLM %s",
+            time.perf_counter() - started,
+            settings.model,
+            settings.base,
+            settings.resolved_kv_cache_dtype,
+            limits.max_model_len,
+            booted.version,
+        )
+
+    async def _watch(self) -> None:
+        """Until the engine dies, or has work and makes no token for `stall_timeout_s`."""
+        assert self._serving
+        engine, sampler = self._serving.engine, self._serving.sampler
+        last_progress, last_count = time.monotonic(), -1
+        while True:
+            if reason := engine.death():
+                self._die(reason)
+                return
+            count = engine.num_tokens_processed()
+            if count != last_count or sampler.num_outstanding == 0:
+                last_progress, last_count = time.monotonic(), count
+            if time.monotonic() - last_progress > self.settings.stall_timeout_s:
+                self._die(
+                    f"the engine made no token for {self.settings.stall_timeout_s:g} s with "
+                    f"{sampler.num_outstanding} completions outstanding"
+                )
+                return
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+
+    def _die(self, reason: str, error: Exception | None = None) -> None:
+        log.error("%s; exiting for the supervisor to restart", reason, exc_info=error)
+        self._state, self._detail = "dead", reason
+        self._on_exit(1)
+
+    def drain(self) -> RolloutStatus:
+        """Go not-ready, keep serving a moment, finish what runs, then exit 0."""
+        if self._state in ("starting", "ready"):
+            self._state, self._detail = "draining", "finishing what runs"
+            self._tasks.append(asyncio.create_task(self._drain()))
+        return self.status()
+
+    async def _drain(self) -> None:
+        log.info("draining: serving %.1f s more, then finishing", self.settings.drain_delay_s)
+        if self._serving:
+            await asyncio.sleep(self.settings.drain_delay_s)
+            self._refusing = True
+            sampler = self._serving.sampler
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.drain_timeout_s):
+                    await sampler.idle.wait()
+            if sampler.num_outstanding:
+                log.warning(
+                    "%d completions did not finish within ROLLOUT_DRAIN_TIMEOUT_S=%g and are cut",
+                    sampler.num_outstanding,
+                    self.settings.drain_timeout_s,
+                )
+        self._on_exit(0)
+
+    # --- views ----------------------------------------------------------------------------------
+
+    @property
+    def serving(self) -> Serving:
+        """Raises NotReady or EngineDead when requests cannot be served."""
+        if self._state == "dead":
+            raise EngineDead(f"{self._detail}; this replica exits, use another one")
+        if self._serving is None or self._refusing:
+            raise NotReady(f"this replica is {self._state}: {self._detail}", retry_after_s=1.0)
+        return self._serving
+
+    def check_ready(self) -> None:
+        """Raise unless new traffic is welcome."""
+        if self._state == "draining":
+            raise NotReady("this replica is draining: use another one")
+        _ = self.serving
+
+    def policies(self) -> PoliciesResponse:
+        policies = self.serving.policies
+        return PoliciesResponse(
+            newest=policies.newest, resident=policies.resident(), boot_id=self.boot_id
+        )
+
+    def status(self) -> RolloutStatus:
+        serving = self._serving
+        return RolloutStatus(
+            state=self._state,
+            detail=self._detail,
+            boot_id=self.boot_id,
+            model=self.settings.model,
+            vllm_version=serving.engine_version if serving else "",
+            kv_cache_dtype=self.settings.resolved_kv_cache_dtype,
+            base=serving.base.identity if serving else None,
+            limits=serving.limits if serving else self.settings.limits(0),
+            newest=serving.policies.newest if serving else BASE_POLICY,
+            resident=serving.policies.resident() if serving else (),
+            num_outstanding_completions=serving.sampler.num_outstanding if serving else 0,
+        )

@@ -1,0 +1,104 @@
+"""Settings of a replica, from the environment: `ROLLOUT_MODEL=... python -m services.rollout`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.schemas import RolloutLimits
+
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM has slots for
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+class RolloutSettings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="ROLLOUT_", extra="forbid", frozen=True)
+
+    model: str  # checkpoint folder or hub id: the model that the trainer trains
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
+    log_level: str = "INFO"
+
+    base: Literal["nf4-exact", "original"] = "nf4-exact"
+    cache_dir: Path = Path("~/.cache/tandem")  # the exact bases, by fingerprint
+    adapter_dir: Path | None = None  # resident adapter files; default: shared memory
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    kv_cache_dtype: str = "default"  # default: fp8 on GPU, auto on CPU
+    kv_cache_memory_bytes: int | None = None  # default: 256 MiB on CPU, the rest of a GPU
+    gpu_memory_utilization: float = 0.85
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None  # prompt + completion tokens; default: the model's
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    enforce_eager: bool = False
+    seed: int = 0
+
+    max_lora_rank: int = Field(default=32, ge=1, le=512)
+    max_live_policies: int = Field(default=2, ge=1, le=16)  # one more slot receives the next one
+
+    max_completions: int = Field(default=4096, ge=1)  # per request, and queued or running in all
+    max_adapter_bytes: int = 1 << 30
+    max_body_bytes: int = 32 << 20
+    request_timeout_s: float = 600.0
+    sync_wait_s: float = 30.0  # how long a sync waits for a version to be released
+    stall_timeout_s: float = 120.0  # no token for this long while requests run: the engine hangs
+    drain_delay_s: float = 3.0  # not ready but serving, until every client has noticed
+    drain_timeout_s: float = 120.0  # for running requests to finish
+
+    @property
+    def resolved_device(self) -> Literal["cpu", "cuda"]:
+        if self.device != "auto":
+            return self.device
+        return "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
+
+    @property
+    def lora_slot_rank(self) -> int:
+        """The smallest rank vLLM offers that holds `max_lora_rank`."""
+        return next(rank for rank in _LORA_RANKS if rank >= self.max_lora_rank)
+
+    @property
+    def resolved_kv_cache_dtype(self) -> str:
+        if self.kv_cache_dtype != "default":
+            return self.kv_cache_dtype
+        return "fp8" if self.resolved_device == "cuda" else "auto"
+
+    @property
+    def resolved_adapter_dir(self) -> Path:
+        root = self.adapter_dir or (_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path("/tmp"))
+        return root.expanduser().resolve()
+
+    def limits(self, max_model_len: int) -> RolloutLimits:
+        return RolloutLimits(
+            max_model_len=max_model_len,
+            max_lora_rank=self.max_lora_rank,
+            max_live_policies=self.max_live_policies,
+            max_num_seqs=self.max_num_seqs,
+            max_completions=self.max_completions,
+            max_adapter_bytes=self.max_adapter_bytes,
+            max_body_bytes=self.max_body_bytes,
+        )
+
+
+def prepare_environment(settings: RolloutSettings) -> None:
+    """Set what torch and vllm read when they are imported; call before that.
+
+    CPU: without torch.compile and with one engine process the boot takes 3 s instead of 35 s, and
+    one OpenMP thread is faster than two that spin. CUDA: a forked engine core hangs at start-up.
+    """
+    environment = {"VLLM_NO_USAGE_STATS": "1"}
+    if settings.resolved_device == "cpu":
+        environment |= {
+            "TORCH_COMPILE_DISABLE": "1",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+    else:
+        environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,215 @@
+"""From the body of POST /sync_weights to a resident version: receive, verify, admit.
+
+Nothing reaches the engine before the whole file is proven: digest, header, manifest, base, tensor
+table, finite values. Whatever fails on the way leaves no trace and no change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from services.http import too_large
+from services.rollout.base import Base
+from services.rollout.policies import PolicyStore, VerifiedAdapter
+from shared.adapters import (
+    AdapterHeader,
+    check_digest,
+    check_tensors,
+    parse_content_digest,
+    peft_config,
+    read_header,
+)
+from shared.errors import BaseMismatch, InvalidAdapter, Unavailable
+from shared.identity import identity_difference
+from shared.metrics import RolloutMetrics
+from shared.schemas import RolloutLimits, SyncReceipt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SyncOptions:
+    """The query of POST /sync_weights."""
+
+    activate: bool = True
+    replace_run: bool = False
+    in_flight: Literal["finish", "continue"] = "finish"
+
+
+class AdapterReceiver:
+    def __init__(
+        self,
+        *,
+        policies: PolicyStore,
+        base: Base,
+        limits: RolloutLimits,
+        adapter_dir: Path,
+        boot_id: str,
+        metrics: RolloutMetrics,
+    ) -> None:
+        self._policies = policies
+        self._base = base
+        self._limits = limits
+        self._boot_id = boot_id
+        self._metrics = metrics
+        self._dir, self._lock = _private_dir(adapter_dir)
+
+    def close(self) -> None:
+        shutil.rmtree(self._dir)
+        self._lock.close()
+
+    async def receive(
+        self, body: AsyncIterator[bytes], content_digest: str | None, options: SyncOptions
+    ) -> SyncReceipt:
+        """Take one adapter in. Raises the errors of shared/errors.py; then nothing has changed."""
+        announced = parse_content_digest(content_digest)
+        path = Path(tempfile.mkdtemp(dir=self._dir))
+        started = time.perf_counter()
+        try:
+            num_bytes = await self._store(body, path / "adapter_model.safetensors", announced)
+        except BaseException:
+            shutil.rmtree(path)
+            raise
+        receive_s = time.perf_counter() - started
+        # From here on the client may leave, but an adapter is never left half loaded.
+        receipt = await asyncio.shield(self._admit(path, announced, num_bytes, receive_s, options))
+        self._metrics.record_sync(receipt)
+        log.info(
+            "policy %s %s: %d bytes, receive %.3f s, verify %.3f s, wait %.3f s, load %.3f s",
+            receipt.policy,
+            receipt.outcome,
+            num_bytes,
+            receipt.receive_s,
+            receipt.verify_s,
+            receipt.wait_s,
+            receipt.load_s,
+        )
+        return receipt
+
+    async def _admit(
+        self, path: Path, digest: str, num_bytes: int, receive_s: float, options: SyncOptions
+    ) -> SyncReceipt:
+        try:
+            started = time.perf_counter()
+            adapter = await asyncio.to_thread(self._verify, path, digest, num_bytes, options)
+            verify_s = time.perf_counter() - started
+            admission = await self._policies.admit(
+                adapter,
+                activate=options.activate,
+                replace_run=options.replace_run,
+                in_flight=options.in_flight,
+            )
+        finally:
+            if not self._policies.holds(path):
+                shutil.rmtree(path)
+        return SyncReceipt(
+            policy=adapter.manifest.policy,
+            digest=digest,
+            outcome=admission.outcome,
+            newest=self._policies.newest,
+            retired=admission.retired,
+            num_bytes=num_bytes,
+            receive_s=receive_s,
+            verify_s=verify_s,
+            wait_s=admission.wait_s,
+            load_s=admission.load_s,
+            boot_id=self._boot_id,
+        )
+
+    async def _store(self, body: AsyncIterator[bytes], path: Path, announced: str) -> int:
+        """Write the body to `path` as it comes, hashing it; the number of bytes."""
+        sha256, num_bytes = hashlib.sha256(), 0
+        try:
+            with path.open("xb") as file:
+                async for chunk in body:
+                    num_bytes += len(chunk)
+                    if num_bytes > self._limits.max_adapter_bytes:
+                        raise too_large(self._limits.max_adapter_bytes)
+                    sha256.update(chunk)
+                    file.write(chunk)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise Unavailable(
+                f"no space for the adapter in {self._dir} after {num_bytes} bytes: give it more "
+                "(shm_size of the container), or set ROLLOUT_ADAPTER_DIR"
+            ) from error
+        check_digest(announced=announced, received=sha256.hexdigest(), num_bytes=num_bytes)
+        return num_bytes
+
+    def _verify(
+        self, path: Path, digest: str, num_bytes: int, options: SyncOptions
+    ) -> VerifiedAdapter:
+        file = path / "adapter_model.safetensors"
+        header = read_header(file)
+        self._check_base_and_rank(header)
+        adapter = VerifiedAdapter(header.manifest, digest, path, num_bytes)
+        if not self._policies.is_resident(adapter):
+            self._policies.check_order(
+                adapter, activate=options.activate, replace_run=options.replace_run
+            )
+            check_tensors(header, self._base.linear_shapes)
+            _check_finite(file)
+            config = peft_config(header.manifest, str(self._base.path))
+            (path / "adapter_config.json").write_text(json.dumps(config))
+        return adapter
+
+    def _check_base_and_rank(self, header: AdapterHeader) -> None:
+        manifest = header.manifest
+        if difference := identity_difference(self._base.identity, manifest.base):
+            raise BaseMismatch(
+                f"the adapter was trained on another base ({difference}): start the replica with "
+                "the trainer's model and ROLLOUT_BASE",
+                extra={"base": self._base.identity.model_dump()},
+            )
+        if manifest.rank > self._limits.max_lora_rank:
+            raise InvalidAdapter(
+                f"rank {manifest.rank} is over this replica's maximum of "
+                f"{self._limits.max_lora_rank}: lower it, or raise ROLLOUT_MAX_LORA_RANK"
+            )
+
+
+def _check_finite(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if not tensors.get_tensor(name).isfinite().all():
+                    raise InvalidAdapter(
+                        f"tensor {name!r} has NaN or Inf: the trainer's step diverged; lower its "
+                        "learning rate, or resume from an earlier version"
+                    )
+    except SafetensorError as error:
+        raise InvalidAdapter(f"the body is not a safetensors file: {error}") from error
+
+
+def _private_dir(root: Path) -> tuple[Path, IO[str]]:
+    """A folder of this process alone, and the lock that says it is in use.
+
+    Folders whose lock nobody holds were left by a process that was killed: they are removed.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for lock_path in root.glob("tandem-adapters-*/lock"):
+        with lock_path.open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # another replica on this machine
+            shutil.rmtree(lock_path.parent)
+    folder = Path(tempfile.mkdtemp(prefix="tandem-adapters-", dir=root))
+    lock = (folder / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder, lock

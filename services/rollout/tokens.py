@@ -1,0 +1,48 @@
+"""From what people write to the ids the engine samples from; the trainer sends ids already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shared.errors import InvalidRequest
+from shared.schemas import ChatMessage, PromptInput
+
+
+class PromptEncoder:
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size = vocab_size
+
+    @classmethod
+    def load(cls, model_dir: Path) -> PromptEncoder:
+        from transformers import AutoConfig, AutoTokenizer
+
+        text_config = AutoConfig.from_pretrained(model_dir).get_text_config()
+        return cls(AutoTokenizer.from_pretrained(model_dir), text_config.vocab_size)
+
+    def encode(self, prompt: PromptInput) -> tuple[int, ...]:
+        """The token ids of a prompt. Chat is rendered by the base's template, ready to answer."""
+        if isinstance(prompt, str):
+            return tuple(self._tokenizer.encode(prompt))
+        if isinstance(prompt[0], ChatMessage):
+            return self._encode_chat([m.model_dump() for m in prompt if isinstance(m, ChatMessage)])
+        ids = tuple(token for token in prompt if isinstance(token, int))
+        self.check_vocabulary(ids)
+        return ids
+
+    def _encode_chat(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise InvalidRequest(
+                "this model has no chat template: send the prompt as text or token ids"
+            )
+        text = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def check_vocabulary(self, ids: tuple[int, ...]) -> None:
+        if (largest := max(ids)) >= self.vocab_size:
+            raise InvalidRequest(
+                f"token id {largest} is out of vocabulary: ids go up to {self.vocab_size - 1}"
+            )

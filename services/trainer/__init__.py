@@ -1,0 +1,1 @@
+"""The trainer service: was it good, and how should the policy change?"""

@@ -1,0 +1,261 @@
+"""The adapter file: one self-describing safetensors file that is proven before an engine sees it.
+
+    trainer: tensors + manifest ─▶ bytes ──HTTP──▶ file ─▶ read_header ─▶ check_tensors ─▶ engine
+
+The manifest travels in the safetensors metadata, so digest, storage and `GET /policies/{version}`
+all speak of the same bytes. Names are PEFT's and vLLM's:
+`base_model.model.<module path>.lora_A.weight` of shape [rank, in], `.lora_B.weight` of [out, rank].
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from shared.errors import DigestMismatch, InvalidAdapter, InvalidRequest
+from shared.schemas import AdapterManifest
+
+MAX_HEADER_BYTES = 1 << 20  # 392 tensors take 50 KB; safetensors itself would read 100 MB
+MANIFEST_KEY = "tandem_manifest"
+ELEMENT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    dtype: str  # safetensors' name: BF16, F16, F32
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterHeader:
+    manifest: AdapterManifest
+    tensors: Mapping[str, TensorInfo]
+
+
+# --- digest (RFC 9530) --------------------------------------------------------------------------
+
+
+def content_digest(sha256: bytes) -> str:
+    """The value of the `Content-Digest` header for a SHA-256."""
+    return f"sha-256=:{base64.b64encode(sha256).decode()}:"
+
+
+def parse_content_digest(header: str | None) -> str:
+    """The announced SHA-256 in hex. Raises InvalidRequest when absent or not a sha-256."""
+    match = re.search(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):", header or "")
+    digest = base64.b64decode(match[1]) if match else b""
+    if len(digest) != 32:
+        raise InvalidRequest(
+            f"Content-Digest is {header!r}: send 'sha-256=:<base64 of the SHA-256 of the body>:' "
+            "(RFC 9530)"
+        )
+    return digest.hex()
+
+
+def check_digest(*, announced: str, received: str, num_bytes: int) -> None:
+    if announced != received:
+        raise DigestMismatch(
+            f"the {num_bytes} bytes received have SHA-256 {received}, Content-Digest announced "
+            f"{announced}: the upload was truncated or altered; send it again"
+        )
+
+
+# --- write --------------------------------------------------------------------------------------
+
+
+def manifest_metadata(manifest: AdapterManifest) -> dict[str, str]:
+    """The safetensors metadata that makes an adapter file self-describing."""
+    return {"format": "pt", MANIFEST_KEY: manifest.model_dump_json()}
+
+
+def peft_config(manifest: AdapterManifest, base_model: str) -> dict[str, Any]:
+    """The adapter_config.json under which PEFT and vLLM apply the file as the manifest says.
+
+    Both compute scaling = lora_alpha / r.
+    """
+    alpha = manifest.scaling * manifest.rank
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": manifest.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(manifest.target_modules),
+        "inference_mode": True,
+    }
+
+
+# --- read and check -----------------------------------------------------------------------------
+
+
+def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InvalidAdapter(f"the safetensors header has the key {twice!r} twice")
+    return dict(pairs)
+
+
+def _header_json(path: Path) -> dict[str, Any]:
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise InvalidAdapter(f"a body of {num_bytes} bytes is not a safetensors file")
+        (header_bytes,) = struct.unpack("<Q", prefix)
+        if header_bytes > MAX_HEADER_BYTES:
+            raise InvalidAdapter(
+                f"the safetensors header says it has {header_bytes} bytes, the limit is "
+                f"{MAX_HEADER_BYTES}: this is not an adapter, or not a safetensors file"
+            )
+        raw = file.read(header_bytes)
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicate_keys)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InvalidAdapter(f"the body is not a safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise InvalidAdapter("the body is not a safetensors file: its header is not an object")
+    return header
+
+
+def _parse_manifest(metadata: Any) -> AdapterManifest:
+    text = metadata.get(MANIFEST_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise InvalidAdapter(
+            f"the safetensors metadata has no {MANIFEST_KEY!r}: write the file with the manifest "
+            "of shared/schemas.py (AdapterManifest) in its metadata"
+        )
+    try:
+        return AdapterManifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "manifest"
+        if first["type"] == "extra_forbidden":
+            raise InvalidAdapter(
+                f"the manifest names {field!r}, which is not supported: an adapter has one rank "
+                "and one scaling for all its modules, no DoRA, no bias and no saved modules"
+            ) from error
+        raise InvalidAdapter(
+            f"manifest field {field!r} is {first.get('input')!r}: {first['msg']}"
+        ) from error
+
+
+def _tensor_info(name: str, entry: Any) -> TensorInfo:
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+        start, end = (int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidAdapter(f"the header entry of tensor {name!r} is malformed") from error
+    if dtype not in ELEMENT_BYTES:
+        raise InvalidAdapter(
+            f"tensor {name!r} has dtype {dtype}, expected one of {', '.join(ELEMENT_BYTES)}"
+        )
+    num_elements = 1
+    for size in shape:
+        num_elements *= size
+    if end - start != num_elements * ELEMENT_BYTES[dtype]:
+        raise InvalidAdapter(
+            f"tensor {name!r} of shape {list(shape)} and dtype {dtype} spans {end - start} bytes"
+        )
+    return TensorInfo(dtype, shape)
+
+
+def read_header(path: Path) -> AdapterHeader:
+    """Parse the header of an adapter file without trusting it. Raises InvalidAdapter."""
+    header = _header_json(path)
+    manifest = _parse_manifest(header.pop("__metadata__", None))
+    return AdapterHeader(manifest, {name: _tensor_info(name, e) for name, e in header.items()})
+
+
+def expected_shapes(
+    manifest: AdapterManifest, linear_shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, int]]:
+    """Tensor name -> shape of a complete adapter. `linear_shapes`: module path -> (out, in).
+
+    Raises InvalidAdapter for a target module that the base does not have.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    leaves = {path.rpartition(".")[2] for path in linear_shapes}
+    for target in manifest.target_modules:
+        if target not in leaves or target not in LINEAR_MODULES:
+            supported = [name for name in LINEAR_MODULES if name in leaves]
+            raise InvalidAdapter(
+                f"target module {target!r} cannot be served: choose from {', '.join(supported)}"
+            )
+    for path, (num_out, num_in) in linear_shapes.items():
+        if path.rpartition(".")[2] in manifest.target_modules:
+            shapes[f"base_model.model.{path}.lora_A.weight"] = (manifest.rank, num_in)
+            shapes[f"base_model.model.{path}.lora_B.weight"] = (num_out, manifest.rank)
+    return shapes
+
+
+def check_tensors(header: AdapterHeader, linear_shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse an adapter that is not exactly the one its manifest describes on this base."""
+    expected = expected_shapes(header.manifest, linear_shapes)
+    _refuse("has no tensor", sorted(expected.keys() - header.tensors.keys()))
+    _refuse("has an unexpected tensor", sorted(header.tensors.keys() - expected.keys()))
+    for name, info in header.tensors.items():
+        if info.shape != expected[name]:
+            raise InvalidAdapter(
+                f"tensor {name!r} has shape {list(info.shape)}, this base and rank "
+                f"{header.manifest.rank} need {list(expected[name])}"
+            )
+
+
+def _refuse(problem: str, names: list[str]) -> None:
+    if names:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise InvalidAdapter(f"the adapter {problem} {names[0]!r}{more}")
+
+
+# --- checkpoints on disk ------------------------------------------------------------------------
+
+
+def linear_shapes(model_dir: Path) -> dict[str, tuple[int, int]]:
+    """Module path -> (out, in) of every two-dimensional weight inside the decoder layers."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for path in weight_files(model_dir):
+        for name, entry in _header_json_unbounded(path).items():
+            if name.endswith(".weight") and ".layers." in name and len(entry["shape"]) == 2:
+                shapes[name.removesuffix(".weight")] = (entry["shape"][0], entry["shape"][1])
+    return shapes
+
+
+def _header_json_unbounded(path: Path) -> dict[str, Any]:
+    """The header of a file of our own: a base of many experts has more than 1 MiB."""
+    with path.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    return header
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, sorted by name. ValueError when none."""
+    files = sorted(model_dir.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{model_dir} has no *.safetensors: give a Hugging Face checkpoint in that format"
+        )
+    return files
+
+
+def sha256_of_files(paths: Iterable[Path]) -> str:
+    """One digest over the contents of the files, in the given order."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()

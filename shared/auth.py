@@ -1,0 +1,34 @@
+"""Bearer tokens: one key for both services, compared in constant time, never logged."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+
+from shared.errors import Unauthorized
+
+
+def check_bind(host: str, api_key: str | None) -> None:
+    """Refuse to listen beyond this machine without a key. Raises ValueError."""
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if not is_loopback and not api_key:
+        raise ValueError(
+            f"refusing to listen on {host} without a key: set TANDEM_API_KEY, or bind 127.0.0.1"
+        )
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The request header that carries the key."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def check_authorization(header: str | None, api_key: str | None) -> None:
+    """Raise Unauthorized unless `header` carries `api_key`. No key set: everyone may."""
+    if not api_key:
+        return
+    given = (header or "").removeprefix("Bearer ")
+    if not hmac.compare_digest(given.encode(), api_key.encode()):
+        raise Unauthorized("send 'Authorization: Bearer <TANDEM_API_KEY>' with the service's key")

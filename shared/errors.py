@@ -1,0 +1,177 @@
+"""Every error that crosses HTTP: one class on both sides.
+
+    ServiceError
+    ├── InvalidRequest 422          a field or value that cannot be used
+    │   ├── BodyTooLarge 413        refused while it streamed
+    │   └── UnsuitableForTraining   a gradient cannot use these completions
+    ├── Unauthorized 401
+    ├── NotFound 404
+    │   └── UnknownPolicy           names the resident versions
+    ├── InvalidAdapter 422          the file contradicts itself or the base
+    │   └── DigestMismatch          what arrived is not what was announced
+    ├── Conflict 409
+    │   ├── BaseMismatch            another base, tokenizer or chat template
+    │   ├── StaleVersion            older than, or other than, what is resident
+    │   ├── RunConflict             the replica or trainer serves another run
+    │   ├── UnexpectedPolicy        the policy is not the one that was expected
+    │   └── IdempotencyConflict     the key was used for another request
+    ├── Unavailable 503             try again, here or elsewhere
+    │   ├── Overloaded 429          the queue is full
+    │   ├── NoFreeSlot              every adapter slot is leased
+    │   ├── NotReady                starting, draining or without a policy
+    │   ├── EngineDead              the process is about to exit
+    │   └── DeadlineExceeded 504
+    ├── ClientClosed 499            the client went away; nobody reads this
+    ├── RewardFailed 502            a reward could not be computed; never a reward of 0
+    └── InternalError 500
+
+On the wire an error is RFC 9457 `application/problem+json`; `type` names the class, and the client
+raises that class with the same `detail` and `extra`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+TYPE_PREFIX = "urn:tandem:error:"
+MEDIA_TYPE = "application/problem+json"
+
+
+class ServiceError(Exception):
+    """An error with an HTTP meaning. `detail` is one sentence: what, where, what to do."""
+
+    status: ClassVar[int] = 500
+
+    def __init__(
+        self, detail: str, *, retry_after_s: float | None = None, extra: Mapping[str, Any] = {}
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+        self.extra = dict(extra)
+
+    def to_problem(self) -> dict[str, Any]:
+        """The RFC 9457 object."""
+        problem = {
+            **self.extra,
+            "type": TYPE_PREFIX + type(self).__name__,
+            "title": type(self).__name__,
+            "status": self.status,
+            "detail": self.detail,
+        }
+        if self.retry_after_s is not None:
+            problem["retry_after_s"] = self.retry_after_s
+        return problem
+
+
+class InvalidRequest(ServiceError):
+    status = 422
+
+
+class BodyTooLarge(InvalidRequest):
+    status = 413
+
+
+class UnsuitableForTraining(InvalidRequest):
+    pass
+
+
+class Unauthorized(ServiceError):
+    status = 401
+
+
+class NotFound(ServiceError):
+    status = 404
+
+
+class UnknownPolicy(NotFound):
+    pass
+
+
+class InvalidAdapter(ServiceError):
+    status = 422
+
+
+class DigestMismatch(InvalidAdapter):
+    pass
+
+
+class Conflict(ServiceError):
+    status = 409
+
+
+class BaseMismatch(Conflict):
+    pass
+
+
+class StaleVersion(Conflict):
+    pass
+
+
+class RunConflict(Conflict):
+    pass
+
+
+class UnexpectedPolicy(Conflict):
+    pass
+
+
+class IdempotencyConflict(Conflict):
+    pass
+
+
+class Unavailable(ServiceError):
+    status = 503
+
+
+class Overloaded(Unavailable):
+    status = 429
+
+
+class NoFreeSlot(Unavailable):
+    pass
+
+
+class NotReady(Unavailable):
+    pass
+
+
+class EngineDead(Unavailable):
+    pass
+
+
+class DeadlineExceeded(Unavailable):
+    status = 504
+
+
+class ClientClosed(ServiceError):
+    status = 499
+
+
+class RewardFailed(ServiceError):
+    status = 502
+
+
+class InternalError(ServiceError):
+    pass
+
+
+def _subclasses(root: type[ServiceError]) -> dict[str, type[ServiceError]]:
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found |= _subclasses(child)
+    return found
+
+
+def from_problem(problem: Mapping[str, Any], status: int) -> ServiceError:
+    """The error a problem document describes; an unknown `type` becomes a plain ServiceError."""
+    known = _subclasses(ServiceError)
+    cls = known.get(str(problem.get("type", "")).removeprefix(TYPE_PREFIX), ServiceError)
+    fields = {"type", "title", "status", "detail", "retry_after_s"}
+    retry_after_s = problem.get("retry_after_s")
+    return cls(
+        str(problem.get("detail") or f"HTTP {status}"),
+        retry_after_s=float(retry_after_s) if retry_after_s is not None else None,
+        extra={key: value for key, value in problem.items() if key not in fields},
+    )

@@ -1,0 +1,96 @@
+"""The one way to call a service: typed body in, typed answer or the service's own error out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from shared.auth import authorization
+from shared.errors import DeadlineExceeded, Unavailable, from_problem
+from shared.schemas import Wire
+
+Answer = TypeVar("Answer", bound=Wire)
+
+
+class ServiceClient:
+    """An HTTP client of one service at `url`. Use as an async context manager, or `aclose()` it.
+
+    Every call has a deadline. A service that cannot be reached raises Unavailable, one that does
+    not answer in time DeadlineExceeded, and an error answer the class that the service named.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.timeout_s = timeout_s
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers=authorization(api_key),
+            timeout=httpx.Timeout(None, connect=5.0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            transport=transport,
+            trust_env=False,  # services talk to each other, not through a proxy
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Wire | None = None,
+        content: bytes | None = None,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> bytes:
+        deadline_s = timeout_s or self.timeout_s
+        sent = dict(headers or {})
+        if body is not None:
+            content = body.model_dump_json().encode()
+            sent["Content-Type"] = "application/json"
+        try:
+            async with asyncio.timeout(deadline_s):
+                response = await self._http.request(
+                    method, path, content=content, params=params, headers=sent
+                )
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"{method} {self.url}{path} gave no answer within {deadline_s:g} s"
+            ) from error
+        except httpx.TransportError as error:
+            raise Unavailable(
+                f"{method} {self.url}{path} failed: {type(error).__name__} {error}".rstrip()
+            ) from error
+        if response.is_error:
+            raise_problem(response)
+        return response.content
+
+    async def _call(self, answer: type[Answer], method: str, path: str, **options: Any) -> Answer:
+        return answer.model_validate_json(await self._request(method, path, **options))
+
+
+def raise_problem(response: httpx.Response) -> None:
+    """Raise the error that an error response describes."""
+    try:
+        problem = response.json()
+    except ValueError:
+        problem = {"detail": response.text[:500]}
+    raise from_problem(problem if isinstance(problem, dict) else {}, response.status_code)

@@ -1,0 +1,17 @@
+"""One log format for both services: time, level, service, message."""
+
+from __future__ import annotations
+
+import logging
+
+
+def configure_logging(service: str, level: str = "INFO") -> None:
+    """Send everything to stderr in one line per event; libraries speak from WARNING up."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format=f"%(asctime)s %(levelname)-7s {service} %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    for name in ("services", "shared"):
+        logging.getLogger(name).setLevel(level)

@@ -1,0 +1,448 @@
+"""Every type that crosses HTTP.
+
+                      GenerateRequest  ──▶            ──▶ GenerateResponse
+    trainer           adapter file     ──▶  rollout   ──▶ SyncReceipt
+                      ScoreRequest     ──▶            ──▶ ScoreResponse
+
+    client            TrainRequest     ──▶  trainer   ──▶ TrainResponse
+                      run config       ──▶            ──▶ RunStatus, RunEvent (server-sent)
+
+All models are frozen, refuse unknown fields and non-finite floats, and hold tuples: a record that
+was accepted cannot change. `logprobs` are natural logarithms; `_s` is seconds, `_bytes` is bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+
+class Wire(BaseModel):
+    """Base of every type on the wire."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+TokenId = Annotated[int, Field(ge=0, strict=True)]
+Logprob = Annotated[float, Field(le=1e-3)]  # rounding may leave a probability a hair above 1
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256 in hex
+RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
+# --- identity -----------------------------------------------------------------------------------
+
+
+class PolicyId(Wire):
+    """One policy version: `version` updates after the base, in one life (`incarnation`) of a run.
+
+    Version 0 is the base without an adapter. A run that resumes keeps its `run_id` and increments
+    `incarnation`; a higher incarnation supersedes every version of a lower one.
+    """
+
+    run_id: RunId
+    incarnation: int = Field(ge=1, default=1)
+    version: int = Field(ge=0)
+
+    @property
+    def is_base(self) -> bool:
+        return self.version == 0
+
+    @property
+    def age_key(self) -> tuple[int, int]:
+        """Orders the versions of one run."""
+        return self.incarnation, self.version
+
+    @property
+    def life(self) -> tuple[str, int]:
+        return self.run_id, self.incarnation
+
+    def next(self) -> PolicyId:
+        return self.model_copy(update={"version": self.version + 1})
+
+    def __str__(self) -> str:
+        return f"{self.run_id}.{self.incarnation}@{self.version}"
+
+
+BASE_POLICY = PolicyId(run_id="base", version=0)  # what a replica without a run serves
+
+
+class QuantizationRecipe(Wire):
+    """How linears become 4-bit: the arguments of bitsandbytes that change a weight."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    block_size: int = 64
+    source_dtype: Literal["bfloat16"] = "bfloat16"
+    skipped_modules: tuple[str, ...] = ("lm_head",)
+
+
+class BaseIdentity(Wire):
+    """What must be equal for two processes to hold the same base (design: the exact base).
+
+    `weights`: digest of the source checkpoint (tensors and architecture). `recipe`: digest of the
+    quantization recipe whose result is computed with, None for the original 16-bit weights.
+    """
+
+    weights: Digest
+    recipe: Digest | None
+    tokenizer: Digest
+    chat_template: Digest | None
+
+
+# --- generation ---------------------------------------------------------------------------------
+
+
+class SamplingParams(Wire):
+    """What shapes the distribution and its length, under vLLM's names and meanings."""
+
+    n: int = Field(ge=1, default=1)  # completions per prompt
+    temperature: float = Field(ge=0, le=100, default=1.0)  # 0 is greedy
+    max_tokens: int | None = Field(ge=1, default=None)  # None: up to the context
+    min_tokens: int = Field(ge=0, default=0)
+    top_p: float = Field(gt=0, le=1, default=1.0)
+    top_k: int = Field(ge=0, default=0)  # 0 is off
+    min_p: float = Field(ge=0, le=1, default=0.0)
+    presence_penalty: float = Field(ge=-2, le=2, default=0.0)
+    frequency_penalty: float = Field(ge=-2, le=2, default=0.0)
+    repetition_penalty: float = Field(gt=0, le=10, default=1.0)
+    seed: Seed | None = None  # completion k of the request uses seed + k
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
+        max_length=16, default=()
+    )
+    stop_token_ids: tuple[TokenId, ...] = Field(max_length=64, default=())
+    ignore_eos: bool = False
+    detokenize: bool = True  # False leaves `Completion.text` None and saves the work
+
+    def gradient_obstacles(self) -> tuple[str, ...]:
+        """The settings under which sampler logprobs are not those of the tempered policy.
+
+        A policy gradient needs the support of the full softmax, so a training request may change
+        the temperature and nothing else. Empty when the completions can be trained on.
+        """
+        neutral = SamplingParams()
+        names = (
+            "top_p",
+            "top_k",
+            "min_p",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+            "min_tokens",
+        )
+        found = [
+            f"{name}={getattr(self, name)}"
+            for name in names
+            if getattr(self, name) != getattr(neutral, name)
+        ]
+        return ("temperature=0", *found) if self.temperature == 0 else tuple(found)
+
+
+class ChatMessage(Wire):
+    role: str = Field(min_length=1, max_length=64)
+    content: str
+
+
+def _prompt_kind(value: object) -> str:
+    if isinstance(value, str):
+        return "text"
+    first = value[0] if isinstance(value, list | tuple) and value else None
+    return "chat" if isinstance(first, dict | ChatMessage) else "token_ids"
+
+
+PromptInput = Annotated[
+    Annotated[tuple[TokenId, ...], Field(min_length=1), Tag("token_ids")]
+    | Annotated[str, Field(min_length=1), Tag("text")]
+    | Annotated[tuple[ChatMessage, ...], Tag("chat")],
+    Discriminator(_prompt_kind),
+]
+
+
+class GenerateRequest(Wire):
+    """`POST /generate`: prompts × `sampling.n` completions.
+
+    A prompt is a list of token ids, a text, or a list of chat messages. `policy` pins a version;
+    without it the newest resident one answers. `completion_prefix` continues one completion: its
+    ids are context, not output, and the prompt then stands alone with n = 1.
+    """
+
+    prompts: tuple[PromptInput, ...] = Field(min_length=1)
+    sampling: SamplingParams = SamplingParams()
+    policy: PolicyId | None = None
+    purpose: Literal["train", "eval"] = "eval"
+    completion_prefix: tuple[TokenId, ...] = ()
+
+    @model_validator(mode="after")
+    def _prefix_belongs_to_one_completion(self) -> GenerateRequest:
+        if self.completion_prefix and (len(self.prompts) > 1 or self.sampling.n > 1):
+            raise ValueError("completion_prefix needs exactly one prompt and n = 1")
+        return self
+
+
+class Segment(Wire):
+    """The next `num_tokens` tokens of a completion were sampled by `policy`."""
+
+    policy: PolicyId
+    num_tokens: int = Field(ge=1)
+
+
+class Completion(Wire):
+    """One sampled sequence. `token_ids` include the stop token; `logprobs` are those of the
+    distribution actually sampled, one per token."""
+
+    token_ids: tuple[TokenId, ...]
+    logprobs: tuple[Logprob, ...]
+    segments: tuple[Segment, ...]
+    finish_reason: Literal["stop", "length", "interrupted"]
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _every_token_has_a_logprob_and_a_version(self) -> Completion:
+        num_segment_tokens = sum(segment.num_tokens for segment in self.segments)
+        if not len(self.token_ids) == len(self.logprobs) == num_segment_tokens:
+            raise ValueError(
+                f"{len(self.token_ids)} token_ids, {len(self.logprobs)} logprobs and segments for "
+                f"{num_segment_tokens} tokens must be equally many"
+            )
+        return self
+
+
+class CompletionGroup(Wire):
+    """The completions of one prompt, and the sampling that was applied to them."""
+
+    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)
+    completions: tuple[Completion, ...] = Field(min_length=1)
+    sampling: SamplingParams
+
+
+class GenerateResponse(Wire):
+    groups: tuple[CompletionGroup, ...]
+    boot_id: str
+
+
+class ScoreRequest(Wire):
+    """`POST /score`: the logprobs of given tokens under one version, at temperature 1."""
+
+    sequences: tuple[Annotated[tuple[TokenId, ...], Field(min_length=2)], ...] = Field(min_length=1)
+    policy: PolicyId | None = None
+
+
+class ScoreResponse(Wire):
+    """`logprobs[i][t]` is log p(sequences[i][t + 1] | sequences[i][: t + 1])."""
+
+    logprobs: tuple[tuple[Logprob, ...], ...]
+    policy: PolicyId
+    boot_id: str
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+class AdapterManifest(Wire):
+    """What an adapter file says of itself; travels in the safetensors metadata.
+
+    One rank and one `scaling` (the factor on B·A) hold for every target module: per-module
+    patterns, DoRA and biases do not exist here, and naming one is an unknown field.
+    """
+
+    format: Literal["tandem-adapter-1"] = "tandem-adapter-1"
+    policy: PolicyId
+    base: BaseIdentity
+    rank: int = Field(ge=1)
+    scaling: float = Field(gt=0)
+    target_modules: tuple[str, ...] = Field(min_length=1)
+
+    @field_validator("policy")
+    @classmethod
+    def _is_an_update(cls, policy: PolicyId) -> PolicyId:
+        if policy.is_base:
+            raise ValueError("version 0 is the base and has no adapter")
+        return policy
+
+
+class SyncReceipt(Wire):
+    """What `POST /sync_weights` answers once the version is resident."""
+
+    policy: PolicyId
+    digest: Digest
+    outcome: Literal["loaded", "already_resident"]
+    newest: PolicyId
+    retired: tuple[PolicyId, ...] = ()
+    num_bytes: int
+    receive_s: float = 0.0  # body and digest
+    verify_s: float = 0.0  # header, tensor table, finite values
+    wait_s: float = 0.0  # for a free slot
+    load_s: float = 0.0  # in the engine
+    boot_id: str
+
+
+class ResidentPolicy(Wire):
+    policy: PolicyId
+    digest: Digest
+    num_bytes: int
+    num_leases: int  # requests that run under it
+    accepts_requests: bool  # False: superseded, leaves when its leases end
+
+
+class PoliciesResponse(Wire):
+    newest: PolicyId
+    resident: tuple[ResidentPolicy, ...]  # version 0 is always resident and not listed
+    boot_id: str
+
+
+class RolloutLimits(Wire):
+    max_model_len: int  # prompt + completion tokens
+    max_lora_rank: int
+    max_live_policies: int
+    max_num_seqs: int  # sequences that run at once
+    max_completions: int  # per request; queued and running ones of all requests together
+    max_adapter_bytes: int
+    max_body_bytes: int  # of a JSON request
+
+
+class RolloutStatus(Wire):
+    state: Literal["starting", "ready", "draining", "dead"]
+    detail: str
+    boot_id: str
+    model: str
+    vllm_version: str
+    kv_cache_dtype: str
+    serving_mode: Literal["lora"] = "lora"
+    base: BaseIdentity | None  # None while starting
+    limits: RolloutLimits
+    newest: PolicyId
+    resident: tuple[ResidentPolicy, ...]
+    num_outstanding_completions: int
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+class ScoredCompletion(Wire):
+    completion: Completion
+    reward: float
+
+
+class ScoredGroup(Wire):
+    """A group whose completions have a reward: what one policy update learns from."""
+
+    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)
+    sampling: SamplingParams
+    completions: tuple[ScoredCompletion, ...] = Field(min_length=1)
+
+
+class TrainRequest(Wire):
+    """`POST /train`: one policy update from groups that somebody else sampled and scored."""
+
+    groups: tuple[ScoredGroup, ...] = Field(min_length=1)
+    expected_policy: PolicyId
+    idempotency_key: str = Field(min_length=1, max_length=128)
+
+
+class StepRecord(Wire):
+    """One policy update. Fractions are in [0, 1]; gaps are in nats, over tokens of staleness 0."""
+
+    kind: Literal["step"] = "step"
+    step: int
+    policy: PolicyId  # the version this step made
+    num_groups: int
+    num_constant_groups: int  # all rewards equal: no gradient
+    num_samples: int
+    num_tokens: int  # completion tokens
+    reward_mean: float
+    reward_std: float
+    completion_tokens_mean: float
+    truncated_fraction: float  # completions that ran into max_tokens
+    staleness_max: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    entropy: float  # of the policy at the sampled tokens, nats
+    clip_fraction: float  # tokens whose ratio left the clip range against their advantage
+    importance_weight_mean: float  # policy over sampler, before truncation
+    importance_truncated_fraction: float
+    logprob_gap: float  # mean |policy - sampler|
+    sampler_kl: float  # k3 estimate of KL(sampler || policy)
+    generate_s: float = 0.0
+    reward_s: float = 0.0
+    update_s: float = 0.0
+    publish_s: float = 0.0
+    sync_s: float = 0.0
+    adapter_bytes: int = 0
+
+
+class EvalRecord(Wire):
+    """Rewards on held-out prompts, one completion each."""
+
+    kind: Literal["eval"] = "eval"
+    step: int
+    policy: PolicyId
+    num_prompts: int
+    sampled_reward: float  # mean at the run's temperature
+    greedy_reward: float  # mean at temperature 0
+    eval_s: float
+
+
+RunState = Literal["running", "stopping", "stopped", "completed", "failed", "external"]
+
+
+class StateRecord(Wire):
+    kind: Literal["state"] = "state"
+    state: RunState
+    detail: str = ""
+
+
+RunEvent = Annotated[StepRecord | EvalRecord | StateRecord, Field(discriminator="kind")]
+
+
+class TrainResponse(Wire):
+    policy: PolicyId
+    step: StepRecord
+    receipts: tuple[SyncReceipt, ...]
+
+
+class RunStatus(Wire):
+    run_id: RunId
+    state: RunState
+    detail: str
+    step: int
+    num_steps: int | None  # None: the loop is somebody else's
+    policy: PolicyId
+    last_step: StepRecord | None
+    last_eval: EvalRecord | None
+    run_dir: str
+
+
+class PolicyStatus(Wire):
+    policy: PolicyId
+    base: BaseIdentity
+    rank: int
+    scaling: float
+    target_modules: tuple[str, ...]
+    kept_adapters: tuple[int, ...]  # versions that GET /policy/adapters/{version} still has
+
+
+class ReplicaStatus(Wire):
+    id: str
+    url: str
+    state: Literal["serving", "failed"]
+    detail: str
+    policy: PolicyId | None  # the newest it confirmed
+    num_outstanding_completions: int
+
+
+class TrainerStatus(Wire):
+    state: Literal["starting", "ready", "dead"]
+    detail: str
+    model: str
+    base: BaseIdentity | None
+    run: RunStatus | None

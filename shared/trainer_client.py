@@ -1,0 +1,70 @@
+"""Typed client of the trainer service (services/trainer/app.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import httpx
+from pydantic import TypeAdapter
+
+from shared.errors import Unavailable
+from shared.http_client import ServiceClient, raise_problem
+from shared.schemas import (
+    PolicyStatus,
+    RunEvent,
+    RunStatus,
+    TrainerStatus,
+    TrainRequest,
+    TrainResponse,
+)
+
+_EVENT: TypeAdapter[RunEvent] = TypeAdapter(RunEvent)
+
+
+class TrainerClient(ServiceClient):
+    async def start_run(self, config: Mapping[str, Any]) -> RunStatus:
+        """Start a run. `config` is a run config (services/trainer/run_config.py)."""
+        return await self._call(
+            RunStatus,
+            "POST",
+            "/runs",
+            content=json.dumps(config).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+
+    async def run(self) -> RunStatus:
+        return await self._call(RunStatus, "GET", "/runs/current", timeout_s=10)
+
+    async def stop_run(self) -> RunStatus:
+        return await self._call(RunStatus, "POST", "/runs/current/stop", timeout_s=60)
+
+    async def events(self, *, silence_s: float = 60.0) -> AsyncIterator[RunEvent]:
+        """The events of the current run from its first on, until it ends.
+
+        The service sends a comment every few seconds; `silence_s` without one raises Unavailable.
+        """
+        timeout = httpx.Timeout(silence_s, connect=5.0)
+        try:
+            async with self._http.stream("GET", "/runs/current/events", timeout=timeout) as stream:
+                if stream.is_error:
+                    await stream.aread()
+                    raise_problem(stream)
+                async for line in stream.aiter_lines():
+                    if line.startswith("data:"):
+                        yield _EVENT.validate_json(line.removeprefix("data:").strip())
+        except httpx.TransportError as error:
+            raise Unavailable(f"the event stream of {self.url} broke: {error!r}") from error
+
+    async def train(self, request: TrainRequest) -> TrainResponse:
+        return await self._call(TrainResponse, "POST", "/train", body=request)
+
+    async def policy(self) -> PolicyStatus:
+        return await self._call(PolicyStatus, "GET", "/policy", timeout_s=10)
+
+    async def adapter(self, version: int) -> bytes:
+        return await self._request("GET", f"/policy/adapters/{version}")
+
+    async def status(self) -> TrainerStatus:
+        return await self._call(TrainerStatus, "GET", "/status", timeout_s=10)
