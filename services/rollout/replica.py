@@ -22,7 +22,7 @@ from services.rollout.policies import PolicyStore
 from services.rollout.sampler import Sampler
 from services.rollout.settings import RolloutSettings
 from services.rollout.sync import AdapterReceiver
-from services.rollout.tokens import PromptEncoder
+from services.tokens import PromptEncoder
 from shared.errors import EngineDead, NotReady
 from shared.metrics import RolloutMetrics
 from shared.schemas import BASE_POLICY, PoliciesResponse, RolloutLimits, RolloutStatus

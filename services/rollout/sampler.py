@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from services.rollout.engine import Engine, SampledSequence
 from services.rollout.policies import PolicyStore
-from services.rollout.tokens import PromptEncoder
+from services.tokens import PromptEncoder
 from shared.errors import (
     DeadlineExceeded,
     InternalError,

@@ -1,4 +1,4 @@
-"""From what people write to the ids the engine samples from; the trainer sends ids already."""
+"""From what people write to the ids that both services speak of."""
 
 from __future__ import annotations
 
