@@ -31,6 +31,10 @@ class PromptEncoder:
         self.check_vocabulary(ids)
         return ids
 
+    def decode(self, ids: tuple[int, ...]) -> str:
+        """The text of a completion or prompt, special tokens left out."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
     def _encode_chat(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
         if not getattr(self._tokenizer, "chat_template", None):
             raise InvalidRequest(

@@ -10,11 +10,10 @@ all speak of the same bytes. Names are PEFT's and vLLM's:
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,44 +217,3 @@ def _refuse(problem: str, names: list[str]) -> None:
     if names:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise InvalidAdapter(f"the adapter {problem} {names[0]!r}{more}")
-
-
-# --- checkpoints on disk ------------------------------------------------------------------------
-
-
-def linear_shapes(model_dir: Path) -> dict[str, tuple[int, int]]:
-    """Module path -> (out, in) of every two-dimensional weight inside the decoder layers."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for path in weight_files(model_dir):
-        for name, entry in _header_json_unbounded(path).items():
-            if name.endswith(".weight") and ".layers." in name and len(entry["shape"]) == 2:
-                shapes[name.removesuffix(".weight")] = (entry["shape"][0], entry["shape"][1])
-    return shapes
-
-
-def _header_json_unbounded(path: Path) -> dict[str, Any]:
-    """The header of a file of our own: a base of many experts has more than 1 MiB."""
-    with path.open("rb") as file:
-        (header_bytes,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(header_bytes))
-    header.pop("__metadata__", None)
-    return header
-
-
-def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, sorted by name. ValueError when none."""
-    files = sorted(model_dir.glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{model_dir} has no *.safetensors: give a Hugging Face checkpoint in that format"
-        )
-    return files
-
-
-def sha256_of_files(paths: Iterable[Path]) -> str:
-    """One digest over the contents of the files, in the given order."""
-    total = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()

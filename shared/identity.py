@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.adapters import sha256_of_files, weight_files
+from shared.checkpoints import sha256_of_files, weight_files
 from shared.schemas import BaseIdentity, QuantizationRecipe
 
 _VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}

@@ -404,10 +404,20 @@ class StateRecord(Wire):
 RunEvent = Annotated[StepRecord | EvalRecord | StateRecord, Field(discriminator="kind")]
 
 
+class ReplicaStatus(Wire):
+    id: str
+    url: str
+    state: Literal["serving", "failed"]
+    detail: str
+    policy: PolicyId | None  # the newest it confirmed
+    num_outstanding_completions: int
+
+
 class TrainResponse(Wire):
     policy: PolicyId
     step: StepRecord
-    receipts: tuple[SyncReceipt, ...]
+    receipts: tuple[SyncReceipt, ...]  # of the replicas that took the new version
+    replicas: tuple[ReplicaStatus, ...]
 
 
 class RunStatus(Wire):
@@ -431,13 +441,8 @@ class PolicyStatus(Wire):
     kept_adapters: tuple[int, ...]  # versions that GET /policy/adapters/{version} still has
 
 
-class ReplicaStatus(Wire):
-    id: str
-    url: str
-    state: Literal["serving", "failed"]
-    detail: str
-    policy: PolicyId | None  # the newest it confirmed
-    num_outstanding_completions: int
+class ReplicasResponse(Wire):
+    replicas: tuple[ReplicaStatus, ...]
 
 
 class TrainerStatus(Wire):

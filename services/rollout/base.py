@@ -17,7 +17,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.adapters import linear_shapes
+from services.checkpoint import resolve_checkpoint
+from shared.checkpoints import linear_shapes
 from shared.identity import base_identity
 from shared.schemas import BaseIdentity, QuantizationRecipe
 
@@ -31,17 +32,6 @@ class Base:
     path: Path
     identity: BaseIdentity
     linear_shapes: dict[str, tuple[int, int]]  # module path -> (out, in)
-
-
-def resolve_checkpoint(model: str) -> Path:
-    """The folder of a checkpoint: a local one, or a hub id (downloaded unless offline)."""
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser().resolve()
-    if model.startswith((".", "/", "~")):
-        raise ValueError(f"model folder {model} does not exist: set ROLLOUT_MODEL to a checkpoint")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
 
 
 def prepare_base(model: str, *, exact: bool, cache_dir: Path, device: str) -> Base:
@@ -83,7 +73,7 @@ def write_dequantized(source: Path, target: Path, device: str) -> None:
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoModelForCausalLM
 
-    from services.quantization import quantized_load_options
+    from services.checkpoint import quantized_load_options
 
     model = AutoModelForCausalLM.from_pretrained(source, **quantized_load_options(source, device))
     tensors = {}

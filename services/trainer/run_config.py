@@ -1,7 +1,7 @@
-"""The config of a run: YAML or JSON in, one frozen record out; the resolved form is kept with the run.
+"""The config of a run: YAML or JSON in, one frozen record out; its resolved form is kept.
 
-Every field has the default that notes of the field recommend for LoRA reinforcement learning; what a
-run of your own must name is a dataset, its rewards and `num_steps`.
+Defaults are those of LoRA reinforcement learning on models of some billion parameters; what a run
+must name is a dataset, its rewards and `num_steps`.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class EvalConfig(Config):
 class RunConfig(Config):
     run_id: RunId | None = None  # default: a new one
     managed: bool = True  # False: the loop is yours, through POST /train
+    replace_run: bool = False  # take replicas over from a run of another trainer
     seed: int = Field(ge=0, lt=2**31, default=0)
 
     num_steps: int | None = Field(ge=1, default=None)

@@ -1,4 +1,4 @@
-"""The one place that says how a base is quantized: trainer and replica must do the same."""
+"""Where a base comes from and how it is quantized: trainer and replica must do the same."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from shared.schemas import QuantizationRecipe
+
+
+def resolve_checkpoint(model: str) -> Path:
+    """The folder of a checkpoint: a local one, or a hub id, downloaded unless HF_HUB_OFFLINE."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if model.startswith((".", "/", "~")):
+        raise ValueError(f"the model folder {model} does not exist: name a checkpoint or a hub id")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
 
 
 def quantized_load_options(source: Path, device: str) -> dict[str, Any]:

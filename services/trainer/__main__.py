@@ -1,0 +1,31 @@
+"""`python -m services.trainer`: settings -> policy -> fleet -> app -> uvicorn."""
+
+from __future__ import annotations
+
+import sys
+
+from services.server import Server, read_settings
+from services.trainer.app import create_app
+from services.trainer.settings import TrainerSettings
+from services.trainer.trainer import Trainer
+from shared.auth import check_bind
+from shared.logs import configure_logging
+
+
+def main() -> int:
+    settings = read_settings(TrainerSettings)
+    configure_logging("trainer", settings.log_level)
+    try:
+        check_bind(settings.host, settings.api_key)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    trainer = Trainer(settings, on_exit=lambda code: server.exit(code))
+    server = Server(
+        create_app(trainer), host=settings.host, port=settings.port, on_stop=trainer.shut_down
+    )
+    return server.run_until_exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

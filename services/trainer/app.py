@@ -1,0 +1,103 @@
+"""The HTTP face of the trainer: each route parses and delegates."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+from fastapi import FastAPI, Header, Request, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from services.http import prepare_app
+from services.trainer.run_config import parse_run_config
+from services.trainer.trainer import Trainer
+from shared.errors import InvalidRequest
+from shared.metrics import exposition
+from shared.schemas import (
+    PolicyStatus,
+    ReplicasResponse,
+    RunStatus,
+    TrainerStatus,
+    TrainRequest,
+    TrainResponse,
+)
+
+
+def create_app(trainer: Trainer) -> FastAPI:
+    settings = trainer.settings
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        trainer.start()
+        yield
+        await trainer.stop()
+
+    app = FastAPI(title="Tandem trainer", lifespan=lifespan)
+    prepare_app(app, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
+
+    @app.post("/runs", status_code=201)
+    async def start_run(request: Request) -> RunStatus:
+        """The body is a run config, YAML or JSON (services/trainer/run_config.py)."""
+        try:
+            config = parse_run_config(await request.body())
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+        return await trainer.start_run(config)
+
+    @app.get("/runs/current")
+    async def run() -> RunStatus:
+        return trainer.run_status()
+
+    @app.post("/runs/current/stop")
+    async def stop_run() -> RunStatus:
+        return await trainer.stop_run()
+
+    @app.get("/runs/current/events", response_class=EventSourceResponse)
+    async def events(
+        last_event_id: Annotated[int, Header(ge=-1)] = -1,
+    ) -> AsyncIterator[ServerSentEvent]:
+        """Every event of the run from its first on; Last-Event-ID resumes after that one."""
+        async for index, event in trainer.events(last_event_id + 1):
+            yield ServerSentEvent(data=event, event=event.kind, id=str(index))
+
+    @app.post("/train")
+    async def train(body: TrainRequest) -> TrainResponse:
+        return await trainer.train(body)
+
+    @app.get("/policy")
+    async def policy() -> PolicyStatus:
+        return trainer.policy_status()
+
+    @app.get("/policy/adapters/{version}")
+    async def adapter(version: int) -> Response:
+        published = trainer.policy.adapter(version)
+        return Response(
+            published.content,
+            media_type="application/octet-stream",
+            headers={"Content-Digest": published.content_digest},
+        )
+
+    @app.get("/replicas")
+    async def replicas() -> ReplicasResponse:
+        return ReplicasResponse(replicas=trainer.fleet.status())
+
+    @app.get("/status")
+    async def status() -> TrainerStatus:
+        return trainer.status()
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, str]:
+        _ = trainer.policy
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(exposition(trainer.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app

@@ -1,0 +1,227 @@
+"""A whole run, top to bottom.
+
+    prompts ─▶ fleet.generate ─▶ rewards ─▶ advantages ─▶ samples ─▶ update ─▶ adapter ─▶ fleet.sync
+       ▲                                                                                     │
+       └───────────────────────── the next step samples from it ◀────────────────────────────┘
+
+Steps are synchronous: every group is sampled from the version that the step before made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from services.trainer.algorithms.grpo import group_advantages
+from services.trainer.data import Prompt, PromptStream
+from services.trainer.fleet import Fleet
+from services.trainer.policy import Policy, PublishedAdapter, UpdateStats
+from services.trainer.rewards import Scorer
+from services.trainer.run_config import RunConfig
+from services.trainer.run_log import RunLog
+from services.trainer.samples import Sample, make_samples
+from shared.schemas import (
+    EvalRecord,
+    GenerateRequest,
+    SamplingParams,
+    ScoredGroup,
+    StepRecord,
+)
+
+log = logging.getLogger(__name__)
+_EVAL_PROMPTS_PER_REQUEST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything one run needs; built by trainer.py."""
+
+    config: RunConfig
+    policy: Policy
+    fleet: Fleet
+    log: RunLog
+    prompts: PromptStream
+    scorer: Scorer
+    held_out: Sequence[Prompt]
+    stop: asyncio.Event
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What one policy update consumed and made."""
+
+    step: int
+    groups: Sequence[ScoredGroup]
+    samples: Sequence[Sample]
+    stats: UpdateStats
+    adapter: PublishedAdapter
+
+
+async def train(run: Run) -> None:
+    """All steps of a managed run; returns early, after a whole step, once `stop` is set."""
+    config, num_steps = run.config, run.config.num_steps
+    assert num_steps
+    await evaluate(run, step=0)
+    for step in range(1, num_steps + 1):
+        if run.stop.is_set():
+            return
+        clock = Clock()
+        with clock.measure("generate_s"):
+            prompts = run.prompts.take(config.prompts_per_step)
+            groups = await run.fleet.generate(
+                train_requests(run, prompts), timeout_s=config.generate_timeout_s
+            )
+        with clock.measure("reward_s"):
+            scored = await run.scorer.score(prompts, groups)
+        learned = await learn(run.policy, config, scored, step=step, clock=clock)
+        with clock.measure("sync_s"):
+            await run.fleet.sync(learned.adapter, timeout_s=config.sync_timeout_s)
+        await run.log.emit(step_record(learned, clock))
+        if config.eval and (step % config.eval.every_steps == 0 or step == num_steps):
+            await evaluate(run, step)
+
+
+async def learn(
+    policy: Policy, config: RunConfig, groups: Sequence[ScoredGroup], *, step: int, clock: Clock
+) -> Learned:
+    """One policy update from scored groups: the next version and its adapter."""
+    rewards = [[scored.reward for scored in group.completions] for group in groups]
+    advantages = group_advantages(rewards, scale=config.algorithm.scale_rewards)
+    samples = make_samples(groups, advantages, policy.id)
+    if not any(sample.advantage for sample in samples):
+        log.warning(
+            "step %d: all %d groups have equal rewards (mean %.3f): there is nothing to learn from",
+            step,
+            len(groups),
+            statistics.fmean(all_rewards(groups)),
+        )
+    with clock.measure("update_s"):
+        stats = await asyncio.to_thread(
+            policy.update,
+            samples,
+            config.algorithm,
+            max_tokens_per_micro_batch=config.max_tokens_per_micro_batch,
+        )
+    with clock.measure("publish_s"):
+        adapter = await asyncio.to_thread(policy.publish)
+    return Learned(step, groups, samples, stats, adapter)
+
+
+async def evaluate(run: Run, step: int) -> None:
+    """Mean reward on held-out prompts, sampled and greedy, one completion each."""
+    if not run.config.eval:
+        return
+    started = time.perf_counter()
+    sampling = run.config.sampling.model_copy(update={"n": 1, "detokenize": False})
+    seed = derived_seed(run.config.seed, "eval")
+    sampled = await _mean_reward(run, sampling.model_copy(update={"seed": seed}))
+    greedy = await _mean_reward(run, sampling.model_copy(update={"temperature": 0.0}))
+    await run.log.emit(
+        EvalRecord(
+            step=step,
+            policy=run.policy.id,
+            num_prompts=len(run.held_out),
+            sampled_reward=sampled,
+            greedy_reward=greedy,
+            eval_s=time.perf_counter() - started,
+        )
+    )
+
+
+async def _mean_reward(run: Run, sampling: SamplingParams) -> float:
+    requests = [
+        GenerateRequest(
+            prompts=tuple(prompt.token_ids for prompt in chunk),
+            sampling=sampling.model_copy(
+                update={"seed": None if sampling.seed is None else sampling.seed + start}
+            ),
+            policy=run.policy.id,
+            purpose="eval",
+        )
+        for start, chunk in _chunks(run.held_out, _EVAL_PROMPTS_PER_REQUEST)
+    ]
+    groups = await run.fleet.generate(requests, timeout_s=run.config.generate_timeout_s)
+    return statistics.fmean(all_rewards(await run.scorer.score(run.held_out, groups)))
+
+
+def train_requests(run: Run, prompts: Sequence[Prompt]) -> list[GenerateRequest]:
+    """One request per group, pinned to the current version, with noise of its own."""
+    first = run.prompts.position - len(prompts)
+    return [
+        GenerateRequest(
+            prompts=(prompt.token_ids,),
+            sampling=run.config.sampling.model_copy(
+                update={
+                    "seed": derived_seed(run.config.seed, f"train/{first + offset}"),
+                    "detokenize": False,
+                }
+            ),
+            policy=run.policy.id,
+            purpose="train",
+        )
+        for offset, prompt in enumerate(prompts)
+    ]
+
+
+def step_record(learned: Learned, clock: Clock) -> StepRecord:
+    groups, samples, stats = learned.groups, learned.samples, learned.stats
+    rewards = all_rewards(groups)
+    completions = [scored.completion for group in groups for scored in group.completions]
+    num_tokens = sum(sample.num_tokens for sample in samples)
+    return StepRecord(
+        step=learned.step,
+        policy=learned.adapter.policy,
+        num_groups=len(groups),
+        num_constant_groups=sum(len({s.reward for s in g.completions}) == 1 for g in groups),
+        num_samples=len(samples),
+        num_tokens=num_tokens,
+        reward_mean=statistics.fmean(rewards),
+        reward_std=statistics.pstdev(rewards),
+        completion_tokens_mean=num_tokens / len(samples),
+        truncated_fraction=statistics.fmean(c.finish_reason == "length" for c in completions),
+        staleness_max=max((lag for sample in samples for lag in sample.staleness), default=0),
+        loss=stats.loss,
+        grad_norm=stats.grad_norm,
+        learning_rate=stats.learning_rate,
+        entropy=stats.entropy,
+        clip_fraction=stats.clip_fraction,
+        importance_weight_mean=stats.importance_weight_mean,
+        importance_truncated_fraction=stats.importance_truncated_fraction,
+        logprob_gap=stats.logprob_gap,
+        sampler_kl=stats.sampler_kl,
+        adapter_bytes=len(learned.adapter.content),
+        **clock.seconds,
+    )
+
+
+def all_rewards(groups: Sequence[ScoredGroup]) -> list[float]:
+    return [scored.reward for group in groups for scored in group.completions]
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """A sampling seed for one named draw of a run; adjacent draws have nothing in common."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7])
+
+
+@dataclass(slots=True)
+class Clock:
+    """Wall time of the parts of a step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def _chunks(items: Sequence[Prompt], size: int) -> Iterator[tuple[int, Sequence[Prompt]]]:
+    for start in range(0, len(items), size):
+        yield start, items[start : start + size]

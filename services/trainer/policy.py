@@ -1,0 +1,406 @@
+"""The policy that trains: a 4-bit base, LoRA on its linears, AdamW; update() and publish().
+
+    start(run)   fresh LoRA (B = 0) on the loaded base: version 0
+    update()     samples -> optimizer steps -> the next version
+    publish()    the adapter file of the current version, as bytes
+
+LoRA weights are float32 masters computed with in bfloat16, as the replicas serve them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from services.checkpoint import quantized_load_options, resolve_checkpoint
+from services.tokens import PromptEncoder
+from services.trainer.algorithms.grpo import PolicyLoss, clipped_policy_loss
+from services.trainer.logprobs import TokenLogprobs, token_logprobs
+from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig
+from services.trainer.samples import Sample, TokenBatch, collate, micro_batches
+from shared.adapters import content_digest, manifest_metadata
+from shared.errors import NotFound
+from shared.identity import base_identity
+from shared.schemas import AdapterManifest, BaseIdentity, PolicyId, QuantizationRecipe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedAdapter:
+    manifest: AdapterManifest
+    content: bytes  # the adapter file
+    content_digest: str  # RFC 9530
+
+    @property
+    def policy(self) -> PolicyId:
+        return self.manifest.policy
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """Means over the tokens of one update; see StepRecord for the meanings."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    entropy: float
+    clip_fraction: float
+    importance_weight_mean: float
+    importance_truncated_fraction: float
+    logprob_gap: float
+    sampler_kl: float
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Sums over tokens, to be divided once at the end of an update."""
+
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, **sums: Tensor) -> None:
+        for name, value in sums.items():
+            self.values[name] = self.values.get(name, 0.0) + float(value)
+
+    def mean(self, name: str, count: str) -> float:
+        return self.values.get(name, 0.0) / max(self.values.get(count, 0.0), 1.0)
+
+
+class Policy:
+    """One base, and at most one run's LoRA and optimizer on it. Not thread-safe."""
+
+    def __init__(
+        self,
+        model: Any,
+        encoder: PromptEncoder,
+        identity: BaseIdentity,
+        device: torch.device,
+        *,
+        source: str = "",
+        kept_adapters: int = 2,
+    ) -> None:
+        self.source = source
+        self.encoder = encoder
+        self.identity = identity
+        self.device = device
+        self._kept_adapters = kept_adapters
+        self._base = model
+        self._model: Any = None
+        self._id: PolicyId | None = None
+        self._lora = LoraConfig()
+        self._optimizer_config = OptimizerConfig()
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._num_updates = 0
+        self._published: dict[int, PublishedAdapter] = {}
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        device: str,
+        load_in_4bit: bool = True,
+        gradient_checkpointing: bool = True,
+        kept_adapters: int = 2,
+    ) -> Policy:
+        """Load the base from a checkpoint folder or hub id. Raises ValueError for an unfit one."""
+        from transformers import AutoModelForCausalLM
+
+        source = resolve_checkpoint(model)
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": device}}
+        if load_in_4bit:
+            options = quantized_load_options(source, device)
+        base = AutoModelForCausalLM.from_pretrained(source, **options)
+        _refuse_scaled_logits(base.config)
+        _keep_linears_differentiable(base)
+        base.requires_grad_(False)
+        if gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        identity = base_identity(source, QuantizationRecipe() if load_in_4bit else None)
+        encoder = PromptEncoder.load(source)
+        return cls(
+            base,
+            encoder,
+            identity,
+            torch.device(device),
+            source=model,
+            kept_adapters=kept_adapters,
+        )
+
+    # --- identity -------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> PolicyId:
+        assert self._id is not None, "no run was started"
+        return self._id
+
+    @property
+    def has_run(self) -> bool:
+        return self._id is not None
+
+    @property
+    def lora(self) -> LoraConfig:
+        return self._lora
+
+    @property
+    def max_positions(self) -> int:
+        return int(self._base.config.get_text_config().max_position_embeddings)
+
+    def start(
+        self, policy: PolicyId, lora: LoraConfig, optimizer: OptimizerConfig, *, seed: int
+    ) -> None:
+        """Begin a run at `policy` (version 0) with a fresh adapter; the last run's is dropped."""
+        from peft import LoraConfig as PeftLoraConfig
+        from peft import get_peft_model
+
+        if self._model is not None:
+            self._base = self._model.unload()
+        torch.manual_seed(seed)
+        self._model = get_peft_model(
+            self._base,
+            PeftLoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                target_modules=list(lora.target_modules),
+                lora_dropout=0.0,
+                bias="none",
+                task_type="CAUSAL_LM",
+            ),
+        )
+        self._model.train()  # without it gradient checkpointing is silently off
+        self._id, self._lora, self._optimizer_config = policy, lora, optimizer
+        self._optimizer = torch.optim.AdamW(
+            self._trainable(), betas=optimizer.betas, weight_decay=optimizer.weight_decay
+        )
+        self._num_updates = 0
+        self._published = {}
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for p in self._model.parameters() if p.requires_grad]
+
+    # --- forward --------------------------------------------------------------------------------
+
+    def logprobs(self, batch: TokenBatch) -> TokenLogprobs:
+        """Logprobs and entropies [N] of the batch's completion tokens under the current policy."""
+        causal_lm = self._model.get_base_model()
+        head = causal_lm.get_output_embeddings()
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            hidden = causal_lm.get_decoder()(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            ).last_hidden_state  # [B, T, H]
+        return token_logprobs(
+            hidden[batch.predicts],
+            head.weight,
+            batch.labels,
+            batch.temperatures,
+            head_bias=getattr(head, "bias", None),
+        )
+
+    @contextlib.contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Inside, the policy is the base: version 0."""
+        with self._model.disable_adapter():
+            yield
+
+    # --- update ---------------------------------------------------------------------------------
+
+    def update(
+        self, samples: Sequence[Sample], algorithm: GrpoConfig, *, max_tokens_per_micro_batch: int
+    ) -> UpdateStats:
+        """Take the optimizer steps of one update; the policy is the next version afterwards.
+
+        Raises FloatingPointError when loss or gradient is not finite; then no step is taken.
+        """
+        num_steps = algorithm.num_epochs * algorithm.num_minibatches
+        old = self._old_logprobs(samples, max_tokens_per_micro_batch) if num_steps > 1 else {}
+        sums, losses, grad_norms = _Sums(), [], []
+        learning_rate = self._set_learning_rate()
+        for _ in range(algorithm.num_epochs):
+            for minibatch in _split(samples, algorithm.num_minibatches):
+                losses.append(
+                    self._backward(minibatch, old, algorithm, max_tokens_per_micro_batch, sums)
+                )
+                grad_norms.append(self._step())
+        self._num_updates += 1
+        self._id = self.id.next()
+        return UpdateStats(
+            loss=sum(losses) / len(losses),
+            grad_norm=sum(grad_norms) / len(grad_norms),
+            learning_rate=learning_rate,
+            entropy=sums.mean("entropy", "tokens"),
+            clip_fraction=sums.mean("clipped", "tokens"),
+            importance_weight_mean=sums.mean("weight", "tokens"),
+            importance_truncated_fraction=sums.mean("truncated", "tokens"),
+            logprob_gap=sums.mean("gap", "fresh"),
+            sampler_kl=sums.mean("kl", "fresh"),
+        )
+
+    def _backward(
+        self,
+        samples: Sequence[Sample],
+        old: dict[int, Tensor],
+        algorithm: GrpoConfig,
+        max_tokens: int,
+        sums: _Sums,
+    ) -> float:
+        """Accumulate the gradient of one optimizer step; its loss.
+
+        Samples without advantage have no gradient: they count as tokens and are not computed.
+        """
+        num_tokens = sum(sample.num_tokens for sample in samples)
+        total = 0.0
+        for rows in micro_batches([s for s in samples if s.advantage], max_tokens):
+            batch = collate(rows).to(self.device)
+            logprobs, entropy = self.logprobs(batch)
+            before = logprobs.detach()
+            if old:
+                before = torch.cat([old[id(sample)] for sample in rows])
+            result = clipped_policy_loss(
+                logprobs,
+                before,
+                batch,
+                clip_low=algorithm.clip_low,
+                clip_high=algorithm.clip_high,
+                importance_clip=algorithm.importance_clip,
+                num_tokens=num_tokens,
+            )
+            result.loss.backward()
+            total += result.loss.item()
+            _add_stats(sums, batch, before, entropy, result, algorithm.importance_clip)
+        return total
+
+    def _old_logprobs(self, samples: Sequence[Sample], max_tokens: int) -> dict[int, Tensor]:
+        """Logprobs before the update, by identity of the sample, for several optimizer steps."""
+        old: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for rows in micro_batches([s for s in samples if s.advantage], max_tokens):
+                logprobs = self.logprobs(collate(rows).to(self.device)).logprobs
+                parts = logprobs.split([sample.num_tokens for sample in rows])
+                old.update({id(sample): part for sample, part in zip(rows, parts, strict=True)})
+        return old
+
+    def _step(self) -> float:
+        """Clip, step and zero the gradient; its norm before clipping."""
+        assert self._optimizer
+        parameters = self._trainable()
+        for parameter in parameters:
+            if parameter.grad is None:  # no sample had an advantage: a step of momentum alone
+                parameter.grad = torch.zeros_like(parameter)
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(parameters, self._optimizer_config.max_grad_norm)
+        )
+        if not torch.isfinite(torch.tensor(norm)):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"the gradient of policy {self.id} is not finite: no step was taken; lower "
+                "optimizer.learning_rate"
+            )
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _set_learning_rate(self) -> float:
+        assert self._optimizer
+        config = self._optimizer_config
+        share = min(1.0, (self._num_updates + 1) / max(config.warmup_steps, 1))
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.learning_rate * share
+        return config.learning_rate * share
+
+    # --- publish --------------------------------------------------------------------------------
+
+    def publish(self) -> PublishedAdapter:
+        """The adapter file of the current version, in bfloat16, under PEFT's names."""
+        from safetensors.torch import save
+
+        manifest = AdapterManifest(
+            policy=self.id,
+            base=self.identity,
+            rank=self._lora.rank,
+            scaling=self._lora.scaling,
+            target_modules=self._lora.target_modules,
+        )
+        tensors = {
+            name.replace(".default.", "."): parameter.detach().to(torch.bfloat16).cpu()
+            for name, parameter in self._model.named_parameters()
+            if parameter.requires_grad
+        }
+        content = save(tensors, manifest_metadata(manifest))
+        digest = content_digest(hashlib.sha256(content).digest())
+        adapter = PublishedAdapter(manifest, content, digest)
+        self._published[self.id.version] = adapter
+        for version in sorted(self._published)[: -self._kept_adapters]:
+            del self._published[version]
+        return adapter
+
+    @property
+    def kept_versions(self) -> tuple[int, ...]:
+        """The versions whose adapter file `adapter` still has."""
+        return tuple(self._published)
+
+    def adapter(self, version: int) -> PublishedAdapter:
+        """A published adapter. Raises NotFound when it was never made or is no longer kept."""
+        if version not in self._published:
+            kept = ", ".join(map(str, self._published)) or "none"
+            raise NotFound(f"the adapter of version {version} is not kept; kept versions: {kept}")
+        return self._published[version]
+
+
+def _split(samples: Sequence[Sample], num_parts: int) -> Iterator[Sequence[Sample]]:
+    """Contiguous parts whose sizes differ by at most one; whole groups stay nearly together."""
+    for part in range(num_parts):
+        start, end = (len(samples) * k // num_parts for k in (part, part + 1))
+        if start < end:
+            yield samples[start:end]
+
+
+def _add_stats(
+    sums: _Sums,
+    batch: TokenBatch,
+    before: Tensor,
+    entropy: Tensor,
+    result: PolicyLoss,
+    importance_clip: float,
+) -> None:
+    gap = (before - batch.sampler_logprobs)[batch.is_fresh]
+    sums.add(
+        tokens=torch.tensor(len(before)),
+        entropy=entropy.sum(),
+        clipped=result.is_clipped.sum(),
+        weight=result.importance_weights.sum(),
+        truncated=(result.importance_weights > importance_clip).sum(),
+        fresh=batch.is_fresh.sum(),
+        gap=gap.abs().sum(),
+        kl=(gap.exp() - 1 - gap).sum(),
+    )
+
+
+def _refuse_scaled_logits(config: Any) -> None:
+    """Logits are computed here from hidden states; a model that rescales them would differ."""
+    text_config = config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(text_config, name, None) not in (None, 1.0):
+            raise ValueError(
+                f"{text_config.model_type} sets {name}, which the trainer does not apply yet: "
+                "choose a model without it"
+            )
+
+
+def _keep_linears_differentiable(model: Any) -> None:
+    """Stop bitsandbytes from repacking weights on CPUs with AVX512-BF16.
+
+    Its first forward in eval mode repacks a Linear4bit in place for a kernel without backward;
+    gradients of later training steps are then silently wrong (seen with 0.50.2).
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,187 @@
+"""Was it good? From groups and the columns of their prompts to scored groups.
+
+A reward that cannot be computed raises RewardFailed: an infrastructure failure is never a 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import httpx
+
+from services.tokens import PromptEncoder
+from services.trainer.data import Prompt
+from services.trainer.run_config import (
+    ExactMatchReward,
+    FunctionReward,
+    HttpReward,
+    RegexReward,
+    RewardConfig,
+)
+from shared.errors import RewardFailed
+from shared.schemas import CompletionGroup, ScoredCompletion, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True)
+class RewardBatch:
+    """Parallel by completion: what every reward is computed from."""
+
+    prompts: Sequence[str]
+    completions: Sequence[str]
+    columns: Mapping[str, Sequence[Any]]
+
+
+class Reward(Protocol):
+    async def __call__(self, batch: RewardBatch) -> Sequence[float]: ...
+
+
+class Scorer:
+    """The weighted sum of a run's rewards."""
+
+    def __init__(self, configs: Sequence[RewardConfig], encoder: PromptEncoder) -> None:
+        self._rewards = [(config, build_reward(config)) for config in configs]
+        self._encoder = encoder
+
+    async def score(
+        self, prompts: Sequence[Prompt], groups: Sequence[CompletionGroup]
+    ) -> list[ScoredGroup]:
+        """Group i answers prompt i. Raises RewardFailed."""
+        pairs = [
+            (prompt, completion)
+            for prompt, group in zip(prompts, groups, strict=True)
+            for completion in group.completions
+        ]
+        names = {name for prompt in prompts for name in prompt.columns}
+        batch = RewardBatch(
+            prompts=[prompt.text for prompt, _ in pairs],
+            completions=[self._encoder.decode(completion.token_ids) for _, completion in pairs],
+            columns={name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names},
+        )
+        totals = [0.0] * len(pairs)
+        for config, reward in self._rewards:
+            values = _checked(await reward(batch), len(pairs), config.type)
+            totals = [t + config.weight * v for t, v in zip(totals, values, strict=True)]
+        remaining = iter(totals)
+        return [
+            ScoredGroup(
+                prompt_token_ids=group.prompt_token_ids,
+                sampling=group.sampling,
+                completions=tuple(
+                    ScoredCompletion(completion=completion, reward=next(remaining))
+                    for completion in group.completions
+                ),
+            )
+            for group in groups
+        ]
+
+
+def build_reward(config: RewardConfig) -> Reward:
+    """The reward of a config. Raises ValueError when it cannot be built."""
+    match config:
+        case ExactMatchReward():
+            return _exact_match(config)
+        case RegexReward():
+            return _regex(config)
+        case FunctionReward():
+            return _function(config)
+        case HttpReward():
+            return _http(config)
+
+
+def _exact_match(config: ExactMatchReward) -> Reward:
+    async def reward(batch: RewardBatch) -> list[float]:
+        if config.column not in batch.columns:
+            raise RewardFailed(f"exact_match: the dataset has no column {config.column!r}")
+        answers = batch.columns[config.column]
+        return [
+            float(completion.strip() == str(answer).strip())
+            for completion, answer in zip(batch.completions, answers, strict=True)
+        ]
+
+    return reward
+
+
+def _regex(config: RegexReward) -> Reward:
+    try:
+        pattern = re.compile(config.pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"reward pattern {config.pattern!r} does not compile: {error}") from error
+    matches = pattern.fullmatch if config.full else pattern.search
+
+    async def reward(batch: RewardBatch) -> list[float]:
+        return [float(matches(completion) is not None) for completion in batch.completions]
+
+    return reward
+
+
+def _function(config: FunctionReward) -> Reward:
+    module, _, name = config.path.partition(":")
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward function {config.path} cannot be imported: {error}") from error
+
+    async def reward(batch: RewardBatch) -> Sequence[float]:
+        arguments = {"prompts": list(batch.prompts), "completions": list(batch.completions)}
+        try:
+            if inspect.iscoroutinefunction(function):
+                values = await function(**arguments, **batch.columns)
+            else:
+                values = await asyncio.to_thread(function, **arguments, **batch.columns)
+        except Exception as error:  # the user's code: name it, whatever it raised
+            raise RewardFailed(f"reward function {config.path} raised {error!r}") from error
+        return list(values)
+
+    return reward
+
+
+def _http(config: HttpReward) -> Reward:
+    async def reward(batch: RewardBatch) -> Sequence[float]:
+        body = {
+            "prompts": list(batch.prompts),
+            "completions": list(batch.completions),
+            "columns": {name: list(values) for name, values in batch.columns.items()},
+        }
+        problem = ""
+        async with httpx.AsyncClient(timeout=config.timeout_s) as client:
+            for attempt in range(config.max_attempts):
+                if attempt:
+                    await asyncio.sleep(min(2.0**attempt / 4, 5.0))
+                try:
+                    response = await client.post(config.url, json=body)
+                except httpx.TransportError as error:
+                    problem = repr(error)
+                    continue
+                if response.is_success:
+                    return _rewards_field(response, config.url)
+                problem = f"HTTP {response.status_code}"
+                if response.is_client_error and response.status_code != 429:
+                    break  # asking again would not help
+        raise RewardFailed(f"the reward service {config.url} gave no rewards: {problem}")
+
+    return reward
+
+
+def _rewards_field(response: httpx.Response, url: str) -> Sequence[float]:
+    try:
+        rewards: Sequence[float] = response.json()["rewards"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RewardFailed(f'{url} must answer {{"rewards": [numbers]}}: {error!r}') from error
+    return rewards
+
+
+def _checked(values: Sequence[float], count: int, name: str) -> Sequence[float]:
+    """One finite number per completion, or RewardFailed."""
+    if len(values) != count:
+        raise RewardFailed(f"reward {name} gave {len(values)} values for {count} completions")
+    for index, value in enumerate(values):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise RewardFailed(f"reward {name} is {value!r} for completion {index}, not a number")
+    return values

@@ -1,0 +1,45 @@
+"""Settings of the trainer, from the environment: `TRAINER_MODEL=... python -m services.trainer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class TrainerSettings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="TRAINER_", extra="forbid", frozen=True)
+
+    model: str  # checkpoint folder or hub id, 16-bit or already 4-bit
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key: str | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
+    log_level: str = "INFO"
+
+    rollout_urls: Annotated[tuple[str, ...], NoDecode] = ()  # separated by commas
+    ready_timeout_s: float = 900.0  # how long a run waits for a replica to boot
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    load_in_4bit: bool = True  # False: a 16-bit base; replicas then need ROLLOUT_BASE=original
+    gradient_checkpointing: bool = True
+
+    runs_dir: Path = Path("runs")  # metrics, TensorBoard and adapters of each run
+    kept_adapters: int = Field(default=2, ge=1)  # versions GET /policy/adapters/{version} has
+    max_body_bytes: int = 256 << 20
+
+    @field_validator("rollout_urls", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(url.strip() for url in value.split(",") if url.strip())
+        return value
+
+    @field_validator("rollout_urls")
+    @classmethod
+    def _are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} is not a URL: write http://host:port")
+        return urls
