@@ -7,6 +7,8 @@ in the right form but mostly wrong: the state from which reinforcement learning 
 from __future__ import annotations
 
 import random
+import shutil
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from services.trainer.sort_digits import training_problems
 CHARACTERS = ("<pad>", "<bos>", "<eos>", *"0123456789+=s")
 PAD, BOS, EOS = 0, 1, 2
 CORRECT_SHARE = 0.45
+NUM_WARM_START_STEPS = 220
 # One ChatML-like line per message, so that chat requests can be shown too.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -66,7 +69,12 @@ def make_model(*, seed: int, max_position_embeddings: int = 64) -> LlamaForCausa
 
 
 def warm_start(
-    model: LlamaForCausalLM, *, num_steps: int, seed: int, batch_size: int = 128
+    model: LlamaForCausalLM,
+    *,
+    num_steps: int,
+    seed: int,
+    batch_size: int = 128,
+    on_step: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Supervised training on noisy demonstrations, in place: about 0.12 s per step on two cores."""
     tokenizer, rng = make_tokenizer(), random.Random(seed)
@@ -86,6 +94,7 @@ def warm_start(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        on_step(step + 1)
 
 
 def _demonstration(prompt: str, answer: str, rng: random.Random) -> str:
@@ -100,14 +109,17 @@ def save(model: LlamaForCausalLM, path: Path) -> None:
     make_tokenizer().save_pretrained(path)
 
 
-def make_demo_model(path: Path, *, seed: int = 0, num_steps: int = 220) -> None:
-    """Train the demo model and write it as a Hugging Face checkpoint."""
+def make_demo_model(
+    path: Path,
+    *,
+    seed: int = 0,
+    num_steps: int = NUM_WARM_START_STEPS,
+    on_step: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Train the demo model and write it as a Hugging Face checkpoint, whole or not at all."""
     model = make_model(seed=seed)
-    warm_start(model, num_steps=num_steps, seed=seed + 1)
-    save(model, path)
-
-
-if __name__ == "__main__":
-    import sys
-
-    make_demo_model(Path(sys.argv[1]))
+    warm_start(model, num_steps=num_steps, seed=seed + 1, on_step=on_step)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save(model, unfinished)
+    unfinished.rename(path)
