@@ -8,8 +8,8 @@ requirements="$(dirname "$0")/../requirements/cpu.txt"
 
 fail() { echo "$*" >&2; exit 1; }
 
-pip_install() {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
+pip_install() {  # -qq: errors only
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
         --no-deps --retries 1 --timeout 30 "$@"
 }
 
@@ -22,7 +22,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         "$python" -m venv --clear "$venv"
     else  # Debian keeps it in python3-venv; a pip of its own does as well
         "$python" -m venv --clear --without-pip "$venv"
-        "$python" -m pip --python "$venv/bin/python" install --quiet pip ||
+        "$python" -m pip --python "$venv/bin/python" install -qq pip ||
             fail "$python has neither ensurepip nor pip: install one, on Debian with \`apt-get install python3-venv\`."
     fi
 fi
