@@ -173,7 +173,7 @@ class PolicyStore:
             self._resident[policy] = item
             if activate or self.newest.life != policy.life:
                 await self._activate(policy, in_flight)
-            retired += await self._retire_surplus()
+            retired += await self._retire_surplus(keep=item)
             return Admission("loaded", tuple(retired), waited - started, loaded - waited)
 
     def is_resident(self, adapter: VerifiedAdapter) -> bool:
@@ -254,10 +254,12 @@ class PolicyStore:
         """Versions that could be retired now, superseded ones first, then the oldest."""
         return [i for i in self._by_age() if not i.num_leases and i.policy != self.newest]
 
-    async def _retire_surplus(self) -> list[PolicyId]:
-        """Keep one slot free for the next version where leases allow it."""
+    async def _retire_surplus(self, keep: _Resident) -> list[PolicyId]:
+        """Keep one slot free for the next version where leases allow it, and `keep` resident."""
         retired = []
         for item in self._idle():
+            if item is keep:
+                continue
             if item.superseded or len(self._resident) > self._max_live:
                 retired.append(await self._retire(item))
         return retired

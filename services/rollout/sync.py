@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -34,9 +35,13 @@ from shared.adapters import (
 from shared.errors import BaseMismatch, InvalidAdapter, Unavailable
 from shared.identity import identity_difference
 from shared.metrics import RolloutMetrics
-from shared.schemas import RolloutLimits, SyncReceipt
+from shared.schemas import AdapterManifest, RolloutLimits, SyncReceipt
 
 log = logging.getLogger(__name__)
+_MAX_WEIGHT_CHANGE = 1e3  # of an element of A, B or scaling · B · A; trained ones stay near 1
+_DIVERGED = (
+    "the trainer's step diverged; lower its learning rate, or resume from an earlier version"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +166,7 @@ class AdapterReceiver:
                 adapter, activate=options.activate, replace_run=options.replace_run
             )
             check_tensors(header, self._base.linear_shapes)
-            _check_finite(file)
+            _check_values(file, header.manifest)
             config = peft_config(header.manifest, str(self._base.path))
             (path / "adapter_config.json").write_text(json.dumps(config))
         return adapter
@@ -181,19 +186,37 @@ class AdapterReceiver:
             )
 
 
-def _check_finite(file: Path) -> None:
+def _check_values(file: Path, manifest: AdapterManifest) -> None:
+    """Refuse NaN, Inf, and finite weights so large that activations overflow to them.
+
+    A NaN that a forward pass writes into the KV cache outlives its adapter: other policies read it.
+    """
+    largest = _largest_values(file)
+    for name in (name for name in largest if name.endswith(".lora_A.weight")):
+        a, b = largest[name], largest[name.replace(".lora_A.", ".lora_B.")]
+        bound = max(a, b, manifest.scaling * manifest.rank * a * b)
+        if bound > _MAX_WEIGHT_CHANGE:
+            raise InvalidAdapter(
+                f"the adapter of {name.removesuffix('.lora_A.weight')!r} may change a weight by "
+                f"{bound:.3g}, the limit is {_MAX_WEIGHT_CHANGE:g}: {_DIVERGED}"
+            )
+
+
+def _largest_values(file: Path) -> dict[str, float]:
+    """Tensor name -> largest absolute value. Raises InvalidAdapter for NaN and Inf."""
     from safetensors import SafetensorError, safe_open
 
+    largest: dict[str, float] = {}
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if not tensors.get_tensor(name).isfinite().all():
-                    raise InvalidAdapter(
-                        f"tensor {name!r} has NaN or Inf: the trainer's step diverged; lower its "
-                        "learning rate, or resume from an earlier version"
-                    )
+                low, high = (float(value) for value in tensors.get_tensor(name).aminmax())
+                if not (math.isfinite(low) and math.isfinite(high)):
+                    raise InvalidAdapter(f"tensor {name!r} has NaN or Inf: {_DIVERGED}")
+                largest[name] = max(-low, high)
     except SafetensorError as error:
         raise InvalidAdapter(f"the body is not a safetensors file: {error}") from error
+    return largest
 
 
 def _private_dir(root: Path) -> tuple[Path, IO[str]]:
