@@ -258,7 +258,7 @@ class AdapterManifest(Wire):
     policy: PolicyId
     base: BaseIdentity
     rank: int = Field(ge=1)
-    scaling: float = Field(gt=0)
+    scaling: float = Field(gt=0, le=1e4)
     target_modules: tuple[str, ...] = Field(min_length=1)
 
     @field_validator("policy")
