@@ -1,0 +1,84 @@
+"""One tiny checkpoint and one real rollout service for the whole session."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.checkpoints import linear_shapes
+from shared.rollout_client import RolloutClient
+from tests.publisher import Publisher
+from tests.replica_process import ReplicaProcess, start_replica, wait_until_ready
+
+WEIGHT_FACTOR = 3.0  # default init gives flat logprobs, on which no adapter has an effect
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_torch() -> None:
+    torch.set_num_threads(1)  # two threads spin against the engine's
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 4 layers, 16 tokens and a context of 512."""
+    from examples.demo import model as demo
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    model = demo.make_model(seed=0, max_position_embeddings=512)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(WEIGHT_FACTOR)
+    demo.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every replica of the session keeps the exact base: it is built once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def replica(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, base_cache: Path
+) -> Iterator[ReplicaProcess]:
+    """The real service on the real engine. A test isolates itself with a run of its own."""
+    replica = start_replica(
+        tmp_path_factory.mktemp("replica"),
+        tiny_checkpoint,
+        base_cache,
+        max_lora_rank=16,
+        max_live_policies=2,
+        sync_wait_s=1,
+        max_adapter_bytes=8 << 20,
+        max_body_bytes=1 << 20,
+        max_completions=64,
+        max_num_seqs=8,
+    )
+    try:
+        wait_until_ready(replica)
+        yield replica
+    finally:
+        replica.end()
+
+
+@pytest.fixture
+async def client(replica: ReplicaProcess) -> AsyncIterator[RolloutClient]:
+    async with RolloutClient(replica.url, timeout_s=60) as client:
+        yield client
+
+
+@pytest.fixture
+async def publisher(client: RolloutClient, tiny_checkpoint: Path) -> Publisher:
+    status = await client.status()
+    assert status.base
+    return Publisher(client, status.base, linear_shapes(tiny_checkpoint))
