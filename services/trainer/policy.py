@@ -85,14 +85,16 @@ class Policy:
         *,
         source: str = "",
         kept_adapters: int = 2,
+        compute_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.source = source
         self.encoder = encoder
         self.identity = identity
         self.device = device
+        self._compute_dtype = compute_dtype
         self._kept_adapters = kept_adapters
         self._base = model
-        self._model: Any = None
+        self.model: Any = None
         self._id: PolicyId | None = None
         self._lora = LoraConfig()
         self._optimizer_config = OptimizerConfig()
@@ -160,10 +162,10 @@ class Policy:
         from peft import LoraConfig as PeftLoraConfig
         from peft import get_peft_model
 
-        if self._model is not None:
-            self._base = self._model.unload()
+        if self.model is not None:
+            self._base = self.model.unload()
         torch.manual_seed(seed)
-        self._model = get_peft_model(
+        self.model = get_peft_model(
             self._base,
             PeftLoraConfig(
                 r=lora.rank,
@@ -174,7 +176,7 @@ class Policy:
                 task_type="CAUSAL_LM",
             ),
         )
-        self._model.train()  # without it gradient checkpointing is silently off
+        self.model.train()  # without it gradient checkpointing is silently off
         self._id, self._lora, self._optimizer_config = policy, lora, optimizer
         self._optimizer = torch.optim.AdamW(
             self._trainable(), betas=optimizer.betas, weight_decay=optimizer.weight_decay
@@ -183,15 +185,16 @@ class Policy:
         self._published = {}
 
     def _trainable(self) -> list[Tensor]:
-        return [p for p in self._model.parameters() if p.requires_grad]
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     # --- forward --------------------------------------------------------------------------------
 
     def logprobs(self, batch: TokenBatch) -> TokenLogprobs:
         """Logprobs and entropies [N] of the batch's completion tokens under the current policy."""
-        causal_lm = self._model.get_base_model()
+        causal_lm = self.model.get_base_model()
         head = causal_lm.get_output_embeddings()
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        half = self._compute_dtype is not torch.float32
+        with torch.autocast(self.device.type, dtype=self._compute_dtype, enabled=half):
             hidden = causal_lm.get_decoder()(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
             ).last_hidden_state  # [B, T, H]
@@ -206,7 +209,7 @@ class Policy:
     @contextlib.contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """Inside, the policy is the base: version 0."""
-        with self._model.disable_adapter():
+        with self.model.disable_adapter():
             yield
 
     # --- update ---------------------------------------------------------------------------------
@@ -329,7 +332,7 @@ class Policy:
         )
         tensors = {
             name.replace(".default.", "."): parameter.detach().to(torch.bfloat16).cpu()
-            for name, parameter in self._model.named_parameters()
+            for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
         }
         content = save(tensors, manifest_metadata(manifest))

@@ -1,0 +1,56 @@
+"""A real QLoRA policy on the tiny checkpoint, and samples to train it on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from services.trainer.policy import Policy
+from services.trainer.run_config import LoraConfig, OptimizerConfig
+from services.trainer.samples import Sample
+from shared.schemas import PolicyId
+
+VERSION_0 = PolicyId(run_id="test", version=0)
+
+
+@pytest.fixture(scope="session")
+def loaded_policy(tiny_checkpoint: Path) -> Policy:
+    return Policy.load(str(tiny_checkpoint), device="cpu")
+
+
+@pytest.fixture
+def policy(loaded_policy: Policy) -> Policy:
+    """Version 0 of a run with a fresh rank-8 adapter."""
+    loaded_policy.start(
+        VERSION_0,
+        LoraConfig(rank=8, alpha=16),
+        OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
+        seed=0,
+    )
+    return loaded_policy
+
+
+def make_sample(
+    seed: int, *, advantage: float, num_prompt: int = 5, num_completion: int = 4, lag: int = 0
+) -> Sample:
+    rng = random.Random(seed)
+    return Sample(
+        prompt_token_ids=tuple(rng.randrange(3, 16) for _ in range(num_prompt)),
+        token_ids=tuple(rng.randrange(3, 16) for _ in range(num_completion)),
+        sampler_logprobs=tuple(-3 * rng.random() for _ in range(num_completion)),
+        staleness=(lag,) * num_completion,
+        temperature=1.0,
+        advantage=advantage,
+    )
+
+
+@pytest.fixture
+def samples() -> list[Sample]:
+    """Eight samples of different lengths; two of them without advantage."""
+    advantages = (1.0, -0.5, 0.0, 0.7, -1.2, 0.0, 0.3, -0.3)
+    return [
+        make_sample(i, advantage=a, num_prompt=3 + i, num_completion=2 + 3 * (i % 3))
+        for i, a in enumerate(advantages)
+    ]

@@ -1,0 +1,213 @@
+"""The real 4-bit policy: what an update must and must not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from services.tokens import PromptEncoder
+from services.trainer.algorithms.grpo import clipped_policy_loss
+from services.trainer.policy import Policy
+from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig
+from services.trainer.samples import Sample, collate, micro_batches
+from shared.adapters import check_tensors, read_header
+from shared.checkpoints import linear_shapes
+from shared.identity import base_identity
+from tests.trainer.conftest import VERSION_0, make_sample
+
+WHOLE_BATCH = 100_000
+
+
+def gradient(policy: Policy, samples: Sequence[Sample], max_tokens: int = WHOLE_BATCH) -> Tensor:
+    """The flat gradient of one step, accumulated over micro-batches; leaves no trace."""
+    num_tokens = sum(sample.num_tokens for sample in samples)
+    for rows in micro_batches(samples, max_tokens):
+        batch = collate(rows)
+        logprobs = policy.logprobs(batch).logprobs
+        clipped_policy_loss(
+            logprobs,
+            logprobs.detach(),
+            batch,
+            clip_low=0.2,
+            clip_high=0.28,
+            importance_clip=3.0,
+            num_tokens=num_tokens,
+        ).loss.backward()
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    flat = torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+    )
+    for parameter in parameters:
+        parameter.grad = None
+    return flat
+
+
+def train_a_little(policy: Policy, samples: Sequence[Sample], **options: int) -> None:
+    policy.update(samples, GrpoConfig(**options), max_tokens_per_micro_batch=WHOLE_BATCH)
+
+
+def weights(policy: Policy) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in policy.model.parameters() if p.requires_grad])
+
+
+def test_every_linear_of_the_decoder_is_nf4_and_the_head_is_not(policy: Policy) -> None:
+    linears = [m for m in policy.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(linears) == 4 * 7
+    assert {linear.weight.quant_state.quant_type for linear in linears} == {"nf4"}
+    assert all(linear.weight.quant_state.nested for linear in linears)
+    assert policy.model.get_output_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_a_fresh_adapter_is_the_base(policy: Policy, samples: list[Sample]) -> None:
+    batch = collate(samples)
+    with torch.no_grad():
+        adapted = policy.logprobs(batch).logprobs
+        with policy.adapter_disabled():
+            base = policy.logprobs(batch).logprobs
+    torch.testing.assert_close(adapted, base, atol=0, rtol=0)
+
+
+def test_an_eval_forward_leaves_the_gradient_as_it_was(
+    policy: Policy, samples: list[Sample]
+) -> None:
+    """bitsandbytes repacks weights in the first eval forward on some CPUs; see policy.py."""
+    before = gradient(policy, samples)
+    policy.model.eval()
+    with torch.no_grad():
+        policy.logprobs(collate(samples))
+    policy.model.train()
+    torch.testing.assert_close(gradient(policy, samples), before, atol=0, rtol=0)
+
+
+@pytest.fixture
+def float32_policy(tiny_checkpoint: Path) -> Policy:
+    """The same model without rounding, where equal means equal to 1e-5."""
+    model = LlamaForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    policy = Policy(
+        model.requires_grad_(False),
+        PromptEncoder.load(tiny_checkpoint),
+        base_identity(tiny_checkpoint, None),
+        torch.device("cpu"),
+        compute_dtype=torch.float32,
+    )
+    policy.start(VERSION_0, LoraConfig(rank=8), OptimizerConfig(), seed=0)
+    return policy
+
+
+@pytest.mark.parametrize("max_tokens", [1, 25, 40])
+def test_the_gradient_does_not_depend_on_micro_batches_or_order(
+    float32_policy: Policy, samples: list[Sample], max_tokens: int
+) -> None:
+    whole = gradient(float32_policy, samples)
+    cut = gradient(float32_policy, samples[::-1], max_tokens)
+    torch.testing.assert_close(cut, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_samples_without_advantage_count_as_tokens_and_change_nothing_else(
+    float32_policy: Policy, samples: list[Sample]
+) -> None:
+    """The skipped rows carry no gradient: computing them gives the same one."""
+    expected = torch.linalg.norm(gradient(float32_policy, samples)).item()
+    stats = float32_policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=30)
+    assert stats.grad_norm == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_checkpointing_computes_every_layer_again_in_the_backward(
+    policy: Policy, samples: list[Sample]
+) -> None:
+    calls = []
+    layers = policy.model.get_base_model().get_decoder().layers
+    handle = layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append("attention"))
+    try:
+        policy.logprobs(collate(samples)).logprobs.sum().backward()
+    finally:
+        handle.remove()
+        policy.model.zero_grad()
+    assert len(calls) == 2
+
+
+def test_an_update_makes_the_next_version_and_raises_what_was_rewarded(policy: Policy) -> None:
+    good, bad = make_sample(1, advantage=1.0), make_sample(2, advantage=-1.0)
+    before = policy.logprobs(collate([good, bad])).logprobs.detach()
+    for _ in range(5):
+        train_a_little(policy, [good, bad])
+    after = policy.logprobs(collate([good, bad])).logprobs.detach()
+    assert policy.id.version == 5
+    moved = (after - before).split([good.num_tokens, bad.num_tokens])
+    assert moved[0].sum() > 0 > moved[1].sum()
+
+
+def test_several_optimizer_steps_are_one_version(policy: Policy, samples: list[Sample]) -> None:
+    train_a_little(policy, samples, num_epochs=2, num_minibatches=2)
+    assert policy.id.version == 1
+
+
+def test_an_update_without_any_advantage_still_makes_a_version(policy: Policy) -> None:
+    before = weights(policy)
+    train_a_little(policy, [make_sample(0, advantage=0.0)])
+    assert policy.id.version == 1
+    torch.testing.assert_close(weights(policy), before, atol=0, rtol=0)
+
+
+def test_a_gradient_that_is_not_finite_takes_no_step(policy: Policy) -> None:
+    before = weights(policy)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        train_a_little(policy, [make_sample(0, advantage=float("inf"))])
+    assert policy.id.version == 0
+    torch.testing.assert_close(weights(policy), before, atol=0, rtol=0)
+
+
+def test_the_learning_rate_warms_up_over_updates(
+    loaded_policy: Policy, samples: list[Sample]
+) -> None:
+    optimizer = OptimizerConfig(learning_rate=4e-4, warmup_steps=4)
+    loaded_policy.start(VERSION_0, LoraConfig(rank=8), optimizer, seed=0)
+    rates = [
+        loaded_policy.update(
+            samples, GrpoConfig(), max_tokens_per_micro_batch=WHOLE_BATCH
+        ).learning_rate
+        for _ in range(6)
+    ]
+    assert rates == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4, 4e-4])
+
+
+def test_the_published_file_is_the_complete_adapter_that_peft_would_save(
+    policy: Policy, samples: list[Sample], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    train_a_little(policy, samples)
+    adapter = policy.publish()
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(adapter.content)
+    check_tensors(read_header(file), linear_shapes(tiny_checkpoint))
+    expected = get_peft_model_state_dict(policy.model)
+    tensors = load(adapter.content)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, expected[name].to(torch.bfloat16), atol=0, rtol=0)
+
+
+def test_the_latest_adapters_are_kept(policy: Policy, samples: list[Sample]) -> None:
+    for _ in range(3):
+        train_a_little(policy, samples)
+        policy.publish()
+    assert policy.kept_versions == (2, 3)
+
+
+def test_a_new_run_starts_from_the_base_again(policy: Policy, samples: list[Sample]) -> None:
+    train_a_little(policy, samples)
+    policy.start(VERSION_0, LoraConfig(rank=4), OptimizerConfig(), seed=0)
+    batch = collate(samples)
+    with torch.no_grad():
+        adapted = policy.logprobs(batch).logprobs
+        with policy.adapter_disabled():
+            torch.testing.assert_close(adapted, policy.logprobs(batch).logprobs, atol=0, rtol=0)
+    assert policy.id.version == 0
+    assert policy.kept_versions == ()
