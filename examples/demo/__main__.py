@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import secrets
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -29,7 +29,7 @@ from examples.demo.processes import (
     wait_until_ready,
     watch,
 )
-from services.trainer.run_config import read_run_config
+from services.trainer.run_config import RunConfig, parse_run_config, read_run_config
 from shared.errors import ServiceError, Unavailable
 from shared.schemas import EvalRecord, StateRecord, StepRecord
 from shared.trainer_client import TrainerClient
@@ -44,11 +44,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> int:
-    options = parse_options()
+    options, config = parse_options()
     console = Console(highlight=False)
     try:
         make_model(console)
-        return asyncio.run(run_demo(options, console))
+        return asyncio.run(run_demo(options, config, console))
     except (DemoError, ServiceError) as error:
         print(f"The demo failed: {error}", file=sys.stderr)
         return 1
@@ -56,7 +56,8 @@ def main() -> int:
         return 128 + signal.SIGINT
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options() -> tuple[argparse.Namespace, RunConfig]:
+    """The options, and run.yaml with what they change."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument("--steps", type=int, help="policy updates (default: those of run.yaml)")
     parser.add_argument("--seed", type=int, help="seed of the run (default: that of run.yaml)")
@@ -70,7 +71,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--keep", action="store_true", help="leave both services up afterwards, until Ctrl-C"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    changes = {"num_steps": options.steps, "seed": options.seed}
+    settings = read_run_config(RUN_CONFIG).model_dump(mode="json", exclude_unset=True)
+    settings |= {name: value for name, value in changes.items() if value is not None}
+    try:
+        return options, parse_run_config(json.dumps(settings))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def make_model(console: Console) -> None:
@@ -84,7 +92,7 @@ def make_model(console: Console) -> None:
         make_demo_model(MODEL_DIR, on_step=lambda step: bar.update(task, completed=step))
 
 
-async def run_demo(options: argparse.Namespace, console: Console) -> int:
+async def run_demo(options: argparse.Namespace, config: RunConfig, console: Console) -> int:
     """Everything between the first child process and the last; ends them whatever happens."""
     caught = catch_stop_signals()
     api_key = secrets.token_urlsafe(24)
@@ -95,7 +103,7 @@ async def run_demo(options: argparse.Namespace, console: Console) -> int:
                 await wait_until_ready(
                     services, api_key=api_key, timeout_s=READY_TIMEOUT_S, on_wait=waiting.show
                 )
-            history = await train(services, api_key, run_settings(options), console)
+            history = await train(services, api_key, config, console)
             rose_enough = report(history, options.min_rise, console)
             if options.keep:
                 tell_how_to_call(services, api_key, console)
@@ -163,23 +171,16 @@ def start_services(api_key: str, stack: ExitStack) -> tuple[ServiceProcess, Serv
     return rollout, trainer
 
 
-def run_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """run.yaml with what the command line changes."""
-    settings = read_run_config(RUN_CONFIG).model_dump(mode="json", exclude_unset=True)
-    changes = {"num_steps": options.steps, "seed": options.seed}
-    return settings | {name: value for name, value in changes.items() if value is not None}
-
-
 async def train(
     services: tuple[ServiceProcess, ServiceProcess],
     api_key: str,
-    settings: Mapping[str, Any],
+    config: RunConfig,
     console: Console,
 ) -> History:
     """Start the run and show it until it has completed. Raises DemoError if it does not."""
     _, trainer = services
     async with TrainerClient(trainer.url, api_key=api_key, timeout_s=READY_TIMEOUT_S) as client:
-        following = asyncio.create_task(follow(client, settings, console))
+        following = asyncio.create_task(follow(client, config, console))
         watching = asyncio.create_task(watch(services))
         try:
             await asyncio.wait({following, watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -195,11 +196,11 @@ async def train(
             await asyncio.wait({following, watching})
 
 
-async def follow(client: TrainerClient, settings: Mapping[str, Any], console: Console) -> History:
+async def follow(client: TrainerClient, config: RunConfig, console: Console) -> History:
     """Start the run and show its events."""
     history = History()
-    with RunDisplay(console, history, num_steps=settings["num_steps"]) as display:
-        status = await client.start_run(settings)
+    with RunDisplay(console, history, num_steps=config.num_steps) as display:
+        status = await client.start_run(config.model_dump(mode="json", exclude_unset=True))
         try:
             async with asyncio.timeout(EVENT_TIMEOUT_S) as deadline:
                 async for event in client.events():

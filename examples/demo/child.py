@@ -1,6 +1,6 @@
 """`python -m examples.demo.child PARENT_PID MODULE`: become MODULE, and end when the parent does.
 
-The kernel sends SIGTERM when the parent is gone, even by SIGKILL; exec keeps that promise.
+The kernel then sends SIGKILL, however the parent ended; exec keeps that promise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 def main() -> None:
     parent_pid, module = int(sys.argv[1]), sys.argv[2]
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent_pid:
         sys.exit("the parent ended before this process had started")

@@ -28,7 +28,7 @@ _COLUMNS = (
 class RunDisplay:
     """Shows `history` whenever `update` says that it grew. Use as a context manager."""
 
-    def __init__(self, console: Console, history: History, *, num_steps: int) -> None:
+    def __init__(self, console: Console, history: History, *, num_steps: int | None) -> None:
         self._console = console
         self._history = history
         self._progress = progress(console)
