@@ -27,6 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from services.rollout.engine import Adapter, SampledSequence
 from services.rollout.settings import RolloutSettings
+from shared.adapters import LINEAR_MODULES
 from shared.errors import EngineDead, InternalError, InvalidAdapter, InvalidRequest
 from shared.schemas import SamplingParams
 
@@ -49,9 +50,18 @@ class VllmEngine:
     def boot(cls, settings: RolloutSettings, model_dir: Path) -> VllmEngine:
         """Load the model and start the engine process. Blocks for seconds (CPU) to minutes."""
         on_cpu = settings.resolved_device == "cpu"
+        # vLLM's CPU kernels index a request of the base as adapter -1, the last slot, when adapters
+        # run beside it: that slot stays empty, all zeros.
+        num_slots = settings.max_live_policies + (2 if on_cpu else 1)
         options: dict[str, Any] = {}
+        # Without target modules vLLM adapts the head too, and its CPU kernels for that fail, with
+        # the whole engine, when prompt logprobs are asked for in a batch of several sequences.
         if on_cpu:
-            options |= {"distributed_executor_backend": "uni", "enforce_eager": True}
+            options |= {
+                "distributed_executor_backend": "uni",
+                "enforce_eager": True,
+                "lora_target_modules": [*LINEAR_MODULES, "qkv_proj", "gate_up_proj"],
+            }
         if settings.max_num_batched_tokens is not None:
             options["max_num_batched_tokens"] = settings.max_num_batched_tokens
         config = AsyncEngineArgs(
@@ -66,8 +76,8 @@ class VllmEngine:
             kv_cache_dtype=settings.resolved_kv_cache_dtype,
             tensor_parallel_size=settings.tensor_parallel_size,
             enable_lora=True,
-            max_loras=settings.max_live_policies + 1,
-            max_cpu_loras=settings.max_live_policies + 1,
+            max_loras=num_slots,
+            max_cpu_loras=num_slots,
             max_lora_rank=settings.lora_slot_rank,
             logprobs_mode="processed_logprobs",  # of the distribution actually sampled
             hf_overrides={"head_dtype": "float32"},

@@ -92,9 +92,9 @@ class Trainer:
 
     def start(self) -> None:
         """Load the policy in the background. Call from the event loop."""
-        self._boot_task = asyncio.create_task(self._boot())
+        self._boot_task = asyncio.create_task(self.boot())
 
-    async def _boot(self) -> None:
+    async def boot(self) -> None:
         started = time.perf_counter()
         try:
             self._policy = await asyncio.to_thread(self._load_policy)

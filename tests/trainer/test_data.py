@@ -1,0 +1,101 @@
+"""Datasets become prompts; the stream is a function of seed and position."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from services.tokens import PromptEncoder
+from services.trainer.data import Prompt, PromptStream, load_prompts
+from services.trainer.run_config import FileDataset, SortDigitsDataset
+
+PROMPTS = [Prompt(str(i), (i,), {}) for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_checkpoint: Path) -> PromptEncoder:
+    return PromptEncoder.load(tiny_checkpoint)
+
+
+def texts(prompts: list[Prompt]) -> list[str]:
+    return [prompt.text for prompt in prompts]
+
+
+def test_an_epoch_takes_every_prompt_once_in_an_order_of_its_own() -> None:
+    stream = PromptStream(PROMPTS, seed=0)
+    first, second = texts(stream.take(10)), texts(stream.take(10))
+    assert sorted(first) == sorted(second) == sorted(texts(PROMPTS))
+    assert first != second
+
+
+def test_a_stream_resumes_at_any_position() -> None:
+    whole = texts(PromptStream(PROMPTS, seed=3).take(25))
+    for position in range(25):
+        stream = PromptStream(PROMPTS, seed=3, position=position)
+        assert texts(stream.take(25 - position)) == whole[position:]
+
+
+def test_a_take_may_span_epochs() -> None:
+    stream = PromptStream(PROMPTS, seed=0)
+    assert len(stream.take(35)) == 35
+    assert stream.position == 35
+
+
+def test_the_demo_task_never_trains_on_a_held_out_prompt(encoder: PromptEncoder) -> None:
+    config = SortDigitsDataset(num_prompts=2000)
+    train = load_prompts(config, encoder, seed=0)
+    held_out = load_prompts(config, encoder, seed=0, held_out=True)
+    assert len(train) == 2000
+    assert len(held_out) == 256
+    assert not {p.text for p in train} & {p.text for p in held_out}
+    assert all("".join(sorted(p.text[1:-1])) == p.columns["answer"] for p in [*train, *held_out])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_files_give_text_or_chat_prompts_and_their_other_columns(
+    kind: str, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "s12=", "answer": "12"}, {"prompt": "s31=", "answer": "13"}]
+    path = tmp_path / f"data.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    prompts = load_prompts(FileDataset(type=kind, path=str(path)), encoder, seed=0)
+    assert texts(prompts) == ["s12=", "s31="]
+    assert prompts[0].token_ids == (1, 15, 4, 5, 14)
+    assert prompts[1].columns == {"answer": "13"}
+
+
+def test_a_chat_prompt_is_rendered_by_the_template(encoder: PromptEncoder, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "s12"}]}) + "\n")
+    config = FileDataset(type="jsonl", path=str(path), prompt_column="messages")
+    (prompt,) = load_prompts(config, encoder, seed=0)
+    assert prompt.token_ids == encoder.encode("s12=")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "s1="}', "row 0 of .* has no column 'prompt'; it has question"),
+        ('{"prompt": 5}', "row 0 of .* must be a text or a list of chat messages"),
+        ('{"prompt": ""}', "row 0 of .* at least 1 character"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(
+    line: str, message: str, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_prompts(FileDataset(type="jsonl", path=str(path)), encoder, seed=0)
+
+
+def test_a_missing_file_is_named(encoder: PromptEncoder) -> None:
+    with pytest.raises(ValueError, match=r"dataset nowhere.jsonl does not exist"):
+        load_prompts(FileDataset(type="jsonl", path="nowhere.jsonl"), encoder, seed=0)
