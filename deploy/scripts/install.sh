@@ -9,8 +9,7 @@ requirements="$(dirname "$0")/../requirements/cpu.txt"
 fail() { echo "$*" >&2; exit 1; }
 
 pip_install() {  # -qq: errors only
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
-        --no-deps --retries 1 --timeout 30 "$@"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input --no-deps "$@"
 }
 
 command -v "$python" >/dev/null ||
@@ -30,8 +29,9 @@ fi
 echo "Installing $torch and $(grep -c '==' "$requirements") pinned packages into $venv (some minutes) ..."
 errors=$(mktemp)
 trap 'rm -f "$errors"' EXIT
-if ! pip_install "$torch" 2>"$errors" &&
-    ! pip_install --index-url "$torch_index" "$torch" 2>>"$errors"; then
+brief=(--retries 1 --timeout 30)  # a source that does not answer must not hold up the next one
+if ! pip_install "${brief[@]}" "$torch" 2>"$errors" &&
+    ! pip_install "${brief[@]}" --index-url "$torch_index" "$torch" 2>>"$errors"; then
     cat "$errors" >&2
     fail "$torch is neither in pip's configured sources nor to be had from $torch_index:" \
         "name an index that has it with TORCH_INDEX=..., or put its wheel in a folder named by PIP_FIND_LINKS."
