@@ -43,7 +43,7 @@ _FINISH_REASONS: dict[str, Literal["stop", "length", "interrupted"]] = {
 
 class VllmEngine:
     def __init__(self, engine: Any, max_model_len: int) -> None:
-        self._engine = engine
+        self.async_llm = engine
         self.max_model_len = max_model_len
 
     @classmethod
@@ -146,7 +146,7 @@ class VllmEngine:
     ) -> Any:
         """The final output of one request. Cancelled, it is aborted in the engine too."""
         async with _vllm_errors():
-            outputs = self._engine.generate(
+            outputs = self.async_llm.generate(
                 tokens_input(list(token_ids)),
                 params,
                 request_id=request_id,
@@ -160,29 +160,29 @@ class VllmEngine:
 
     async def interrupt(self, request_ids: Iterable[str]) -> None:
         async with _vllm_errors():
-            await self._engine.abort(list(request_ids))
+            await self.async_llm.abort(list(request_ids))
 
     async def load_adapter(self, adapter: Adapter) -> None:
         try:
-            await self._engine.add_lora(_lora_request(adapter))
+            await self.async_llm.add_lora(_lora_request(adapter))
         except EngineDeadError as error:
             raise EngineDead("the engine died while it loaded an adapter") from error
         except Exception as error:
             # vLLM keeps an adapter registered, half loaded, when loading it failed.
-            await self._engine.remove_lora(adapter.slot_id)
+            await self.async_llm.remove_lora(adapter.slot_id)
             raise InvalidAdapter(f"vLLM refused the adapter: {error}") from error
 
     async def unload_adapter(self, adapter: Adapter) -> None:
         async with _vllm_errors():
-            await self._engine.remove_lora(adapter.slot_id)
+            await self.async_llm.remove_lora(adapter.slot_id)
         # Adapter names are label values of this metric: one series per version for ever.
         if collector := REGISTRY._names_to_collectors.get("vllm:lora_requests_info"):
             collector.clear()  # type: ignore[attr-defined]
 
     def death(self) -> str | None:
-        if not self._engine.errored:
+        if not self.async_llm.errored:
             return None
-        return f"the engine process died: {self._engine.dead_error}"
+        return f"the engine process died: {self.async_llm.dead_error}"
 
     def num_tokens_processed(self) -> int:
         totals = (
@@ -194,7 +194,7 @@ class VllmEngine:
         return int(sum(totals))
 
     def shutdown(self) -> None:
-        self._engine.shutdown()
+        self.async_llm.shutdown()
 
 
 def _lora_request(adapter: Adapter) -> LoRARequest:
