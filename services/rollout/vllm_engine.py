@@ -85,7 +85,7 @@ class VllmEngine:
         ).create_engine_config()
         if on_cpu:
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # create_engine_config set spawn
-            os.register_at_fork(after_in_child=_die_with_parent)
+            os.register_at_fork(after_in_child=_become_engine_process)
         return cls(AsyncLLM.from_vllm_config(config), config.model_config.max_model_len)
 
     async def generate(
@@ -222,7 +222,8 @@ async def _vllm_errors() -> AsyncIterator[None]:
         raise InvalidRequest(f"vLLM refused the request: {error}") from error
 
 
-def _die_with_parent() -> None:
-    """In the forked engine core: a killed service must not leave its engine behind (Linux)."""
+def _become_engine_process() -> None:
+    """In the forked engine core (Linux): die with the service, and keep its own signals."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    signal.set_wakeup_fd(-1)  # shared with the service's event loop, which would see our SIGTERM
