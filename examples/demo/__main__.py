@@ -85,8 +85,13 @@ def make_model(console: Console) -> None:
     if MODEL_DIR.is_dir():
         return
     console.print("Making the demo model: supervised training on noisy demonstrations, once ...")
-    from examples.demo.model import NUM_WARM_START_STEPS, make_demo_model  # loads torch
+    import torch
+    from transformers.utils import logging
 
+    from examples.demo.model import NUM_WARM_START_STEPS, make_demo_model
+
+    torch.set_num_threads(1)  # a second one gains little, and loses much if the machine is shared
+    logging.disable_progress_bar()
     with progress(console) as bar:
         task = bar.add_task("warm start", total=NUM_WARM_START_STEPS)
         make_demo_model(MODEL_DIR, on_step=lambda step: bar.update(task, completed=step))
