@@ -24,6 +24,7 @@ class FakeEngine:
         self.cancelled: list[str] = []
         self.interrupted: list[str] = []
         self.refuse_adapters = False
+        self.fails: Exception | None = None
         self.died: str | None = None
         self.has_shut_down = False
         self._go = asyncio.Event()
@@ -98,6 +99,8 @@ class FakeEngine:
 
     async def _work(self, request_id: str) -> bool:
         """Wait to be released; whether the work was interrupted."""
+        if self.fails:
+            raise self.fails
         stop = self._stops[request_id] = asyncio.Event()
         self.running.add(request_id)
         waits = [asyncio.ensure_future(event.wait()) for event in (self._go, stop)]

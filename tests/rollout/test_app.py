@@ -1,0 +1,411 @@
+"""The HTTP face and the life of a replica, in process, on a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.types import Message
+
+from services.rollout.app import create_app
+from services.rollout.replica import BootedEngine, Replica
+from services.rollout.settings import RolloutSettings
+from shared.errors import MEDIA_TYPE, DeadlineExceeded, EngineDead, NotReady, Overloaded
+from shared.rollout_client import RolloutClient
+from shared.schemas import (
+    GenerateRequest,
+    GenerateResponse,
+    PolicyId,
+    SamplingParams,
+    ScoreRequest,
+)
+from tests.adapters import adapter_file, make_manifest, make_tensors
+from tests.fake_engine import LOGPROB, TOKEN, FakeEngine
+
+pytestmark = pytest.mark.anyio
+
+KEY = "a-key-of-the-test"
+WAIT_S = 20.0
+
+
+class Service:
+    """A replica behind its app, with a client, and the exit code it asked for."""
+
+    def __init__(self, settings: RolloutSettings, *, boot_error: str | None = None) -> None:
+        self.engine = FakeEngine()
+        self.exited = asyncio.Event()
+        self.exit_codes: list[int] = []
+
+        def boot(_: RolloutSettings, model_dir: Path) -> BootedEngine:
+            if boot_error:
+                raise RuntimeError(boot_error)
+            return BootedEngine(self.engine, "fake")
+
+        self.replica = Replica(settings, on_exit=self._on_exit, boot_engine=boot)
+        self.app: FastAPI = create_app(self.replica)
+        self.client = self.make_client(settings.api_key)
+
+    def make_client(self, api_key: str | None) -> RolloutClient:
+        transport = httpx.ASGITransport(app=self.app)
+        return RolloutClient("http://replica", api_key=api_key, transport=transport, timeout_s=30)
+
+    def _on_exit(self, code: int) -> None:
+        self.exit_codes.append(code)
+        self.exited.set()
+
+    async def exit_code(self) -> int:
+        async with asyncio.timeout(WAIT_S):
+            await self.exited.wait()
+        return self.exit_codes[0]
+
+    async def get(self, path: str, **headers: str) -> httpx.Response:
+        transport = httpx.ASGITransport(app=self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://replica") as http:
+            return await http.get(path, headers=headers)
+
+    async def started(self) -> None:
+        await until(lambda: self.replica.status().state != "starting")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let other tasks run until `condition` holds; fail when it does not in time."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110 (what is waited for has no event)
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def serve(tmp_path: Path, tiny_checkpoint: Path) -> AsyncIterator[Callable[..., Service]]:
+    """Make a service from settings; it has to be started."""
+    services: list[Service] = []
+
+    def make(*, boot_error: str | None = None, **settings: Any) -> Service:
+        fields = {
+            "model": str(tiny_checkpoint),
+            "base": "original",
+            "adapter_dir": tmp_path,
+            "drain_delay_s": 0.0,
+            "max_completions": 4,
+            **settings,
+        }
+        service = Service(RolloutSettings.model_validate(fields), boot_error=boot_error)
+        service.replica.start()
+        services.append(service)
+        return service
+
+    yield make
+    for service in services:
+        service.engine.release()
+        await service.replica.stop()
+        await service.client.aclose()
+
+
+@pytest.fixture
+async def service(serve: Callable[..., Service]) -> Service:
+    service = serve()
+    await service.started()
+    return service
+
+
+def request(n: int = 1, *, max_tokens: int = 2, policy: PolicyId | None = None) -> GenerateRequest:
+    sampling = SamplingParams(n=n, max_tokens=max_tokens)
+    return GenerateRequest(prompts=((1, 3),), sampling=sampling, policy=policy)
+
+
+async def running(service: Service, n: int = 1) -> asyncio.Task[GenerateResponse]:
+    """A request that the engine holds."""
+    service.engine.hold()
+    before = len(service.engine.running)
+    task = asyncio.ensure_future(service.client.generate(request(n)))
+    await until(lambda: len(service.engine.running) > before)
+    return task
+
+
+# --- routes -------------------------------------------------------------------------------------
+
+
+async def test_a_completion_carries_ids_logprobs_policy_and_the_boot_id(service: Service) -> None:
+    answer = await service.client.generate(request(2))
+    assert answer.boot_id == service.replica.boot_id
+    (group,) = answer.groups
+    assert group.prompt_token_ids == (1, 3)
+    for completion in group.completions:
+        assert completion.token_ids == (TOKEN, TOKEN)
+        assert completion.logprobs == (LOGPROB, LOGPROB)
+        assert completion.segments[0].policy.is_base
+
+
+async def test_an_unpinned_score_says_which_policy_answered(service: Service) -> None:
+    answer = await service.client.score(ScoreRequest(sequences=((1, 3, 4),)))
+    assert answer.logprobs == ((LOGPROB, LOGPROB),)
+    assert answer.policy.is_base
+
+
+async def test_an_adapter_becomes_resident_and_its_file_can_be_read(service: Service) -> None:
+    status = await service.client.status()
+    assert status.base
+    shapes = service.replica.serving.base.linear_shapes
+    manifest = make_manifest(status.base, PolicyId(run_id="run", version=1))
+    adapter = adapter_file(manifest, make_tensors(manifest, shapes, seed=0))
+    receipt = await service.client.sync_weights(adapter)
+    assert receipt.num_bytes == len(adapter)
+    assert (await service.client.policies()).newest == manifest.policy
+    assert await service.client.adapter(1) == adapter
+    folder = service.engine.loaded[0].path
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 16)  # scaling 2 × rank 8
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/generate"),
+        ("POST", "/score"),
+        ("POST", "/sync_weights"),
+        ("GET", "/policies"),
+        ("GET", "/policies/1"),
+        ("POST", "/drain"),
+        ("GET", "/status"),
+        ("GET", "/readyz"),
+        ("GET", "/metrics"),
+        ("GET", "/docs"),
+        ("GET", "/openapi.json"),
+        ("GET", "/nowhere"),
+    ],
+)
+async def test_every_route_but_healthz_needs_the_key(
+    method: str, path: str, serve: Callable[..., Service]
+) -> None:
+    service = serve(TANDEM_API_KEY=KEY)
+    transport = httpx.ASGITransport(app=service.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as http:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}):
+            response = await http.request(method, path, headers=headers)
+            assert response.status_code == 401
+            assert response.headers["content-type"] == MEDIA_TYPE
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert KEY not in response.text
+        assert (await http.get("/healthz")).status_code == 200
+    assert service.replica.status().state != "draining"
+
+
+async def test_the_key_opens_the_routes(serve: Callable[..., Service]) -> None:
+    service = serve(TANDEM_API_KEY=KEY)
+    assert (await service.client.status()).state == "starting"
+    await service.started()
+    assert (await service.client.generate(request())).groups
+
+
+async def test_a_full_queue_is_429_with_retry_after(service: Service) -> None:
+    task = await running(service, n=3)
+    with pytest.raises(Overloaded, match="3 completions are queued or running and 2 more") as full:
+        await service.client.generate(request(2))
+    assert full.value.retry_after_s == 1.0
+    transport = httpx.ASGITransport(app=service.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as http:
+        response = await http.post("/score", json={"sequences": [[1, 3]] * 2})
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    service.engine.release()
+    await task
+    assert (await service.client.generate(request(4))).groups
+
+
+async def test_a_request_over_the_deadline_is_504_and_its_work_is_cancelled(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(request_timeout_s=0.1)
+    await service.started()
+    service.engine.hold()
+    with pytest.raises(DeadlineExceeded, match=r"longer than 0\.1 s"):
+        await service.client.generate(request())
+    assert service.engine.running == set()
+    assert len(service.engine.cancelled) == 1
+    assert service.replica.status().num_outstanding_completions == 0
+
+
+async def test_metrics_count_completions_errors_and_syncs(service: Service) -> None:
+    await service.client.generate(request(3))
+    await service.get("/nowhere")
+    text = (await service.get("/metrics")).text
+    assert 'tandem_rollout_completions_total{finish_reason="length"} 3.0' in text
+    assert 'tandem_rollout_errors_total{type="NotFound"} 1.0' in text
+    assert "tandem_rollout_outstanding_completions 0.0" in text
+    assert "tandem_rollout_policy_version 0.0" in text
+
+
+async def test_a_client_that_goes_away_cancels_the_engines_work(service: Service) -> None:
+    service.engine.hold()
+    body = request().model_dump_json().encode()
+    answers, disconnect = await call_and_leave(service, body)
+    await until(lambda: len(service.engine.running) == 1)
+    disconnect.set()
+    await until(lambda: service.engine.running == set())
+    await answers
+    assert len(service.engine.cancelled) == 1
+    assert service.replica.status().num_outstanding_completions == 0
+
+
+async def call_and_leave(service: Service, body: bytes) -> tuple[asyncio.Task[None], asyncio.Event]:
+    """POST /generate as a server would; set the event to close the connection."""
+    disconnect = asyncio.Event()
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await disconnect.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_: Message) -> None:
+        assert disconnect.is_set()
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/generate",
+        "raw_path": b"/generate",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    return asyncio.ensure_future(service.app(scope, receive, send)), disconnect
+
+
+async def test_an_unexpected_error_is_a_problem_too(service: Service) -> None:
+    service.engine.fails = RuntimeError("out of luck")
+    transport = httpx.ASGITransport(app=service.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as http:
+        response = await http.post("/score", json={"sequences": [[1, 3]]})
+    assert (response.status_code, response.headers["content-type"]) == (500, MEDIA_TYPE)
+    assert response.json()["detail"] == "RuntimeError: out of luck"
+
+
+# --- life ---------------------------------------------------------------------------------------
+
+
+async def test_while_it_starts_it_is_alive_but_not_ready(serve: Callable[..., Service]) -> None:
+    service = serve()
+    assert (await service.get("/healthz")).status_code == 200
+    assert (await service.get("/readyz")).status_code == 503
+    assert (await service.client.status()).state == "starting"
+    with pytest.raises(NotReady, match="starting: preparing the base"):
+        await service.client.generate(request())
+    await service.started()
+    assert (await service.get("/readyz")).status_code == 200
+    assert (await service.client.status()).vllm_version == "fake"
+
+
+async def test_a_boot_that_fails_exits_1_and_says_why(serve: Callable[..., Service]) -> None:
+    service = serve(boot_error="no such device")
+    assert await service.exit_code() == 1
+    status = await service.client.status()
+    assert (status.state, status.detail) == ("dead", "boot failed: no such device")
+
+
+async def test_a_model_that_does_not_exist_exits_1_and_names_it(
+    serve: Callable[..., Service], tmp_path: Path
+) -> None:
+    service = serve(model=str(tmp_path / "nothing"))
+    assert await service.exit_code() == 1
+    assert str(tmp_path / "nothing") in (await service.client.status()).detail
+
+
+async def test_drain_finishes_what_runs_then_exits_0(service: Service) -> None:
+    task = await running(service)
+    assert (await service.client.drain()).state == "draining"
+    assert (await service.get("/readyz")).status_code == 503
+    await until(lambda: service.replica._refusing)
+    with pytest.raises(NotReady):
+        await service.client.generate(request())
+    assert service.exit_codes == []
+    service.engine.release()
+    assert len((await task).groups) == 1
+    assert await service.exit_code() == 0
+
+
+async def test_drain_still_serves_during_its_delay(serve: Callable[..., Service]) -> None:
+    service = serve(drain_delay_s=0.3)
+    await service.started()
+    await service.client.drain()
+    assert (await service.get("/readyz")).status_code == 503
+    assert len((await service.client.generate(request())).groups) == 1
+    assert await service.exit_code() == 0
+
+
+async def test_drain_cuts_what_does_not_finish_in_time(serve: Callable[..., Service]) -> None:
+    service = serve(drain_timeout_s=0.05)
+    await service.started()
+    task = await running(service)
+    await service.client.drain()
+    assert await service.exit_code() == 0
+    assert not task.done()
+    service.engine.release()
+    await task
+
+
+async def test_draining_twice_is_one_drain(service: Service) -> None:
+    await service.client.drain()
+    await service.client.drain()
+    await service.exit_code()
+    assert service.exit_codes == [0]
+
+
+async def test_an_engine_that_dies_answers_503_and_exits_1(service: Service) -> None:
+    task = await running(service)
+    service.engine.die("killed by the test")
+    with pytest.raises(EngineDead, match="killed by the test"):
+        await task
+    assert await service.exit_code() == 1
+    assert (await service.get("/readyz")).status_code == 503
+    assert (await service.client.status()).state == "dead"
+    with pytest.raises(EngineDead, match="use another one"):
+        await service.client.generate(request())
+
+
+async def test_an_engine_that_makes_no_token_while_requests_run_exits_1(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(stall_timeout_s=0.3)
+    await service.started()
+    task = await running(service)
+    assert await service.exit_code() == 1
+    detail = (await service.client.status()).detail
+    assert detail == "the engine made no token for 0.3 s with 1 completions outstanding"
+    service.engine.release()
+    await task
+
+
+async def test_an_idle_engine_is_not_a_stalled_one(serve: Callable[..., Service]) -> None:
+    service = serve(stall_timeout_s=0.3)
+    await service.started()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.0):
+            await service.exited.wait()
+    assert (await service.client.status()).state == "ready"
+
+
+async def test_stop_shuts_the_engine_down_and_removes_the_adapter_folder(
+    service: Service, tmp_path: Path
+) -> None:
+    assert len(list(tmp_path.iterdir())) == 1
+    await service.replica.stop()
+    assert service.engine.has_shut_down
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_the_folder_of_a_killed_replica_is_removed_and_that_of_a_live_one_is_not(
+    service: Service, serve: Callable[..., Service], tmp_path: Path
+) -> None:
+    (live,) = tmp_path.iterdir()
+    left = tmp_path / "tandem-adapters-left"
+    left.mkdir()
+    (left / "lock").touch()
+    second = serve()
+    await second.started()
+    assert live.is_dir()
+    assert not left.exists()
