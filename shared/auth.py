@@ -29,6 +29,6 @@ def check_authorization(header: str | None, api_key: str | None) -> None:
     """Raise Unauthorized unless `header` carries `api_key`. No key set: everyone may."""
     if not api_key:
         return
-    given = (header or "").removeprefix("Bearer ")
-    if not hmac.compare_digest(given.encode(), api_key.encode()):
+    scheme, _, given = (header or "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), api_key.encode()):
         raise Unauthorized("send 'Authorization: Bearer <TANDEM_API_KEY>' with the service's key")
