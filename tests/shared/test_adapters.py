@@ -1,0 +1,224 @@
+"""The adapter file, checked by hand on files of a few bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.adapters import (
+    MANIFEST_KEY,
+    AdapterHeader,
+    TensorInfo,
+    check_digest,
+    check_tensors,
+    content_digest,
+    expected_shapes,
+    manifest_metadata,
+    parse_content_digest,
+    peft_config,
+    read_header,
+)
+from shared.errors import DigestMismatch, InvalidAdapter, InvalidRequest
+from shared.schemas import AdapterManifest, BaseIdentity, PolicyId
+
+BASE = BaseIdentity(weights="0" * 64, recipe=None, tokenizer="1" * 64, chat_template=None)
+POLICY = PolicyId(run_id="run", version=1)
+Q_PROJ, UP_PROJ = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+LINEAR_SHAPES = {Q_PROJ: (4, 6), UP_PROJ: (12, 6)}
+EMPTY_SHA256 = "sha-256=:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=:"  # RFC 9530's empty body
+
+
+def manifest(**fields: Any) -> AdapterManifest:
+    defaults = {"rank": 2, "scaling": 2.0, "target_modules": ("q_proj",)}
+    return AdapterManifest(policy=POLICY, base=BASE, **{**defaults, **fields})
+
+
+def write(path: Path, header: object, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def entry(*shape: int, dtype: str = "F32", start: int = 0, end: int | None = None) -> object:
+    num_bytes = 4
+    for size in shape:
+        num_bytes *= size
+    offsets = [start, start + num_bytes if end is None else end]
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+
+
+# --- digest -------------------------------------------------------------------------------------
+
+
+def test_the_digest_header_is_that_of_rfc_9530() -> None:
+    assert content_digest(hashlib.sha256(b"").digest()) == EMPTY_SHA256
+
+
+def test_the_announced_digest_is_read_back_in_hex() -> None:
+    assert parse_content_digest(EMPTY_SHA256) == hashlib.sha256(b"").hexdigest()
+    assert parse_content_digest(f"md5=:AAAA:, {EMPTY_SHA256}") == hashlib.sha256(b"").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "sha-256",
+        "sha-256=47DEQpj8HBSa",
+        "sha-256=:AAAA:",
+        "sha-256=:abcde:",
+        "sha-256=::",
+        "sha-512=:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=:",
+        "xsha-256=:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=:",
+    ],
+)
+def test_a_header_that_is_no_sha_256_is_refused_and_quoted(header: str | None) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse_content_digest(header)
+    assert repr(header) in refused.value.detail
+
+
+def test_other_bytes_than_announced_are_refused() -> None:
+    check_digest(announced="ab", received="ab", num_bytes=1)
+    with pytest.raises(DigestMismatch, match="the 7 bytes received have SHA-256 cd"):
+        check_digest(announced="ab", received="cd", num_bytes=7)
+
+
+# --- header -------------------------------------------------------------------------------------
+
+
+def test_the_manifest_and_the_tensor_table_are_read(tmp_path: Path) -> None:
+    name = f"base_model.model.{Q_PROJ}.lora_A.weight"
+    path = write(
+        tmp_path / "a",
+        {"__metadata__": manifest_metadata(manifest()), name: entry(2, 6)},
+        bytes(48),
+    )
+    header = read_header(path)
+    assert header.manifest == manifest()
+    assert header.tensors == {name: TensorInfo("F32", (2, 6))}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "a body of 0 bytes"),
+        (b"1234567", "a body of 7 bytes"),
+        (struct.pack("<Q", 1 << 40), "the limit is 1048576"),
+        (struct.pack("<Q", 2) + b"{]", "not a safetensors file"),
+        (struct.pack("<Q", 2) + b"\xff\xfe", "not a safetensors file"),
+        (struct.pack("<Q", 2) + b"[]", "not an object"),
+        (struct.pack("<Q", 2) + b"{}", "has no 'tandem_manifest'"),
+        (struct.pack("<Q", 13) + b'{"a":1,"a":2}', "the key 'a' twice"),
+        (struct.pack("<Q", 20000) + b"[" * 20000, "not a safetensors file"),
+        (struct.pack("<Q", 5006) + b'{"a":' + b"9" * 5000 + b"}", "not a safetensors file"),
+    ],
+    ids=lambda value: value[:12].hex() if isinstance(value, bytes) else None,
+)
+def test_a_file_that_is_no_safetensors_file_is_refused(
+    content: bytes, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(content)
+    with pytest.raises(InvalidAdapter, match=says):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        (None, "'t' is malformed"),
+        ({}, "'t' is malformed"),
+        ({"dtype": "F32", "shape": [1]}, "'t' is malformed"),
+        ({"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}, "'t' is malformed"),
+        ({"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}, "'t' is malformed"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}, "'t' is malformed"),
+        ({"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 4]}, "'t' is malformed"),
+        ({"dtype": "F32", "shape": [float("nan")], "data_offsets": [0, 4]}, "'t' is malformed"),
+        (entry(2, 6, dtype="F64"), "dtype F64, expected one of BF16, F16, F32"),
+        (entry(2, 6, end=47), r"shape \[2, 6\] and dtype F32 spans 47 bytes"),
+        (entry(2, 6, dtype="BF16"), "dtype BF16 spans 48 bytes"),
+        (entry(-2, 6, end=48), "spans 48 bytes"),
+    ],
+)
+def test_a_tensor_entry_that_contradicts_itself_is_refused(
+    tensor: object, says: str, tmp_path: Path
+) -> None:
+    header = {"__metadata__": manifest_metadata(manifest()), "t": tensor}
+    with pytest.raises(InvalidAdapter, match=says):
+        read_header(write(tmp_path / "a", header))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        (None, "no 'tandem_manifest'"),
+        ("text", "no 'tandem_manifest'"),
+        ({MANIFEST_KEY: 3}, "no 'tandem_manifest'"),
+        ({MANIFEST_KEY: "{"}, "manifest field 'manifest' is"),
+        ({MANIFEST_KEY: "{}"}, "manifest field 'policy'"),
+        ({MANIFEST_KEY: "[" * 20000}, "manifest field 'manifest'"),
+    ],
+)
+def test_metadata_without_a_manifest_is_refused(
+    metadata: object, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidAdapter, match=says):
+        read_header(write(tmp_path / "a", {"__metadata__": metadata}))
+
+
+# --- tensors ------------------------------------------------------------------------------------
+
+
+def complete(**fields: Any) -> AdapterHeader:
+    shapes = expected_shapes(manifest(**fields), LINEAR_SHAPES)
+    tensors = {name: TensorInfo("BF16", shape) for name, shape in shapes.items()}
+    return AdapterHeader(manifest(**fields), tensors)
+
+
+def test_an_adapter_of_one_module_has_two_tensors() -> None:
+    assert expected_shapes(manifest(rank=3), LINEAR_SHAPES) == {
+        f"base_model.model.{Q_PROJ}.lora_A.weight": (3, 6),
+        f"base_model.model.{Q_PROJ}.lora_B.weight": (4, 3),
+    }
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "v_proj", "layers.0.q_proj"])
+def test_a_target_that_the_base_does_not_have_is_refused(target: str) -> None:
+    with pytest.raises(
+        InvalidAdapter, match=f"'{target}' cannot be served: choose from q_proj, up"
+    ):
+        expected_shapes(manifest(target_modules=(target,)), LINEAR_SHAPES)
+
+
+def test_a_complete_adapter_passes() -> None:
+    check_tensors(complete(target_modules=("q_proj", "up_proj")), LINEAR_SHAPES)
+
+
+def test_missing_extra_and_misshapen_tensors_are_named() -> None:
+    header = complete()
+    first, second = sorted(header.tensors)
+    without = AdapterHeader(header.manifest, {first: header.tensors[first]})
+    with pytest.raises(InvalidAdapter, match=f"has no tensor '{second}'$"):
+        check_tensors(without, LINEAR_SHAPES)
+    surplus = AdapterHeader(header.manifest, {**header.tensors, "x": TensorInfo("F32", (1,))})
+    with pytest.raises(InvalidAdapter, match=r"has an unexpected tensor 'x'$"):
+        check_tensors(surplus, LINEAR_SHAPES)
+    thin = AdapterHeader(header.manifest, {**header.tensors, first: TensorInfo("F32", (1, 6))})
+    with pytest.raises(InvalidAdapter, match=r"has shape \[1, 6\], .* rank 2 need \[2, 6\]"):
+        check_tensors(thin, LINEAR_SHAPES)
+
+
+@pytest.mark.parametrize(("scaling", "alpha"), [(2.0, 4), (0.5, 1), (1.25, 2.5)])
+def test_peft_gets_the_alpha_under_which_alpha_over_rank_is_the_scaling(
+    scaling: float, alpha: float
+) -> None:
+    config = peft_config(manifest(scaling=scaling), "base")
+    assert (config["r"], config["lora_alpha"]) == (2, alpha)
+    assert config["lora_alpha"] / config["r"] == scaling
