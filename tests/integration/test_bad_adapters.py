@@ -356,7 +356,7 @@ REFUSALS = [
         with_tensors(lora_A=torch.ones(8, 128), lora_B=torch.full((128, 8), 1e30)),
         422,
         INVALID,
-        f"the adapter of '{Q_PROJ}' may change a weight by 2 is 1000",
+        f"the adapter of '{Q_PROJ}' may change a weight by 1.6e+31, the limit is 1000",
     ),
     Refusal(
         "large weights behind zeros",
