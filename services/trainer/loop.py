@@ -14,9 +14,10 @@ import hashlib
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from services.trainer.algorithms.grpo import group_advantages
 from services.trainer.data import Prompt, PromptStream
@@ -36,6 +37,7 @@ from shared.schemas import (
 
 log = logging.getLogger(__name__)
 _EVAL_PROMPTS_PER_REQUEST = 32
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +66,22 @@ class Learned:
 
 
 async def train(run: Run) -> None:
-    """All steps of a managed run; returns early, after a whole step, once `stop` is set."""
+    """All steps of a managed run. Once `stop` is set, it returns without another update."""
     config, num_steps = run.config, run.config.num_steps
     assert num_steps
-    await evaluate(run, step=0)
+    await unless_stopped(run, evaluate(run, step=0))
     for step in range(1, num_steps + 1):
-        if run.stop.is_set():
-            return
         clock = Clock()
         with clock.measure("generate_s"):
             prompts = run.prompts.take(config.prompts_per_step)
-            groups = await run.fleet.generate(
-                train_requests(run, prompts), timeout_s=config.generate_timeout_s
+            groups = await unless_stopped(
+                run,
+                run.fleet.generate(
+                    train_requests(run, prompts), timeout_s=config.generate_timeout_s
+                ),
             )
+            if groups is None:
+                return
         with clock.measure("reward_s"):
             scored = await run.scorer.score(prompts, groups)
         learned = await learn(run.policy, config, scored, step=step, clock=clock)
@@ -84,7 +89,18 @@ async def train(run: Run) -> None:
             await run.fleet.sync(learned.adapter, timeout_s=config.sync_timeout_s)
         await run.log.emit(step_record(learned, clock))
         if config.eval and (step % config.eval.every_steps == 0 or step == num_steps):
-            await evaluate(run, step)
+            await unless_stopped(run, evaluate(run, step))
+
+
+async def unless_stopped(run: Run, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result of `work`; None when the run was stopped first, and `work` is cancelled."""
+    task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(run.stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        return None if run.stop.is_set() else await task
+    finally:
+        task.cancel()
+        stopped.cancel()
 
 
 async def learn(

@@ -21,7 +21,7 @@ import torch
 
 from services.trainer.data import Prompt, PromptStream, load_prompts
 from services.trainer.fleet import Fleet, Requirements
-from services.trainer.loop import Clock, Run, learn, step_record, train
+from services.trainer.loop import Clock, Run, learn, step_record, train, unless_stopped
 from services.trainer.policy import Policy
 from services.trainer.rewards import Scorer
 from services.trainer.run_config import RunConfig
@@ -194,16 +194,17 @@ class Trainer:
         """The task of a run: whatever ends it is its last event."""
         run = current.run
         try:
-            await self._fleet.begin(
-                self._requirements(run), timeout_s=self.settings.ready_timeout_s
+            requirements = self._requirements(run)
+            await unless_stopped(
+                run, self._fleet.begin(requirements, timeout_s=self.settings.ready_timeout_s)
             )
             current.ready.set()
-            if run.config.managed:
-                await run.log.emit(StateRecord(state="running"))
-                await train(run)
-            else:
+            if not run.config.managed:
                 await run.log.emit(StateRecord(state="external", detail="waiting for POST /train"))
                 await run.stop.wait()
+            elif not run.stop.is_set():
+                await run.log.emit(StateRecord(state="running"))
+                await train(run)
             await asyncio.to_thread(save_adapter, run)
             stopped = run.stop.is_set()
             await run.log.emit(StateRecord(state="stopped" if stopped else "completed"))

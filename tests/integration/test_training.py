@@ -163,6 +163,22 @@ async def test_a_stopped_run_ends_after_a_whole_step(trainer: Trainer, runs: Tra
     assert status.policy.version == status.step
 
 
+async def test_a_run_that_waits_for_a_replica_can_be_stopped(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    nowhere = TrainerSettings(
+        model=str(tiny_checkpoint), rollout_urls=("http://127.0.0.1:9",), runs_dir=tmp_path
+    )
+    trainer = Trainer(nowhere)
+    await trainer.boot()
+    transport = httpx.ASGITransport(create_app(trainer))
+    async with TrainerClient("http://trainer", transport=transport) as runs:
+        await runs.start_run(MANAGED)
+        assert (await runs.stop_run()).state == "stopping"
+        assert (await until_end(runs))[-1] == StateRecord(state="stopped")
+    await trainer.stop()
+
+
 async def test_a_reward_that_fails_ends_the_run_and_not_the_services(
     runs: TrainerClient, client: RolloutClient
 ) -> None:
@@ -343,9 +359,10 @@ async def test_an_adapter_that_is_no_longer_kept_is_not_found(runs: TrainerClien
 
 
 async def test_the_exact_base_is_far_closer_to_the_trainer_than_the_original(
-    trainer: Trainer, client: RolloutClient, tiny_checkpoint: Path
+    trainer: Trainer, runs: TrainerClient, client: RolloutClient, tiny_checkpoint: Path
 ) -> None:
-    """design: the exact base. Mean |Δlogprob| against the trainer's own 4-bit forward."""
+    """unsloth#1089: people do not know which base to serve. Mean |Δlogprob| to the trainer."""
+    await runs.start_run(replacing(EXTERNAL))
     served = (
         await client.score(
             ScoreRequest(sequences=(PROBE,), policy=PolicyId(run_id="any", version=0))
