@@ -93,7 +93,7 @@ def main() -> None:
 
 def _row(case: Case, times: Sequence[Times]) -> Sequence[str]:
     def median(name: str) -> float:
-        return statistics.median(getattr(item, name) for item in times)
+        return float(statistics.median(getattr(item, name) for item in times))
 
     names = ("export_s", "transfer_s", "verify_s", "load_s", "first_token_s", "total_s")
     milliseconds = [f"{1000 * median(name):.1f}" for name in (*names, "add_lora_s")]

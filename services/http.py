@@ -18,6 +18,7 @@ from shared.errors import (
     MEDIA_TYPE,
     BodyTooLarge,
     ClientClosed,
+    DeadlineExceeded,
     InternalError,
     InvalidRequest,
     NotFound,
@@ -33,6 +34,7 @@ def prepare_app(
     *,
     api_key: str | None,
     max_body_bytes: int,
+    body_timeout_s: float,
     streamed: frozenset[str] = frozenset(),
     on_error: Callable[[ServiceError], None] = lambda _: None,
 ) -> None:
@@ -46,7 +48,12 @@ def prepare_app(
     for kind in (ServiceError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
     app.add_middleware(
-        _Gate, api_key=api_key, max_body_bytes=max_body_bytes, streamed=streamed, on_error=on_error
+        _Gate,
+        api_key=api_key,
+        max_body_bytes=max_body_bytes,
+        body_timeout_s=body_timeout_s,
+        streamed=streamed,
+        on_error=on_error,
     )
 
 
@@ -97,12 +104,14 @@ class _Gate:
         *,
         api_key: str | None,
         max_body_bytes: int,
+        body_timeout_s: float,
         streamed: frozenset[str],
         on_error: Callable[[ServiceError], None],
     ) -> None:
         self.app = app
         self.api_key = api_key
         self.max_body_bytes = max_body_bytes
+        self.body_timeout_s = body_timeout_s
         self.streamed = streamed
         self.on_error = on_error
 
@@ -113,12 +122,34 @@ class _Gate:
             request = Request(scope)
             if scope["path"] != "/healthz":
                 check_authorization(request.headers.get("authorization"), self.api_key)
+            receive = self._in_time(receive)
             if scope["path"] not in self.streamed:
                 receive = await self._bounded_body(request, receive)
         except ServiceError as error:
             self.on_error(error)
             return await problem_response(error)(scope, receive, send)
         return await self.app(scope, receive, send)
+
+    def _in_time(self, receive: Receive) -> Receive:
+        """`receive` with a deadline until the body is complete; then it waits for a disconnect."""
+        deadline = asyncio.get_running_loop().time() + self.body_timeout_s
+        complete = False
+
+        async def receive_in_time() -> Message:
+            nonlocal complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise DeadlineExceeded(
+                    f"the body did not arrive within {self.body_timeout_s:g} s: send it again"
+                ) from error
+            complete = not message.get("more_body")
+            return message
+
+        return receive_in_time
 
     async def _bounded_body(self, request: Request, receive: Receive) -> Receive:
         check_content_length(request, self.max_body_bytes)

@@ -73,7 +73,7 @@ def check_digest(*, announced: str, received: str, num_bytes: int) -> None:
 
 def manifest_metadata(manifest: AdapterManifest) -> dict[str, str]:
     """The safetensors metadata that makes an adapter file self-describing."""
-    return {"format": "pt", MANIFEST_KEY: manifest.model_dump_json()}
+    return {MANIFEST_KEY: manifest.model_dump_json()}  # one key: two would come in any order
 
 
 def peft_config(manifest: AdapterManifest, base_model: str) -> dict[str, Any]:

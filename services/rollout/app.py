@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
@@ -26,6 +26,8 @@ from shared.schemas import (
     SyncReceipt,
 )
 
+_CHUNK_BYTES = 1 << 20
+
 
 def create_app(replica: Replica) -> FastAPI:
     settings = replica.settings
@@ -41,6 +43,7 @@ def create_app(replica: Replica) -> FastAPI:
         app,
         api_key=settings.api_key,
         max_body_bytes=settings.max_body_bytes,
+        body_timeout_s=settings.body_timeout_s,
         streamed=frozenset({"/sync_weights"}),
         on_error=lambda error: replica.metrics.errors.labels(type(error).__name__).inc(),
     )
@@ -74,11 +77,11 @@ def create_app(replica: Replica) -> FastAPI:
     async def policies() -> PoliciesResponse:
         return replica.policies()
 
-    @app.get("/policies/{version}", response_class=FileResponse)
-    async def policy(version: int) -> FileResponse:
-        return FileResponse(
-            replica.serving.policies.adapter_file(version), media_type="application/octet-stream"
-        )
+    @app.get("/policies/{version}", response_class=StreamingResponse)
+    async def policy(version: int) -> StreamingResponse:
+        # Opened before anything is awaited: the version may be retired while its file is sent.
+        file = replica.serving.policies.adapter_file(version).open("rb")
+        return StreamingResponse(_chunks(file), media_type="application/octet-stream")
 
     @app.post("/drain", status_code=202)
     async def drain() -> RolloutStatus:
@@ -102,3 +105,9 @@ def create_app(replica: Replica) -> FastAPI:
         return Response(exposition(replica.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    with file:
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk

@@ -24,6 +24,7 @@ from shared.errors import NoFreeSlot, RunConflict, StaleVersion, UnknownPolicy
 from shared.schemas import BASE_POLICY, AdapterManifest, PolicyId, ResidentPolicy
 
 log = logging.getLogger(__name__)
+_INTERRUPT_ATTEMPTS, _INTERRUPT_PAUSE_S = 20, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +224,18 @@ class PolicyStore:
     async def _activate(self, policy: PolicyId, in_flight: Literal["finish", "continue"]) -> None:
         self.newest = policy
         if in_flight == "continue":
-            older = [item for item in self._resident.values() if item.policy != policy]
-            await self._engine.interrupt(
-                [request_id for item in older for request_id in item.interruptible]
-            )
+            await self._interrupt_all_but(policy)
+
+    async def _interrupt_all_but(self, policy: PolicyId) -> None:
+        """End the running completions of other versions; a request may still be on its way in."""
+        for _ in range(_INTERRUPT_ATTEMPTS):
+            others = [item for item in self._resident.values() if item.policy != policy]
+            request_ids = [request_id for item in others for request_id in item.interruptible]
+            if not request_ids:
+                return
+            await self._engine.interrupt(request_ids)
+            await asyncio.sleep(_INTERRUPT_PAUSE_S)
+        log.warning("%d completions went on under their version", len(request_ids))
 
     # --- retire ---------------------------------------------------------------------------------
 

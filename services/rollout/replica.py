@@ -29,6 +29,7 @@ from shared.schemas import BASE_POLICY, PoliciesResponse, RolloutLimits, Rollout
 
 log = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 0.25
+_LOOKS_PER_STALL = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,20 +150,26 @@ class Replica:
         """Until the engine dies, or has work and makes no token for `stall_timeout_s`."""
         assert self._serving
         engine, sampler = self._serving.engine, self._serving.sampler
-        last_progress, last_count = time.monotonic(), -1
+        stall_timeout_s = self.settings.stall_timeout_s
+        last_progress = last_look = time.monotonic()
+        last_count = -1
         while True:
             if reason := engine.death():
                 self._die(reason)
                 return
-            count = engine.num_tokens_processed()
-            if count != last_count or sampler.num_outstanding == 0:
-                last_progress, last_count = time.monotonic(), count
-            if time.monotonic() - last_progress > self.settings.stall_timeout_s:
-                self._die(
-                    f"the engine made no token for {self.settings.stall_timeout_s:g} s with "
-                    f"{sampler.num_outstanding} completions outstanding"
-                )
-                return
+            now = time.monotonic()
+            if sampler.num_outstanding == 0:
+                last_progress = last_look = now
+            elif now - last_look > stall_timeout_s / _LOOKS_PER_STALL:  # reading the count costs
+                last_look, count = now, engine.num_tokens_processed()
+                if count != last_count:
+                    last_progress, last_count = now, count
+                elif now - last_progress > stall_timeout_s:
+                    self._die(
+                        f"the engine made no token for {stall_timeout_s:g} s with "
+                        f"{sampler.num_outstanding} completions outstanding"
+                    )
+                    return
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
     def _die(self, reason: str, error: Exception | None = None) -> None:

@@ -45,6 +45,7 @@ class RolloutSettings(BaseSettings):
     max_completions: int = Field(default=4096, ge=1)  # per request, and queued or running in all
     max_adapter_bytes: int = 1 << 30
     max_body_bytes: int = 32 << 20
+    body_timeout_s: float = 300.0  # for the whole body of a request to arrive
     request_timeout_s: float = 600.0
     sync_wait_s: float = 30.0  # how long a sync waits for a version to be released
     stall_timeout_s: float = 120.0  # no token for this long while requests run: the engine hangs

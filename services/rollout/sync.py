@@ -232,7 +232,7 @@ def _private_dir(root: Path) -> tuple[Path, IO[str]]:
             except BlockingIOError:
                 continue  # another replica on this machine
             shutil.rmtree(lock_path.parent)
-    folder = Path(tempfile.mkdtemp(prefix="tandem-adapters-", dir=root))
-    lock = (folder / "lock").open("w")
+    new = Path(tempfile.mkdtemp(prefix="tandem-starting-", dir=root))
+    lock = (new / "lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
-    return folder, lock
+    return new.rename(root / f"tandem-adapters-{new.name.rpartition('-')[2]}"), lock

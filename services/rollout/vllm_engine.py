@@ -195,6 +195,7 @@ class VllmEngine:
 
     def shutdown(self) -> None:
         self.async_llm.shutdown()
+        del self.async_llm  # its __del__ fails when the interpreter is already gone
 
 
 def _lora_request(adapter: Adapter) -> LoRARequest:

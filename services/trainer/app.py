@@ -35,7 +35,12 @@ def create_app(trainer: Trainer) -> FastAPI:
         await trainer.stop()
 
     app = FastAPI(title="Tandem trainer", lifespan=lifespan)
-    prepare_app(app, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
+    prepare_app(
+        app,
+        api_key=settings.api_key,
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout_s=settings.body_timeout_s,
+    )
 
     @app.post("/runs", status_code=201)
     async def start_run(request: Request) -> RunStatus:

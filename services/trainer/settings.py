@@ -28,6 +28,7 @@ class TrainerSettings(BaseSettings):
     runs_dir: Path = Path("runs")  # metrics, TensorBoard and adapters of each run
     kept_adapters: int = Field(default=2, ge=1)  # versions GET /policy/adapters/{version} has
     max_body_bytes: int = 256 << 20
+    body_timeout_s: float = 300.0  # for the whole body of a request to arrive
 
     @field_validator("rollout_urls", mode="before")
     @classmethod

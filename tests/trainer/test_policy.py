@@ -194,6 +194,14 @@ def test_the_published_file_is_the_complete_adapter_that_peft_would_save(
         torch.testing.assert_close(tensor, expected[name].to(torch.bfloat16), atol=0, rtol=0)
 
 
+def test_publishing_a_version_again_gives_the_same_bytes(
+    policy: Policy, samples: list[Sample]
+) -> None:
+    """A retry after a crash must not look like another adapter of the same version."""
+    train_a_little(policy, samples)
+    assert len({policy.publish().content for _ in range(5)}) == 1
+
+
 def test_the_latest_adapters_are_kept(policy: Policy, samples: list[Sample]) -> None:
     for _ in range(3):
         train_a_little(policy, samples)
