@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
 
-from fastapi import FastAPI, Header, Request, Response
+from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -59,7 +59,11 @@ def create_app(trainer: Trainer) -> FastAPI:
     async def stop_run() -> RunStatus:
         return await trainer.stop_run()
 
-    @app.get("/runs/current/events", response_class=EventSourceResponse)
+    @app.get(
+        "/runs/current/events",
+        response_class=EventSourceResponse,
+        dependencies=[Depends(trainer.run_status)],  # without a run 404, before the stream begins
+    )
     async def events(
         last_event_id: Annotated[int, Header(ge=-1)] = -1,
     ) -> AsyncIterator[ServerSentEvent]:

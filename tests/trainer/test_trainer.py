@@ -1,0 +1,74 @@
+"""The trainer service in process: a real policy, and replicas that are played by a transport."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from services.trainer.app import create_app
+from services.trainer.policy import Policy
+from services.trainer.run_config import RunConfig
+from services.trainer.settings import TrainerSettings
+from services.trainer.trainer import Trainer
+from shared.errors import NotFound
+from shared.schemas import (
+    Completion,
+    PolicyId,
+    SamplingParams,
+    ScoredCompletion,
+    ScoredGroup,
+    Segment,
+    StateRecord,
+    TrainRequest,
+)
+from shared.trainer_client import TrainerClient
+from tests.trainer.test_fleet import FakeReplica, make_fleet
+
+pytestmark = pytest.mark.anyio
+EXTERNAL = RunConfig.model_validate({"managed": False, "lora": {"rank": 8}})
+WAIT_S = 20.0
+
+
+@pytest.fixture
+async def trainer(loaded_policy: Policy, tmp_path: Path) -> AsyncIterator[Trainer]:
+    """Ready, with no replica."""
+    trainer = Trainer(TrainerSettings(model="tiny", runs_dir=tmp_path))
+    trainer._policy = loaded_policy
+    yield trainer
+    await trainer.stop()
+
+
+def train_request(policy: PolicyId, key: str = "a") -> TrainRequest:
+    def scored(token: int, reward: float) -> ScoredCompletion:
+        completion = Completion(
+            token_ids=(token,),
+            logprobs=(-2.0,),
+            segments=(Segment(policy=policy, num_tokens=1),),
+            finish_reason="length",
+        )
+        return ScoredCompletion(completion=completion, reward=reward)
+
+    group = ScoredGroup(
+        prompt_token_ids=(3, 4),
+        sampling=SamplingParams(n=2, max_tokens=1),
+        completions=(scored(5, 0.0), scored(6, 1.0)),
+    )
+    return TrainRequest(groups=(group,), expected_policy=policy, idempotency_key=key)
+
+
+async def end_of_run(trainer: Trainer) -> str:
+    async with asyncio.timeout(WAIT_S):
+        states = [e.state async for _, e in trainer.events(0) if isinstance(e, StateRecord)]
+    return states[-1]
+
+
+async def test_events_without_a_run_are_not_found(trainer: Trainer) -> None:
+    transport = httpx.ASGITransport(app=create_app(trainer))
+    async with TrainerClient("http://trainer", transport=transport) as client:
+        with pytest.raises(NotFound, match="there is no run"):
+            async for _ in client.events():
+                pass
