@@ -224,12 +224,15 @@ class Trainer:
             run.log.close()
 
     def _requirements(self, run: Run) -> Requirements:
-        prompts = run.prompts.longest, *(len(prompt.token_ids) for prompt in run.held_out)
+        num_context_tokens = 1  # a loop of the user's own samples as it likes
+        if run.config.managed:
+            prompts = run.prompts.longest, *(len(prompt.token_ids) for prompt in run.held_out)
+            num_context_tokens = max(prompts) + (run.config.sampling.max_tokens or 1)
         return Requirements(
             run_id=run.policy.id.run_id,
             base=run.policy.identity,
             lora_rank=run.config.lora.rank,
-            num_context_tokens=max(prompts) + (run.config.sampling.max_tokens or 1),
+            num_context_tokens=num_context_tokens,
             may_replace_run=lambda run_id: (
                 run.config.replace_run or (self.settings.runs_dir / run_id).is_dir()
             ),

@@ -72,3 +72,12 @@ async def test_events_without_a_run_are_not_found(trainer: Trainer) -> None:
         with pytest.raises(NotFound, match="there is no run"):
             async for _ in client.events():
                 pass
+
+
+async def test_a_loop_of_ones_own_fits_a_replica_of_any_context(trainer: Trainer) -> None:
+    """`sampling` of the run config is not what such a loop samples with."""
+    replica = FakeReplica(base=trainer.policy.identity)
+    trainer._fleet = make_fleet(replica)
+    policy = (await trainer.start_run(EXTERNAL)).policy
+    answer = await trainer.train(train_request(policy))
+    assert answer.policy == policy.next()
