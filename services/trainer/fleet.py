@@ -226,7 +226,8 @@ class Fleet:
     async def sync(self, adapter: PublishedAdapter, *, timeout_s: float) -> tuple[SyncReceipt, ...]:
         """Push an adapter to every serving replica at once, and to failed ones as they return.
 
-        At least one replica has it on return. Raises Unavailable at the deadline.
+        At least one replica has it on return. Raises Unavailable at the deadline, and the refusal
+        when every replica refuses it.
         """
         deadline = time.monotonic() + timeout_s
         self._adapter = adapter
@@ -242,7 +243,7 @@ class Fleet:
     ) -> SyncReceipt | None:
         try:
             return await self._push(replica, adapter, timeout_s)
-        except Unavailable as error:
+        except ServiceError as error:  # whether for ever, its next admission says
             self._fail(replica, error)
             return None
 

@@ -11,7 +11,14 @@ import pytest
 
 from services.trainer.fleet import Fleet, Requirements
 from services.trainer.policy import PublishedAdapter
-from shared.errors import BaseMismatch, InvalidRequest, Overloaded, RunConflict, Unavailable
+from shared.errors import (
+    BaseMismatch,
+    InvalidRequest,
+    Overloaded,
+    RunConflict,
+    ServiceError,
+    Unavailable,
+)
 from shared.rollout_client import RolloutClient
 from shared.schemas import (
     BASE_POLICY,
@@ -41,6 +48,7 @@ class FakeReplica:
         self.is_down = False
         self.noticed = asyncio.Event()  # that it is down
         self.num_busy_answers = 0
+        self.refusal: ServiceError | None = None  # of every adapter
         self.finish_reasons = ["stop"]  # of the coming answers; the last one stays
         self.newest = BASE_POLICY
         self.num_generated = 0
@@ -72,6 +80,8 @@ class FakeReplica:
         return GenerateResponse(groups=groups, boot_id="boot")
 
     async def sync_weights(self, request: httpx.Request) -> SyncReceipt:
+        if self.refusal:
+            raise self.refusal
         self.num_synced += 1
         self.newest = VERSION_1
         self.replaced_run = request.url.params["replace_run"] == "true"
@@ -106,7 +116,7 @@ class _Transport(httpx.AsyncBaseTransport):
                     body = await replica.generate(request)
                 case _:
                     body = await replica.sync_weights(request)
-        except Overloaded as error:
+        except ServiceError as error:
             return httpx.Response(error.status, json=error.to_problem())
         return httpx.Response(200, content=body.model_dump_json())
 
@@ -276,3 +286,12 @@ async def test_another_run_is_replaced_only_when_that_is_allowed() -> None:
     assert replica.replaced_run
     await fleet.sync(ADAPTER, timeout_s=1)
     assert not replica.replaced_run
+
+
+async def test_a_replica_that_refuses_the_adapter_does_not_end_the_run_of_the_others() -> None:
+    good, refusing = FakeReplica(), FakeReplica()
+    fleet = make_fleet(good, refusing)
+    await fleet.begin(requirements(), timeout_s=5)
+    refusing.refusal = BaseMismatch("restarted with another base")
+    assert len(await fleet.sync(ADAPTER, timeout_s=5)) == 1
+    assert states(fleet) == ["serving", "failed"]
