@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import secrets
@@ -37,7 +38,6 @@ from shared.errors import (
     NotReady,
     RunConflict,
     ServiceError,
-    Unavailable,
     UnexpectedPolicy,
     UnsuitableForTraining,
 )
@@ -68,7 +68,7 @@ class _CurrentRun:
     task: asyncio.Task[None] | None = None
     step: int = 0  # of an external run
     training: asyncio.Lock = field(default_factory=asyncio.Lock)
-    answers: dict[str, tuple[TrainRequest, TrainResponse]] = field(default_factory=dict)
+    answers: dict[str, tuple[str, TrainResponse]] = field(default_factory=dict)  # request digest
 
 
 class Trainer:
@@ -202,6 +202,8 @@ class Trainer:
             if not run.config.managed:
                 await run.log.emit(StateRecord(state="external", detail="waiting for POST /train"))
                 await run.stop.wait()
+                async with current.training:  # an update that runs is finished and answered
+                    pass
             elif not run.stop.is_set():
                 await run.log.emit(StateRecord(state="running"))
                 await train(run)
@@ -273,14 +275,18 @@ class Trainer:
 
     async def train(self, request: TrainRequest) -> TrainResponse:
         """One update of an external run. A repeated idempotency key gets the first answer."""
-        current = self._run()
+        # Whoever waits may leave; the update then goes on, alone, and its answer is kept.
+        return await asyncio.shield(self._train(self._run(), request))
+
+    async def _train(self, current: _CurrentRun, request: TrainRequest) -> TrainResponse:
+        digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
         async with current.training:
-            if answer := self._earlier_answer(current, request):
+            if answer := self._earlier_answer(current, request.idempotency_key, digest):
                 return answer
             await current.ready.wait()
             self._check_train(current, request)
-            answer = await asyncio.shield(self._update(current, request))
-            current.answers[request.idempotency_key] = request, answer
+            answer = await self._update(current, request)
+            current.answers[request.idempotency_key] = digest, answer
             for key in list(current.answers)[:-_KEPT_ANSWERS]:
                 del current.answers[key]
             return answer
@@ -298,7 +304,7 @@ class Trainer:
                 receipts = await self._fleet.sync(
                     learned.adapter, timeout_s=run.config.sync_timeout_s
                 )
-            except Unavailable as error:  # the update stands; replicas get it when they return
+            except ServiceError as error:  # the update stands; replicas get it when they return
                 log.error("no replica has policy %s yet: %s", run.policy.id, error.detail)
         record = step_record(learned, clock)
         await run.log.emit(record)
@@ -306,23 +312,24 @@ class Trainer:
             policy=run.policy.id, step=record, receipts=receipts, replicas=self._fleet.status()
         )
 
-    def _earlier_answer(self, current: _CurrentRun, request: TrainRequest) -> TrainResponse | None:
-        if request.idempotency_key not in current.answers:
+    def _earlier_answer(self, current: _CurrentRun, key: str, digest: str) -> TrainResponse | None:
+        if key not in current.answers:
             return None
-        first, answer = current.answers[request.idempotency_key]
-        if first != request:
+        first, answer = current.answers[key]
+        if first != digest:
             raise IdempotencyConflict(
-                f"idempotency_key {request.idempotency_key!r} was used for another request: use a "
-                "new key for every update"
+                f"idempotency_key {key!r} was used for another request: use a new key for every "
+                "update"
             )
         return answer
 
     def _check_train(self, current: _CurrentRun, request: TrainRequest) -> None:
         run = current.run
-        if run.log.state != "external":
+        if run.log.state != "external" or run.stop.is_set():
+            state = f"{run.log.state} {run.log.detail}".rstrip()
             raise RunConflict(
-                f"run {run.policy.id.run_id!r} is {run.log.state}: POST /train needs a run that "
-                'was started with {"managed": false}'
+                f"run {run.policy.id.run_id!r} is {state}: POST /train needs a run that was "
+                'started with {"managed": false} and goes on'
             )
         if request.expected_policy != run.policy.id:
             raise UnexpectedPolicy(

@@ -14,7 +14,7 @@ from services.trainer.policy import Policy
 from services.trainer.run_config import RunConfig
 from services.trainer.settings import TrainerSettings
 from services.trainer.trainer import Trainer
-from shared.errors import NotFound
+from shared.errors import NotFound, RunConflict
 from shared.schemas import (
     Completion,
     PolicyId,
@@ -81,3 +81,38 @@ async def test_a_loop_of_ones_own_fits_a_replica_of_any_context(trainer: Trainer
     policy = (await trainer.start_run(EXTERNAL)).policy
     answer = await trainer.train(train_request(policy))
     assert answer.policy == policy.next()
+
+
+async def test_a_replica_that_refuses_the_update_costs_no_answer(trainer: Trainer) -> None:
+    """The policy has moved on: a retry that were refused would lose what was learned."""
+    replica = FakeReplica(base=trainer.policy.identity)
+    trainer._fleet = make_fleet(replica)
+    policy = (await trainer.start_run(EXTERNAL)).policy
+    first = train_request(policy)
+    replica.refusal = RunConflict("another trainer took this replica over")
+    answer = await trainer.train(first)
+    assert (answer.policy, answer.receipts) == (policy.next(), ())
+    assert "another trainer" in answer.replicas[0].detail
+    assert await trainer.train(first) == answer
+
+
+async def test_a_run_that_is_stopped_answers_the_update_that_runs(trainer: Trainer) -> None:
+    policy = (await trainer.start_run(EXTERNAL)).policy
+    training = asyncio.create_task(trainer.train(train_request(policy)))
+    while not trainer.policy.id.version:  # noqa: ASYNC110 (the update has no event)
+        await asyncio.sleep(0)
+    await trainer.stop_run()
+    assert (await training).policy == policy.next()
+    assert await end_of_run(trainer) == "stopped"
+    with pytest.raises(RunConflict, match="is stopped"):
+        await trainer.train(train_request(policy.next(), key="b"))
+
+
+async def test_an_update_whose_client_left_is_answered_to_the_retry(trainer: Trainer) -> None:
+    policy = (await trainer.start_run(EXTERNAL)).policy
+    request = train_request(policy)
+    left = asyncio.create_task(trainer.train(request))
+    while not trainer.policy.id.version:  # noqa: ASYNC110 (the update has no event)
+        await asyncio.sleep(0)
+    left.cancel()
+    assert (await trainer.train(request)).policy == policy.next()
