@@ -33,7 +33,7 @@ class Wire(BaseModel):
 
 
 TokenId = Annotated[int, Field(ge=0, strict=True)]
-Logprob = Annotated[float, Field(le=1e-3)]  # rounding may leave a probability a hair above 1
+Logprob = Annotated[float, Field(ge=-1e6, le=1e-3)]  # rounding may leave it a hair above 0
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256 in hex
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]

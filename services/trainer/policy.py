@@ -10,6 +10,7 @@ LoRA weights are float32 masters computed with in bfloat16, as the replicas serv
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from services.checkpoint import quantized_load_options, resolve_checkpoint
 from services.tokens import PromptEncoder
-from services.trainer.algorithms.grpo import PolicyLoss, clipped_policy_loss
+from services.trainer.algorithms.grpo import MAX_LOG_RATIO, PolicyLoss, clipped_policy_loss
 from services.trainer.logprobs import TokenLogprobs, token_logprobs
 from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig
 from services.trainer.samples import Sample, TokenBatch, collate, micro_batches
@@ -219,18 +220,20 @@ class Policy:
     ) -> UpdateStats:
         """Take the optimizer steps of one update; the policy is the next version afterwards.
 
-        Raises FloatingPointError when loss or gradient is not finite; then no step is taken.
+        Raises FloatingPointError when a gradient is not finite. Whatever is raised, the policy is
+        the version it was: no gradient and no step of a failed update is left.
         """
         num_steps = algorithm.num_epochs * algorithm.num_minibatches
         old = self._old_logprobs(samples, max_tokens_per_micro_batch) if num_steps > 1 else {}
         sums, losses, grad_norms = _Sums(), [], []
         learning_rate = self._set_learning_rate()
-        for _ in range(algorithm.num_epochs):
-            for minibatch in _split(samples, algorithm.num_minibatches):
-                losses.append(
-                    self._backward(minibatch, old, algorithm, max_tokens_per_micro_batch, sums)
-                )
-                grad_norms.append(self._step())
+        with self._all_or_nothing(num_steps):
+            for _ in range(algorithm.num_epochs):
+                for minibatch in _split(samples, algorithm.num_minibatches):
+                    losses.append(
+                        self._backward(minibatch, old, algorithm, max_tokens_per_micro_batch, sums)
+                    )
+                    grad_norms.append(self._step())
         self._num_updates += 1
         self._id = self.id.next()
         return UpdateStats(
@@ -244,6 +247,25 @@ class Policy:
             logprob_gap=sums.mean("gap", "fresh"),
             sampler_kl=sums.mean("kl", "fresh"),
         )
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self, num_steps: int) -> Iterator[None]:
+        """Undo the steps of an update that fails before its last one, and drop its gradients."""
+        assert self._optimizer
+        weights, state = [], {}
+        if num_steps > 1:
+            weights = [parameter.detach().clone() for parameter in self._trainable()]
+            state = copy.deepcopy(self._optimizer.state_dict())
+        try:
+            yield
+        except Exception:  # whatever it was: half an update is no version
+            self._optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for parameter, weight in zip(self._trainable(), weights, strict=False):
+                    parameter.copy_(weight)
+            if state:
+                self._optimizer.load_state_dict(state)
+            raise
 
     def _backward(
         self,
@@ -300,7 +322,6 @@ class Policy:
             torch.nn.utils.clip_grad_norm_(parameters, self._optimizer_config.max_grad_norm)
         )
         if not torch.isfinite(torch.tensor(norm)):
-            self._optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
                 f"the gradient of policy {self.id} is not finite: no step was taken; lower "
                 "optimizer.learning_rate"
@@ -373,6 +394,7 @@ def _add_stats(
     importance_clip: float,
 ) -> None:
     gap = (before - batch.sampler_logprobs)[batch.is_fresh]
+    bounded_gap = gap.clamp(max=MAX_LOG_RATIO)
     sums.add(
         tokens=torch.tensor(len(before)),
         entropy=entropy.sum(),
@@ -381,7 +403,7 @@ def _add_stats(
         truncated=(result.importance_weights > importance_clip).sum(),
         fresh=batch.is_fresh.sum(),
         gap=gap.abs().sum(),
-        kl=(gap.exp() - 1 - gap).sum(),
+        kl=(bounded_gap.exp() - 1 - bounded_gap).sum(),
     )
 
 

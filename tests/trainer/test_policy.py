@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -15,9 +17,10 @@ from transformers import LlamaForCausalLM
 
 from services.tokens import PromptEncoder
 from services.trainer.algorithms.grpo import clipped_policy_loss
+from services.trainer.logprobs import TokenLogprobs
 from services.trainer.policy import Policy
 from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig
-from services.trainer.samples import Sample, collate, micro_batches
+from services.trainer.samples import Sample, TokenBatch, collate, micro_batches
 from shared.adapters import check_tensors, read_header
 from shared.checkpoints import linear_shapes
 from shared.identity import base_identity
@@ -219,3 +222,38 @@ def test_a_new_run_starts_from_the_base_again(policy: Policy, samples: list[Samp
             torch.testing.assert_close(adapted, policy.logprobs(batch).logprobs, atol=0, rtol=0)
     assert policy.id.version == 0
     assert policy.kept_versions == ()
+
+
+def test_an_update_that_fails_in_its_second_micro_batch_leaves_no_gradient(
+    policy: Policy, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the update that is tried again would count the first micro-batch twice."""
+    logprobs = iter([policy.logprobs])
+
+    def fail_the_second_time(batch: TokenBatch) -> TokenLogprobs:
+        return next(logprobs)(batch)
+
+    monkeypatch.setattr(policy, "logprobs", fail_the_second_time)
+    with pytest.raises(StopIteration):
+        policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=20)
+    assert all(p.grad is None for p in policy.model.parameters())
+    assert policy.id == VERSION_0
+
+
+def test_an_update_that_fails_in_its_second_step_takes_the_first_back(policy: Policy) -> None:
+    good = make_sample(1, advantage=1.0)
+    bad = replace(make_sample(2, advantage=1.0), temperature=math.nan)
+    train_a_little(policy, [good])
+    before, norm = weights(policy), gradient(policy, [good])
+    with pytest.raises(FloatingPointError):
+        train_a_little(policy, [good, bad], num_minibatches=2)
+    assert torch.equal(weights(policy), before)
+    assert torch.equal(gradient(policy, [good]), norm)
+    assert policy.id.version == 1
+
+
+def test_a_token_the_sampler_thought_impossible_leaves_every_number_finite(policy: Policy) -> None:
+    sample = replace(make_sample(1, advantage=1.0), sampler_logprobs=(-1e6,) * 4)
+    stats = policy.update([sample], GrpoConfig(), max_tokens_per_micro_batch=WHOLE_BATCH)
+    assert all(math.isfinite(getattr(stats, name)) for name in stats.__slots__)
+    assert stats.importance_truncated_fraction == 1.0

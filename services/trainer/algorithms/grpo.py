@@ -21,6 +21,7 @@ from torch import Tensor
 from services.trainer.samples import TokenBatch
 
 _EPSILON = 1e-4
+MAX_LOG_RATIO = 20.0  # of policy over sampler, in nats; exp() of more may overflow float32
 
 
 def group_advantages(
@@ -73,7 +74,7 @@ def clipped_policy_loss(
     policy_logprobs [N] with gradient, old_logprobs [N]: the policy before this update.
     `num_tokens` counts the completion tokens of the whole step, those without advantage included.
     """
-    weights = (old_logprobs - batch.sampler_logprobs).exp()
+    weights = (old_logprobs - batch.sampler_logprobs).clamp(max=MAX_LOG_RATIO).exp()
     ratio = (policy_logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     gain = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
