@@ -157,8 +157,8 @@ class _Gate:
         num_bytes = 0
         while True:
             message = await receive()
-            if message["type"] != "http.request":
-                break
+            if message["type"] != "http.request":  # what came may parse: YAML has no end
+                raise ClientClosed("the client closed the connection during the upload")
             chunks.append(message.get("body", b""))
             num_bytes += len(chunks[-1])
             if num_bytes > self.max_body_bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from services.trainer.app import create_app
 from services.trainer.policy import Policy
@@ -116,3 +117,26 @@ async def test_an_update_whose_client_left_is_answered_to_the_retry(trainer: Tra
         await asyncio.sleep(0)
     left.cancel()
     assert (await trainer.train(request)).policy == policy.next()
+
+
+async def test_a_run_config_that_was_cut_off_starts_no_run(trainer: Trainer) -> None:
+    """The first line of a config may be a config too."""
+    messages = iter(
+        [
+            {"type": "http.request", "body": b"managed: false\n", "more_body": True},
+            {"type": "http.disconnect"},
+        ]
+    )
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return next(messages)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/runs", "headers": [], "query_string": b""}
+    await create_app(trainer)(scope, receive, send)
+    assert sent[0]["status"] == 499
+    with pytest.raises(NotFound):
+        trainer.run_status()
