@@ -41,8 +41,9 @@ def prepare_base(model: str, *, exact: bool, cache_dir: Path, device: str) -> Ba
         return Base(source, base_identity(source, None), linear_shapes(source))
     recipe = QuantizationRecipe()
     identity = base_identity(source, recipe)
-    assert identity.recipe is not None
-    path = cache_dir.expanduser() / "bases" / f"{identity.weights[:16]}-{identity.recipe[:16]}"
+    digests = identity.weights, identity.recipe, identity.tokenizer, identity.chat_template
+    name = "-".join((digest or "none")[:16] for digest in digests)
+    path = cache_dir.expanduser() / "bases" / name
     if not path.is_dir():
         _build(source, path, device)
     return Base(path, identity, linear_shapes(path))
@@ -60,8 +61,11 @@ def _build(source: Path, path: Path, device: str) -> None:
                 f"the exact base of {source} could not be built in {path.parent}: "
                 f"{result.stderr.strip().splitlines()[-1:] or result.returncode}"
             )
-        if not path.is_dir():  # another replica may have been faster
+        try:
             building.rename(path)
+        except OSError:
+            if not path.is_dir():  # else another replica was faster
+                raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

@@ -200,3 +200,14 @@ def test_a_base_that_cannot_be_built_leaves_nothing_in_the_cache(
     with pytest.raises(ValueError, match="could not be built"):
         prepare(copied_checkpoint, tmp_path / "cache")
     assert list((tmp_path / "cache" / "bases").iterdir()) == []
+
+
+def test_the_served_folder_has_the_tokenizer_and_template_of_its_identity(
+    base: Base, copied_checkpoint: Path
+) -> None:
+    """The cache outlives an edited template: it is keyed by everything that it serves."""
+    template = copied_checkpoint / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    edited = prepare(copied_checkpoint, base.path.parent.parent)
+    assert edited.path != base.path
+    assert base_identity(edited.path, RECIPE).chat_template == edited.identity.chat_template
