@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+LogLevel = Annotated[
+    Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(lambda name: str(name).upper())
+]
 
 
 def configure_logging(service: str, level: str = "INFO") -> None:

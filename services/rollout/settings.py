@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.logs import LogLevel
 from shared.schemas import RolloutLimits
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM has slots for
@@ -20,9 +21,9 @@ class RolloutSettings(BaseSettings):
 
     model: str  # checkpoint folder or hub id: the model that the trainer trains
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: int = Field(default=8000, ge=0, le=65535)
     api_key: str | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
-    log_level: str = "INFO"
+    log_level: LogLevel = "INFO"
 
     base: Literal["nf4-exact", "original"] = "nf4-exact"
     cache_dir: Path = Path("~/.cache/tandem")  # the exact bases, by fingerprint

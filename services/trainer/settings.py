@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+import httpx
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from shared.logs import LogLevel
 
 
 class TrainerSettings(BaseSettings):
@@ -14,9 +17,9 @@ class TrainerSettings(BaseSettings):
 
     model: str  # checkpoint folder or hub id, 16-bit or already 4-bit
     host: str = "127.0.0.1"
-    port: int = 8080
+    port: int = Field(default=8080, ge=0, le=65535)
     api_key: str | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
-    log_level: str = "INFO"
+    log_level: LogLevel = "INFO"
 
     rollout_urls: Annotated[tuple[str, ...], NoDecode] = ()  # separated by commas
     ready_timeout_s: float = 900.0  # how long a run waits for a replica to boot
@@ -41,6 +44,10 @@ class TrainerSettings(BaseSettings):
     @classmethod
     def _are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
-            if not url.startswith(("http://", "https://")):
+            try:
+                parsed = httpx.URL(url)
+            except httpx.InvalidURL as error:
+                raise ValueError(f"{url!r} is not a URL: {error}") from error
+            if parsed.scheme not in ("http", "https") or not parsed.host:
                 raise ValueError(f"{url!r} is not a URL: write http://host:port")
         return urls
