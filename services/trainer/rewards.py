@@ -135,9 +135,9 @@ def _function(config: FunctionReward) -> Reward:
                 values = await function(**arguments, **batch.columns)
             else:
                 values = await asyncio.to_thread(function, **arguments, **batch.columns)
+            return list(values)
         except Exception as error:  # the user's code: name it, whatever it raised
             raise RewardFailed(f"reward function {config.path} raised {error!r}") from error
-        return list(values)
 
     return reward
 
@@ -171,9 +171,11 @@ def _http(config: HttpReward) -> Reward:
 
 def _rewards_field(response: httpx.Response, url: str) -> Sequence[float]:
     try:
-        rewards: Sequence[float] = response.json()["rewards"]
+        rewards = response.json()["rewards"]
     except (ValueError, KeyError, TypeError) as error:
         raise RewardFailed(f'{url} must answer {{"rewards": [numbers]}}: {error!r}') from error
+    if not isinstance(rewards, list):
+        raise RewardFailed(f'{url} must answer {{"rewards": [numbers]}}, not {rewards!r:.80}')
     return rewards
 
 

@@ -45,6 +45,10 @@ def broken(**_: object) -> list[float]:
     raise ZeroDivisionError("in the user's code")
 
 
+def forgets_to_return(**_: object) -> None:
+    pass
+
+
 def one_short(completions: list[str], **_: object) -> list[float]:
     return [1.0] * (len(completions) - 1)
 
@@ -99,6 +103,7 @@ def test_a_pattern_that_does_not_compile_is_refused_before_the_run() -> None:
     ("name", "message"),
     [
         ("broken", "ZeroDivisionError"),
+        ("forgets_to_return", "forgets_to_return raised TypeError"),
         ("one_short", "gave 1 values for 2 completions"),
         ("not_finite", "nan for completion 0"),
     ],
@@ -181,6 +186,7 @@ async def test_a_reward_service_that_fails_is_asked_again(service: RewardService
         ([(503, b""), (503, b"")], "HTTP 503"),
         ([(404, b"")], "HTTP 404"),
         ([(200, b"[]")], "must answer"),
+        ([(200, b'{"rewards": null}')], "must answer .* not None"),
     ],
 )
 async def test_a_reward_service_without_rewards_is_an_error(
