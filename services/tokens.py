@@ -40,9 +40,14 @@ class PromptEncoder:
             raise InvalidRequest(
                 "this model has no chat template: send the prompt as text or token ids"
             )
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:  # roles that do not alternate, for one
+            raise InvalidRequest(f"the chat template refuses the messages: {error}") from error
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def check_vocabulary(self, ids: tuple[int, ...]) -> None:

@@ -84,9 +84,16 @@ def _read_file(kind: str, path: str) -> Sequence[Mapping[str, Any]]:
     if not Path(path).is_file():
         raise ValueError(f"dataset {path} does not exist on the trainer's machine")
     from datasets import Dataset
+    from datasets.exceptions import DatasetsError
 
     reader = Dataset.from_json if kind == "jsonl" else Dataset.from_parquet
-    rows: Sequence[Mapping[str, Any]] = reader(path).to_list()
+    rows: Sequence[Mapping[str, Any]] = []
+    try:
+        if Path(path).stat().st_size:
+            rows = reader(path).to_list()
+    except (DatasetsError, ValueError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"dataset {path} cannot be read as {kind}: {reason}") from error
     if not rows:
         raise ValueError(f"dataset {path} has no rows")
     return rows

@@ -8,10 +8,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from jinja2 import TemplateError
 
 from services.tokens import PromptEncoder
 from services.trainer.data import Prompt, PromptStream, load_prompts
 from services.trainer.run_config import FileDataset, SortDigitsDataset
+from shared.errors import InvalidRequest
+from shared.schemas import ChatMessage
 
 PROMPTS = [Prompt(str(i), (i,), {}) for i in range(10)]
 
@@ -99,3 +102,33 @@ def test_a_row_that_cannot_be_used_is_named(
 def test_a_missing_file_is_named(encoder: PromptEncoder) -> None:
     with pytest.raises(ValueError, match=r"dataset nowhere.jsonl does not exist"):
         load_prompts(FileDataset(type="jsonl", path="nowhere.jsonl"), encoder, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "complaint"),
+    [
+        ("jsonl", '{"prompt": "a"}\n{{{', "cannot be read as jsonl: JSON parse error"),
+        ("jsonl", "", "has no rows"),
+        ("parquet", "prompt", "cannot be read as parquet: Parquet file size is 6 bytes"),
+    ],
+)
+def test_a_file_of_another_format_is_named(
+    kind: str, content: str, complaint: str, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    path = tmp_path / "data"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"dataset {path} {complaint}"):
+        load_prompts(FileDataset(type=kind, path=str(path)), encoder, seed=0)  # type: ignore[arg-type]
+
+
+def test_messages_that_the_chat_template_refuses_are_an_invalid_request(
+    encoder: PromptEncoder,
+) -> None:
+    class Refusing:
+        chat_template = "{{ raise_exception('roles must alternate') }}"
+
+        def apply_chat_template(self, *_: object, **__: object) -> str:
+            raise TemplateError("roles must alternate")
+
+    with pytest.raises(InvalidRequest, match="refuses the messages: roles must alternate"):
+        PromptEncoder(Refusing(), 16).encode((ChatMessage(role="user", content="a"),))
