@@ -26,7 +26,7 @@ from services.trainer.algorithms.grpo import MAX_LOG_RATIO, PolicyLoss, clipped_
 from services.trainer.logprobs import TokenLogprobs, token_logprobs
 from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig
 from services.trainer.samples import Sample, TokenBatch, collate, micro_batches
-from shared.adapters import content_digest, manifest_metadata
+from shared.adapters import LINEAR_MODULES, content_digest, manifest_metadata
 from shared.errors import NotFound
 from shared.identity import base_identity
 from shared.schemas import AdapterManifest, BaseIdentity, PolicyId, QuantizationRecipe
@@ -159,10 +159,14 @@ class Policy:
     def start(
         self, policy: PolicyId, lora: LoraConfig, optimizer: OptimizerConfig, *, seed: int
     ) -> None:
-        """Begin a run at `policy` (version 0) with a fresh adapter; the last run's is dropped."""
+        """Begin a run at `policy` (version 0) with a fresh adapter; the last run's is dropped.
+
+        Raises ValueError for a config that does not fit the base; the last run's then stays.
+        """
         from peft import LoraConfig as PeftLoraConfig
         from peft import get_peft_model
 
+        self._refuse_missing(lora.target_modules)
         if self.model is not None:
             self._base = self.model.unload()
         torch.manual_seed(seed)
@@ -184,6 +188,16 @@ class Policy:
         )
         self._num_updates = 0
         self._published = {}
+
+    def _refuse_missing(self, target_modules: Sequence[str]) -> None:
+        """PEFT skips a target that the base does not have; replicas would refuse the adapter."""
+        leaves = {name.rpartition(".")[2] for name, _ in self._base.named_modules()}
+        servable = [name for name in LINEAR_MODULES if name in leaves]
+        if missing := [name for name in target_modules if name not in servable]:
+            raise ValueError(
+                f"lora.target_modules has {', '.join(missing)}, this model has no such linear: "
+                f"choose from {', '.join(servable)}"
+            )
 
     def _trainable(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -257,3 +257,13 @@ def test_a_token_the_sampler_thought_impossible_leaves_every_number_finite(polic
     stats = policy.update([sample], GrpoConfig(), max_tokens_per_micro_batch=WHOLE_BATCH)
     assert all(math.isfinite(getattr(stats, name)) for name in stats.__slots__)
     assert stats.importance_truncated_fraction == 1.0
+
+
+@pytest.mark.parametrize("missing", ["qkv_proj", "lm_head"])
+def test_a_target_module_that_cannot_be_served_is_refused_before_the_run(
+    policy: Policy, missing: str
+) -> None:
+    lora = LoraConfig(target_modules=("q_proj", missing))
+    with pytest.raises(ValueError, match=f"has {missing}, .* choose from q_proj, k_proj"):
+        policy.start(VERSION_0, lora, OptimizerConfig(), seed=0)
+    assert policy.lora.rank == 8
