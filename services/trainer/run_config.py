@@ -170,7 +170,7 @@ def parse_run_config(text: str | bytes) -> RunConfig:
     """A run config from YAML, of which JSON is a subset. Raises ValueError in one sentence."""
     try:
         value: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"the run config is neither YAML nor JSON: {error}") from error
     if not isinstance(value, Mapping):
         raise ValueError("the run config must be a mapping of settings")

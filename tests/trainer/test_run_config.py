@@ -37,6 +37,7 @@ def test_the_demo_config_is_valid() -> None:
     [
         ("[1]", "must be a mapping"),
         ("a: b: c", "neither YAML nor JSON"),
+        ("[" * 10_000, "neither YAML nor JSON"),
         ("{}", "a managed run needs dataset"),
         (MANAGED + "steps: 4", "steps: Extra inputs"),
         (MANAGED + "sampling: {top_p: 0.9}", "top_p=0.9"),
