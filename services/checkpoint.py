@@ -8,6 +8,10 @@ from typing import Any
 
 from shared.schemas import QuantizationRecipe
 
+# Every file whose content enters the identity of a base, so that it does not depend on what
+# another tool has left in the hub's cache.
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
 
 def resolve_checkpoint(model: str) -> Path:
     """The folder of a checkpoint: a local one, or a hub id, downloaded unless HF_HUB_OFFLINE."""
@@ -18,7 +22,7 @@ def resolve_checkpoint(model: str) -> Path:
         raise ValueError(f"the model folder {model} does not exist: name a checkpoint or a hub id")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja"]))
+    return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
 
 
 def quantized_load_options(source: Path, device: str) -> dict[str, Any]:
