@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 
 import httpx
+from pydantic import ValidationError
 
 from shared.auth import authorization
-from shared.errors import DeadlineExceeded, Unavailable, from_problem
+from shared.errors import DeadlineExceeded, ServiceError, Unavailable, from_problem
 from shared.schemas import Wire
 
 Answer = TypeVar("Answer", bound=Wire)
@@ -19,7 +20,8 @@ class ServiceClient:
     """An HTTP client of one service at `url`. Use as an async context manager, or `aclose()` it.
 
     Every call has a deadline. A service that cannot be reached raises Unavailable, one that does
-    not answer in time DeadlineExceeded, and an error answer the class that the service named.
+    not answer in time DeadlineExceeded, and an error answer the class that the service named; any
+    other answer is a plain ServiceError.
     """
 
     def __init__(
@@ -84,7 +86,14 @@ class ServiceClient:
         return response.content
 
     async def _call(self, answer: type[Answer], method: str, path: str, **options: Any) -> Answer:
-        return answer.model_validate_json(await self._request(method, path, **options))
+        content = await self._request(method, path, **options)
+        try:
+            return answer.model_validate_json(content)
+        except ValidationError as error:
+            raise ServiceError(
+                f"{method} {self.url}{path} answered something else than a {answer.__name__}: is "
+                "this the right service, of the same version?"
+            ) from error
 
 
 def raise_problem(response: httpx.Response) -> None:

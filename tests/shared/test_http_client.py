@@ -100,3 +100,10 @@ async def test_silence_ends_at_the_deadline() -> None:
     async with RolloutClient("http://replica", transport=Silence(), timeout_s=0.05) as replica:
         with pytest.raises(DeadlineExceeded, match=r"gave no answer within 0\.05 s"):
             await replica.adapter(1)
+
+
+@pytest.mark.parametrize("body", ["<html>Welcome</html>", "{}", ""])
+async def test_an_answer_of_another_service_names_the_url(body: str) -> None:
+    async with client(lambda _: httpx.Response(200, text=body)) as replica:
+        with pytest.raises(ServiceError, match="GET http://replica/policies answered something"):
+            await replica.policies()
