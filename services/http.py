@@ -90,6 +90,8 @@ def invalid_request(first: dict[str, Any]) -> InvalidRequest:
         return InvalidRequest(f"unknown field {field!r}: see /docs for the fields of this request")
     if first["type"] == "missing":
         return InvalidRequest(f"field {field!r} is required")
+    if not path and isinstance(first.get("input"), bytes):
+        return InvalidRequest("the body is JSON: send it with 'Content-Type: application/json'")
     value = repr(first.get("input"))
     shown = value if len(value) <= 80 else value[:77] + "..."
     return InvalidRequest(f"{field} is {shown}: {first['msg']}")

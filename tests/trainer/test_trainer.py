@@ -140,3 +140,13 @@ async def test_a_run_config_that_was_cut_off_starts_no_run(trainer: Trainer) -> 
     assert sent[0]["status"] == 499
     with pytest.raises(NotFound):
         trainer.run_status()
+
+
+async def test_json_without_its_content_type_is_told_so(trainer: Trainer) -> None:
+    """`curl -d` says that it sends a form."""
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=create_app(trainer)), base_url="http://trainer"
+    ) as http:
+        answer = await http.post("/train", content=b'{"groups": []}')
+    assert answer.status_code == 422
+    assert "Content-Type: application/json" in answer.json()["detail"]
