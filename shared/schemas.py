@@ -106,7 +106,7 @@ class SamplingParams(Wire):
     """What shapes the distribution and its length, under vLLM's names and meanings."""
 
     n: int = Field(ge=1, default=1)  # completions per prompt
-    temperature: float = Field(ge=0, le=100, default=1.0)  # 0 is greedy
+    temperature: float = Field(ge=0, le=100, default=1.0)  # 0 is greedy, else at least 0.01
     max_tokens: int | None = Field(ge=1, default=None)  # None: up to the context
     min_tokens: int = Field(ge=0, default=0)
     top_p: float = Field(gt=0, le=1, default=1.0)
@@ -122,6 +122,13 @@ class SamplingParams(Wire):
     stop_token_ids: tuple[TokenId, ...] = Field(max_length=64, default=())
     ignore_eos: bool = False
     detokenize: bool = True  # False leaves `Completion.text` None and saves the work
+
+    @field_validator("temperature")
+    @classmethod
+    def _is_sampled_at_as_asked(cls, temperature: float) -> float:
+        if 0 < temperature < 0.01:
+            raise ValueError("vLLM would sample at 0.01 instead: use 0 (greedy) or at least 0.01")
+        return temperature
 
     def gradient_obstacles(self) -> tuple[str, ...]:
         """The settings under which sampler logprobs are not those of the tempered policy.

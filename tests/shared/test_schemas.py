@@ -47,8 +47,8 @@ def test_records_are_frozen_and_refuse_unknown_fields() -> None:
         PolicyId.model_validate({"run_id": "run", "version": 1, "epoch": 2})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 101.0])
-def test_a_temperature_is_finite_and_not_negative(value: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.009, 101.0])
+def test_a_temperature_is_finite_and_one_that_is_sampled_at_as_asked(value: float) -> None:
     with pytest.raises(ValidationError):
         SamplingParams(temperature=value)
 
