@@ -47,8 +47,10 @@ class History:
         ]
 
     def _token_mean(self, value: Callable[[StepRecord], float]) -> float:
-        num_tokens = sum(step.num_tokens for step in self.steps)
-        return sum(value(step) * step.num_tokens for step in self.steps) / num_tokens
+        """Over the steps that learned: without an advantage no token is computed again."""
+        steps = [step for step in self.steps if step.num_constant_groups < step.num_groups]
+        num_tokens = sum(step.num_tokens for step in steps)
+        return sum(value(step) * step.num_tokens for step in steps) / max(num_tokens, 1)
 
 
 def _change(before: float, after: float) -> str:
