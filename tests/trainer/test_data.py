@@ -118,7 +118,7 @@ def test_a_file_of_another_format_is_named(
     path = tmp_path / "data"
     path.write_text(content)
     with pytest.raises(ValueError, match=f"dataset {path} {complaint}"):
-        load_prompts(FileDataset(type=kind, path=str(path)), encoder, seed=0)  # type: ignore[arg-type]
+        load_prompts(FileDataset(type=kind, path=str(path)), encoder, seed=0)
 
 
 def test_messages_that_the_chat_template_refuses_are_an_invalid_request(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
@@ -121,7 +121,7 @@ async def test_an_update_whose_client_left_is_answered_to_the_retry(trainer: Tra
 
 async def test_a_run_config_that_was_cut_off_starts_no_run(trainer: Trainer) -> None:
     """The first line of a config may be a config too."""
-    messages = iter(
+    messages: Iterator[Message] = iter(
         [
             {"type": "http.request", "body": b"managed: false\n", "more_body": True},
             {"type": "http.disconnect"},
