@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -53,18 +54,24 @@ def replica_process(settings: RolloutSettings, log: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def replica_thread(settings: RolloutSettings) -> Iterator[tuple[str, Replica]]:
-    """The same service in a thread of this process, so that its engine can be driven too."""
+def replica_thread(
+    settings: RolloutSettings,
+) -> Iterator[tuple[str, Replica, asyncio.AbstractEventLoop]]:
+    """The same service in a thread of this process, so that its engine can be driven too.
+
+    Yields its URL, the replica, and the event loop on which the engine must be called.
+    """
+    loop = asyncio.new_event_loop()
     replica = Replica(settings, on_exit=lambda code: server.exit(code))
     server = Server(
         create_app(replica), host=settings.host, port=settings.port, on_stop=lambda: None
     )
-    thread = threading.Thread(target=server.run, daemon=True)
+    thread = threading.Thread(target=loop.run_until_complete, args=(server.serve(),), daemon=True)
     thread.start()
     try:
         url = f"http://{settings.host}:{settings.port}"
         _wait_until_ready(url, thread.is_alive, None)
-        yield url, replica
+        yield url, replica, loop
     finally:
         server.exit(0)
         thread.join(60)

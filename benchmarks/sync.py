@@ -114,8 +114,9 @@ def _measure(case: Case, folder: Path, rounds: int) -> list[Times]:
     prepare_environment(settings)  # before torch: the engine is forked from this process
     if not model.exists():
         _make_model(case, model)
-    with replica_thread(settings) as (url, replica):
-        return asyncio.run(_rounds(case, settings, url, replica.serving.engine, rounds))
+    with replica_thread(settings) as (url, replica, engine_loop):
+        engine = replica.serving.engine
+        return asyncio.run(_rounds(case, settings, url, engine, engine_loop, rounds))
 
 
 def _make_model(case: Case, path: Path) -> None:
@@ -146,7 +147,12 @@ def _make_model(case: Case, path: Path) -> None:
 
 
 async def _rounds(
-    case: Case, settings: RolloutSettings, url: str, engine: Engine, rounds: int
+    case: Case,
+    settings: RolloutSettings,
+    url: str,
+    engine: Engine,
+    engine_loop: asyncio.AbstractEventLoop,
+    rounds: int,
 ) -> list[Times]:
     from services.trainer.policy import Policy
     from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig
@@ -175,7 +181,10 @@ async def _rounds(
             )
             ended = time.perf_counter()
 
-            add_lora_s = await _add_lora(engine, adapter.content, adapter.manifest, 1000 + number)
+            peer = _add_lora(engine, adapter.content, adapter.manifest, 1000 + number)
+            add_lora_s = await asyncio.wrap_future(
+                asyncio.run_coroutine_threadsafe(peer, engine_loop)
+            )
             if number == 0:
                 continue
             times.append(
