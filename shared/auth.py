@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+from typing import Annotated
+
+from pydantic import Field
 
 from shared.errors import Unauthorized
+
+ApiKey = Annotated[str, Field(pattern=r"^[!-~]+$")]  # what an HTTP header can carry
 
 
 def check_bind(host: str, api_key: str | None) -> None:

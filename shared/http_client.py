@@ -100,6 +100,8 @@ def raise_problem(response: httpx.Response) -> None:
     """Raise the error that an error response describes."""
     try:
         problem = response.json()
-    except ValueError:
+    except ValueError:  # not ours: something between us and the service
+        if response.status_code in (502, 503, 504):
+            raise Unavailable(f"{response.url} answered {response.status_code}") from None
         problem = {"detail": response.text[:500]}
     raise from_problem(problem if isinstance(problem, dict) else {}, response.status_code)

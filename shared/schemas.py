@@ -34,7 +34,8 @@ class Wire(BaseModel):
 
 TokenId = Annotated[int, Field(ge=0, strict=True)]
 Logprob = Annotated[float, Field(ge=-1e6, le=1e-3)]  # rounding may leave it a hair above 0
-Seed = Annotated[int, Field(ge=0, lt=2**62)]
+MAX_SEED = 2**62
+Seed = Annotated[int, Field(ge=0, lt=MAX_SEED)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256 in hex
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
@@ -356,7 +357,11 @@ class TrainRequest(Wire):
 
 
 class StepRecord(Wire):
-    """One policy update. Fractions are in [0, 1]; gaps are in nats, over tokens of staleness 0."""
+    """One policy update. Fractions are in [0, 1].
+
+    Entropy, weights and clipping are means over the tokens of samples with an advantage, the gap
+    and KL over those of staleness 0 among them: all are 0 when no sample has one.
+    """
 
     kind: Literal["step"] = "step"
     step: int

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from services.checkpoint import resolve_checkpoint
+from services.base_model import resolve_checkpoint
 
 PUBLISHED = [
     "README.md",

@@ -14,15 +14,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.checkpoint import resolve_checkpoint
-from shared.checkpoints import linear_shapes
-from shared.identity import base_identity
+from services.base_model import resolve_checkpoint
+from shared.checkpoints import base_identity, linear_shapes
 from shared.schemas import BaseIdentity, QuantizationRecipe
 
 log = logging.getLogger(__name__)
+_ABANDONED_S = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,9 @@ def prepare_base(model: str, *, exact: bool, cache_dir: Path, device: str) -> Ba
 
 def _build(source: Path, path: Path, device: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in path.parent.glob(path.name + ".*"):  # by a process that was killed
+        if time.time() - abandoned.stat().st_mtime > _ABANDONED_S:
+            shutil.rmtree(abandoned, ignore_errors=True)
     building = Path(tempfile.mkdtemp(prefix=path.name + ".", dir=path.parent))
     log.info("building the exact base of %s in %s (once)", source, path)
     command = [sys.executable, "-m", "services.rollout.base", str(source), str(building), device]
@@ -77,7 +81,7 @@ def write_dequantized(source: Path, target: Path, device: str) -> None:
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoModelForCausalLM
 
-    from services.checkpoint import quantized_load_options
+    from services.base_model import quantized_load_options
 
     model = AutoModelForCausalLM.from_pretrained(source, **quantized_load_options(source, device))
     tensors = {}

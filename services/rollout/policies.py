@@ -13,8 +13,8 @@ import itertools
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -65,6 +65,7 @@ class _Resident:
 class PolicyStore:
     def __init__(self, engine: Engine, *, max_live_policies: int, wait_s: float) -> None:
         self.newest: PolicyId = BASE_POLICY
+        self.is_loading = False  # an adapter into the engine
         self._engine = engine
         self._max_live = max_live_policies
         self._num_slots = max_live_policies + 1
@@ -98,10 +99,10 @@ class PolicyStore:
 
     # --- lease ----------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def lease(
+    @contextmanager
+    def lease(
         self, policy: PolicyId | None, request_id: str, *, interruptible: bool
-    ) -> AsyncIterator[Lease]:
+    ) -> Iterator[Lease]:
         """Hold a version while a request runs under it; without `policy` the newest.
 
         Version 0 of any run is the base and needs no slot. Raises UnknownPolicy.
@@ -212,7 +213,11 @@ class PolicyStore:
         policy, slot_id = adapter.manifest.policy, next(self._slot_ids)
         name = f"{policy}-{adapter.digest[:8]}-{slot_id}"
         engine_adapter = Adapter(slot_id=slot_id, name=name, path=adapter.path)
-        await self._engine.load_adapter(engine_adapter)
+        self.is_loading = True
+        try:
+            await self._engine.load_adapter(engine_adapter)
+        finally:
+            self.is_loading = False
         return _Resident(policy, engine_adapter, adapter.digest, adapter.num_bytes)
 
     def _supersede(self, policy: PolicyId) -> None:

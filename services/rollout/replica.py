@@ -102,6 +102,12 @@ class Replica:
 
     async def _boot(self) -> None:
         settings, started = self.settings, time.perf_counter()
+        if settings.kv_cache_dtype not in ("default", settings.resolved_kv_cache_dtype):
+            log.warning(
+                "ROLLOUT_KV_CACHE_DTYPE=%s needs a CPU with AVX-512 or AMX: using %s",
+                settings.kv_cache_dtype,
+                settings.resolved_kv_cache_dtype,
+            )
         base = await asyncio.to_thread(
             prepare_base,
             settings.model,
@@ -150,6 +156,7 @@ class Replica:
         """Until the engine dies, or has work and makes no token for `stall_timeout_s`."""
         assert self._serving
         engine, sampler = self._serving.engine, self._serving.sampler
+        policies = self._serving.policies
         stall_timeout_s = self.settings.stall_timeout_s
         last_progress = last_look = time.monotonic()
         last_count = -1
@@ -158,7 +165,7 @@ class Replica:
                 self._die(reason)
                 return
             now = time.monotonic()
-            if sampler.num_outstanding == 0:
+            if sampler.num_outstanding == 0 and not policies.is_loading:
                 last_progress = last_look = now
             elif now - last_look > stall_timeout_s / _LOOKS_PER_STALL:  # reading the count costs
                 last_look, count = now, engine.num_tokens_processed()
@@ -168,6 +175,7 @@ class Replica:
                     self._die(
                         f"the engine made no token for {stall_timeout_s:g} s with "
                         f"{sampler.num_outstanding} completions outstanding"
+                        f"{' and an adapter to load' if policies.is_loading else ''}"
                     )
                     return
             await asyncio.sleep(_WATCH_INTERVAL_S)

@@ -6,11 +6,11 @@ import asyncio
 import itertools
 import math
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from services.rollout.engine import Engine, SampledSequence
-from services.rollout.policies import PolicyStore
+from services.rollout.policies import Lease, PolicyStore
 from services.tokens import PromptEncoder
 from shared.errors import (
     DeadlineExceeded,
@@ -21,6 +21,7 @@ from shared.errors import (
 )
 from shared.metrics import RolloutMetrics
 from shared.schemas import (
+    MAX_SEED,
     Completion,
     CompletionGroup,
     GenerateRequest,
@@ -71,26 +72,36 @@ class Sampler:
         num_completions = len(request.prompts) * request.sampling.n
         prompts = [self._encoder.encode(prompt) for prompt in request.prompts]
         samplings = [self._resolve(request, i, prompt) for i, prompt in enumerate(prompts)]
-        with self._admitted(num_completions):
-            policy = request.policy or self._policies.newest
-            groups = await self._within_deadline(
-                self._group(policy, request, prompt, sampling)
+        with self._admitted(num_completions), ExitStack() as leases:
+            work = [
+                (self._lease(leases, request.policy, interruptible=True), prompt, sampling)
                 for prompt, sampling in zip(prompts, samplings, strict=True)
+            ]
+            groups = await self._within_deadline(
+                self._group(request_id, lease, prompt, request.completion_prefix, sampling)
+                for (request_id, lease), prompt, sampling in work
             )
         return GenerateResponse(groups=groups, boot_id=self._boot_id)
 
+    def _lease(
+        self, leases: ExitStack, policy: PolicyId | None, *, interruptible: bool
+    ) -> tuple[str, Lease]:
+        """A new request id and its lease; nothing is awaited between choosing and leasing."""
+        request_id = self._next_id()
+        lease = self._policies.lease(policy, request_id, interruptible=interruptible)
+        return request_id, leases.enter_context(lease)
+
     async def _group(
         self,
-        policy: PolicyId,
-        request: GenerateRequest,
+        request_id: str,
+        lease: Lease,
         prompt: tuple[int, ...],
+        prefix: tuple[int, ...],
         sampling: SamplingParams,
     ) -> CompletionGroup:
-        request_id = self._next_id()
-        async with self._policies.lease(policy, request_id, interruptible=True) as lease:
-            sequences = await self._engine.generate(
-                request_id, prompt + request.completion_prefix, sampling, lease.adapter
-            )
+        sequences = await self._engine.generate(
+            request_id, prompt + prefix, sampling, lease.adapter
+        )
         completions = tuple(_completion(sequence, lease.policy) for sequence in sequences)
         for completion in completions:
             self._metrics.completions.labels(completion.finish_reason).inc()
@@ -119,7 +130,9 @@ class Sampler:
             raise InvalidRequest(
                 f"min_tokens is {sampling.min_tokens}, over max_tokens {max_tokens}"
             )
-        seed = None if sampling.seed is None else sampling.seed + index * sampling.n
+        seed = sampling.seed
+        if seed is not None:
+            seed = (seed + index * sampling.n) % MAX_SEED
         return sampling.model_copy(update={"max_tokens": max_tokens, "seed": seed})
 
     # --- score ----------------------------------------------------------------------------------
@@ -133,17 +146,21 @@ class Sampler:
                     f"sequence {index} has {len(ids)} tokens, /score takes at most "
                     f"{self._limits.max_model_len - 1}"
                 )
-        policy = request.policy or self._policies.newest
-        with self._admitted(len(request.sequences)):
+        with self._admitted(len(request.sequences)), ExitStack() as leases:
+            held = [
+                self._lease(leases, request.policy, interruptible=False) for _ in request.sequences
+            ]
             logprobs = await self._within_deadline(
-                self._score(policy, ids) for ids in request.sequences
+                self._score(request_id, lease, ids)
+                for (request_id, lease), ids in zip(held, request.sequences, strict=True)
             )
+        policy = held[0][1].policy
         return ScoreResponse(logprobs=logprobs, policy=policy, boot_id=self._boot_id)
 
-    async def _score(self, policy: PolicyId, ids: tuple[int, ...]) -> tuple[float, ...]:
-        request_id = self._next_id()
-        async with self._policies.lease(policy, request_id, interruptible=False) as lease:
-            return _finite(await self._engine.score(request_id, ids, lease.adapter), policy)
+    async def _score(
+        self, request_id: str, lease: Lease, ids: tuple[int, ...]
+    ) -> tuple[float, ...]:
+        return _finite(await self._engine.score(request_id, ids, lease.adapter), lease.policy)
 
     # --- bounds ---------------------------------------------------------------------------------
 
@@ -192,6 +209,8 @@ class Sampler:
         finally:
             for task in tasks:
                 task.cancel()
+            # The leases end after this: no cancelled request may still be in the engine then.
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _next_id(self) -> str:
         return f"{self._boot_id}-{next(self._request_ids)}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.auth import ApiKey
 from shared.logs import LogLevel
 from shared.schemas import RolloutLimits
 
@@ -17,12 +19,14 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 class RolloutSettings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="ROLLOUT_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="ROLLOUT_", extra="forbid", frozen=True, env_ignore_empty=True
+    )
 
     model: str  # checkpoint folder or hub id: the model that the trainer trains
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    api_key: str | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
+    api_key: ApiKey | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
     log_level: LogLevel = "INFO"
 
     base: Literal["nf4-exact", "original"] = "nf4-exact"
@@ -66,9 +70,13 @@ class RolloutSettings(BaseSettings):
 
     @property
     def resolved_kv_cache_dtype(self) -> str:
-        if self.kv_cache_dtype != "default":
-            return self.kv_cache_dtype
-        return "fp8" if self.resolved_device == "cuda" else "auto"
+        """fp8 by default on a GPU; on a CPU without the instructions for it always auto."""
+        on_cpu = self.resolved_device == "cpu"
+        if self.kv_cache_dtype == "default":
+            return "auto" if on_cpu else "fp8"
+        if on_cpu and self.kv_cache_dtype.startswith("fp8") and not _cpu_has_fp8_kernels():
+            return "auto"
+        return self.kv_cache_dtype
 
     @property
     def resolved_adapter_dir(self) -> Path:
@@ -85,6 +93,11 @@ class RolloutSettings(BaseSettings):
             max_adapter_bytes=self.max_adapter_bytes,
             max_body_bytes=self.max_body_bytes,
         )
+
+
+def _cpu_has_fp8_kernels() -> bool:
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return bool(flags and {"avx512f", "amx_tile"} & set(flags[1].split()))
 
 
 def prepare_environment(settings: RolloutSettings) -> None:

@@ -7,6 +7,7 @@ table, finite values. Whatever fails on the way leaves no trace and no change.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -32,8 +33,8 @@ from shared.adapters import (
     peft_config,
     read_header,
 )
+from shared.checkpoints import identity_difference
 from shared.errors import BaseMismatch, InvalidAdapter, Unavailable
-from shared.identity import identity_difference
 from shared.metrics import RolloutMetrics
 from shared.schemas import AdapterManifest, RolloutLimits, SyncReceipt
 
@@ -89,19 +90,7 @@ class AdapterReceiver:
             raise
         receive_s = time.perf_counter() - started
         # From here on the client may leave, but an adapter is never left half loaded.
-        receipt = await asyncio.shield(self._admit(path, announced, num_bytes, receive_s, options))
-        self._metrics.record_sync(receipt)
-        log.info(
-            "policy %s %s: %d bytes, receive %.3f s, verify %.3f s, wait %.3f s, load %.3f s",
-            receipt.policy,
-            receipt.outcome,
-            num_bytes,
-            receipt.receive_s,
-            receipt.verify_s,
-            receipt.wait_s,
-            receipt.load_s,
-        )
-        return receipt
+        return await asyncio.shield(self._admit(path, announced, num_bytes, receive_s, options))
 
     async def _admit(
         self, path: Path, digest: str, num_bytes: int, receive_s: float, options: SyncOptions
@@ -119,7 +108,7 @@ class AdapterReceiver:
         finally:
             if not self._policies.holds(path):
                 shutil.rmtree(path)
-        return SyncReceipt(
+        receipt = SyncReceipt(
             policy=adapter.manifest.policy,
             digest=digest,
             outcome=admission.outcome,
@@ -132,6 +121,18 @@ class AdapterReceiver:
             load_s=admission.load_s,
             boot_id=self._boot_id,
         )
+        self._metrics.record_sync(receipt)
+        log.info(
+            "policy %s %s: %d bytes, receive %.3f s, verify %.3f s, wait %.3f s, load %.3f s",
+            receipt.policy,
+            receipt.outcome,
+            num_bytes,
+            receipt.receive_s,
+            receipt.verify_s,
+            receipt.wait_s,
+            receipt.load_s,
+        )
+        return receipt
 
     async def _store(self, body: AsyncIterator[bytes], path: Path, announced: str) -> int:
         """Write the body to `path` as it comes, hashing it; the number of bytes."""
@@ -167,8 +168,8 @@ class AdapterReceiver:
             )
             check_tensors(header, self._base.linear_shapes)
             _check_values(file, header.manifest)
-            config = peft_config(header.manifest, str(self._base.path))
-            (path / "adapter_config.json").write_text(json.dumps(config))
+        config = peft_config(header.manifest, str(self._base.path))
+        (path / "adapter_config.json").write_text(json.dumps(config))
         return adapter
 
     def _check_base_and_rank(self, header: AdapterHeader) -> None:
@@ -226,11 +227,9 @@ def _private_dir(root: Path) -> tuple[Path, IO[str]]:
     """
     root.mkdir(parents=True, exist_ok=True)
     for lock_path in root.glob("tandem-adapters-*/lock"):
-        with lock_path.open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # another replica on this machine
+        # Gone: another replica that starts now was faster. Blocked: its replica lives.
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), lock_path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock_path.parent)
     new = Path(tempfile.mkdtemp(prefix="tandem-starting-", dir=root))
     lock = (new / "lock").open("w")

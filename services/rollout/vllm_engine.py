@@ -169,7 +169,8 @@ class VllmEngine:
             raise EngineDead("the engine died while it loaded an adapter") from error
         except Exception as error:
             # vLLM keeps an adapter registered, half loaded, when loading it failed.
-            await self.async_llm.remove_lora(adapter.slot_id)
+            async with _vllm_errors():
+                await self.async_llm.remove_lora(adapter.slot_id)
             raise InvalidAdapter(f"vLLM refused the adapter: {error}") from error
 
     async def unload_adapter(self, adapter: Adapter) -> None:

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from services.trainer.policy import PublishedAdapter
+from shared.checkpoints import identity_difference
 from shared.errors import (
     BaseMismatch,
+    InternalError,
     InvalidRequest,
     NotReady,
     Overloaded,
@@ -27,7 +30,6 @@ from shared.errors import (
     Unavailable,
     UnknownPolicy,
 )
-from shared.identity import identity_difference
 from shared.rollout_client import RolloutClient
 from shared.schemas import (
     BaseIdentity,
@@ -41,6 +43,8 @@ from shared.schemas import (
 
 log = logging.getLogger(__name__)
 _RETRY_S = 0.5
+_ASK_AGAIN_S = 10.0
+_MAX_ENGINE_FAILURES = 3  # of one request, before it counts as the request's fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class _Replica:
     detail: str = "not asked yet"
     policy: PolicyId | None = None  # the newest of this run that it confirmed
     num_outstanding: int = 0
+    asked_at: float = -math.inf  # monotonic seconds
 
 
 class Fleet:
@@ -117,10 +122,19 @@ class Fleet:
                 raise Unavailable(f"no replica is ready ({details}): start one, or see its log")
             await asyncio.sleep(_RETRY_S)
 
-    async def _admit_failed(self) -> None:
-        """Ask every failed replica again. Raises when all of them are unfit for the run."""
+    async def _admit_failed(self, *, due_only: bool = False) -> None:
+        """Ask failed replicas again. Raises when all replicas are unfit for the run.
+
+        With `due_only` those that were asked a moment ago are left out: while others serve, a
+        replica that hangs must not slow every step.
+        """
         async with self._admitting:
+            now = time.monotonic()
             failed = [r for r in self._replicas if r.state == "failed"]
+            if due_only:
+                failed = [r for r in failed if now - r.asked_at > _ASK_AGAIN_S]
+            for replica in failed:
+                replica.asked_at = now
             unfit = [e for e in await asyncio.gather(*map(self._admit, failed)) if e is not None]
         if unfit and len(unfit) == len(self._replicas):
             raise unfit[0]
@@ -201,6 +215,7 @@ class Fleet:
         self, request: GenerateRequest, deadline: float
     ) -> tuple[CompletionGroup, ...]:
         num_completions = len(request.prompts) * request.sampling.n
+        num_engine_failures = 0
         while True:
             serving = await self._wait_for_serving(deadline)
             replica = min(serving, key=lambda r: r.num_outstanding)
@@ -212,6 +227,11 @@ class Fleet:
                 await asyncio.sleep(error.retry_after_s or _RETRY_S)
             except (Unavailable, UnknownPolicy) as error:
                 self._fail(replica, error)
+            except InternalError as error:
+                self._fail(replica, error)
+                num_engine_failures += 1
+                if num_engine_failures == _MAX_ENGINE_FAILURES:
+                    raise
             else:
                 if not any(c.finish_reason == "interrupted" for g in groups for c in g.completions):
                     return groups
@@ -233,7 +253,7 @@ class Fleet:
         self._adapter = adapter
         serving = [r for r in self._replicas if r.state == "serving"]
         pushes = await asyncio.gather(*(self._try_push(r, adapter, timeout_s) for r in serving))
-        await self._admit_failed()
+        await self._admit_failed(due_only=True)
         if self._replicas:
             await self._wait_for_serving(deadline)
         return tuple(receipt for receipt in pushes if receipt is not None)

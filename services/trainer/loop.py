@@ -83,7 +83,9 @@ async def train(run: Run) -> None:
             if groups is None:
                 return
         with clock.measure("reward_s"):
-            scored = await run.scorer.score(prompts, groups)
+            scored = await unless_stopped(run, run.scorer.score(prompts, groups))
+            if scored is None:
+                return
         learned = await learn(run.policy, config, scored, step=step, clock=clock)
         with clock.measure("sync_s"):
             await run.fleet.sync(learned.adapter, timeout_s=config.sync_timeout_s)

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from services.checkpoint import quantized_load_options, resolve_checkpoint
+from services.base_model import quantized_load_options, resolve_checkpoint
 from services.tokens import PromptEncoder
 from services.trainer.algorithms.grpo import MAX_LOG_RATIO, PolicyLoss, clipped_policy_loss
 from services.trainer.logprobs import TokenLogprobs, token_logprobs
 from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig
 from services.trainer.samples import Sample, TokenBatch, collate, micro_batches
 from shared.adapters import LINEAR_MODULES, content_digest, manifest_metadata
+from shared.checkpoints import base_identity
 from shared.errors import NotFound
-from shared.identity import base_identity
 from shared.schemas import AdapterManifest, BaseIdentity, PolicyId, QuantizationRecipe
 
 log = logging.getLogger(__name__)

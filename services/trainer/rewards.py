@@ -131,13 +131,18 @@ def _function(config: FunctionReward) -> Reward:
     async def reward(batch: RewardBatch) -> Sequence[float]:
         arguments = {"prompts": list(batch.prompts), "completions": list(batch.completions)}
         try:
-            if inspect.iscoroutinefunction(function):
-                values = await function(**arguments, **batch.columns)
-            else:
-                values = await asyncio.to_thread(function, **arguments, **batch.columns)
+            async with asyncio.timeout(config.timeout_s) as deadline:
+                if inspect.iscoroutinefunction(function):
+                    values = await function(**arguments, **batch.columns)
+                else:
+                    values = await asyncio.to_thread(function, **arguments, **batch.columns)
             return list(values)
         except Exception as error:  # the user's code: name it, whatever it raised
-            raise RewardFailed(f"reward function {config.path} raised {error!r}") from error
+            if deadline.expired():
+                problem = f"gave no rewards within {config.timeout_s:g} s"
+            else:
+                problem = f"raised {error!r}"
+            raise RewardFailed(f"reward function {config.path} {problem}") from error
 
     return reward
 

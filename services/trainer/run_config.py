@@ -76,6 +76,7 @@ class FunctionReward(Config):
 
     type: Literal["function"] = "function"
     path: str = Field(pattern=r"^[\w.]+:\w+$")
+    timeout_s: float = Field(gt=0, default=600.0)
     weight: float = 1.0
 
 

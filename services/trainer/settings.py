@@ -9,16 +9,19 @@ import httpx
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from shared.auth import ApiKey
 from shared.logs import LogLevel
 
 
 class TrainerSettings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="TRAINER_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="TRAINER_", extra="forbid", frozen=True, env_ignore_empty=True
+    )
 
     model: str  # checkpoint folder or hub id, 16-bit or already 4-bit
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=0, le=65535)
-    api_key: str | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
+    api_key: ApiKey | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
     log_level: LogLevel = "INFO"
 
     rollout_urls: Annotated[tuple[str, ...], NoDecode] = ()  # separated by commas

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from services.rollout.base import Base, prepare_base
-from shared.checkpoints import linear_shapes, weight_files
-from shared.identity import base_identity, identity_difference
+from shared.checkpoints import base_identity, identity_difference, linear_shapes, weight_files
 from shared.schemas import QuantizationRecipe
 
 RECIPE = QuantizationRecipe()
@@ -54,7 +53,7 @@ def quantized_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPat
     """The tiny checkpoint as somebody else saved it in 4 bits."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from services.checkpoint import quantized_load_options
+    from services.base_model import quantized_load_options
 
     folder = tmp_path_factory.mktemp("quantized") / "tiny-bnb-4bit"
     options = quantized_load_options(tiny_checkpoint, "cpu")

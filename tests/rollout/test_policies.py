@@ -69,14 +69,14 @@ async def settle() -> None:
 async def test_a_fresh_replica_serves_the_base_which_needs_no_slot(fakes: Store) -> None:
     assert fakes.store.newest == BASE_POLICY
     for policy in (None, BASE_POLICY, v(0, run="any")):
-        async with fakes.store.lease(policy, "r", interruptible=True) as lease:
+        with fakes.store.lease(policy, "r", interruptible=True) as lease:
             assert lease.adapter is None
 
 
 async def test_an_admitted_version_becomes_the_newest(fakes: Store) -> None:
     admission = await fakes.admit(v(1))
     assert (admission.outcome, admission.retired) == ("loaded", ())
-    async with fakes.store.lease(None, "r", interruptible=True) as lease:
+    with fakes.store.lease(None, "r", interruptible=True) as lease:
         assert (lease.policy, lease.adapter) == (v(1), fakes.engine.loaded[0])
 
 
@@ -105,7 +105,7 @@ async def test_a_leased_version_outlives_newer_ones_and_retires_on_a_later_admit
     fakes: Store,
 ) -> None:
     await fakes.admit(v(1))
-    async with fakes.store.lease(v(1), "r", interruptible=True):
+    with fakes.store.lease(v(1), "r", interruptible=True):
         await fakes.admit(v(2))
         assert (await fakes.admit(v(3))).retired == (v(2),)
         assert fakes.resident == [v(1), v(3)]
@@ -116,16 +116,18 @@ async def test_a_lease_is_counted_per_request(fakes: Store) -> None:
     await fakes.admit(v(1))
     async with AsyncExitStack() as stack:
         for name in ("a", "b", "c"):
-            await stack.enter_async_context(fakes.store.lease(None, name, interruptible=True))
+            stack.enter_context(fakes.store.lease(None, name, interruptible=True))
         assert [item.num_leases for item in fakes.store.resident()] == [3]
     assert [item.num_leases for item in fakes.store.resident()] == [0]
 
 
 async def test_an_unknown_version_names_the_resident_ones(fakes: Store) -> None:
     await fakes.admit(v(1))
-    with pytest.raises(UnknownPolicy) as refused:
-        async with fakes.store.lease(v(2), "r", interruptible=True):
-            pass
+    with (
+        pytest.raises(UnknownPolicy) as refused,
+        fakes.store.lease(v(2), "r", interruptible=True),
+    ):
+        pass
     assert refused.value.extra == {"resident": [str(v(1))]}
 
 
@@ -134,7 +136,7 @@ async def test_when_every_slot_is_leased_the_wait_is_bounded(tmp_path: Path) -> 
     async with AsyncExitStack() as stack:
         for version in (1, 2, 3):
             await fakes.admit(v(version))
-            await stack.enter_async_context(fakes.store.lease(None, "r", interruptible=True))
+            stack.enter_context(fakes.store.lease(None, "r", interruptible=True))
         with pytest.raises(
             NoFreeSlot, match=r"all 3 adapter slots are in use after 0\.05 s"
         ) as error:
@@ -149,7 +151,7 @@ async def test_a_sync_that_waits_for_a_slot_goes_on_when_a_lease_ends(fakes: Sto
         async with AsyncExitStack() as first:
             for version, stack in ((1, first), (2, others), (3, others)):
                 await fakes.admit(v(version))
-                await stack.enter_async_context(fakes.store.lease(None, "r", interruptible=True))
+                stack.enter_context(fakes.store.lease(None, "r", interruptible=True))
             waiting = asyncio.ensure_future(fakes.admit(v(4)))
             await settle()
             assert not waiting.done()
@@ -164,7 +166,7 @@ async def test_the_newest_version_never_makes_room(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         for version in (1, 2):
             await fakes.admit(v(version))
-            await stack.enter_async_context(fakes.store.lease(None, "r", interruptible=True))
+            stack.enter_context(fakes.store.lease(None, "r", interruptible=True))
         await fakes.admit(v(3))
         with pytest.raises(NoFreeSlot):
             await fakes.admit(v(4))
@@ -227,15 +229,17 @@ async def test_replace_run_closes_the_old_run_and_retires_it_as_its_leases_end(
 ) -> None:
     await fakes.admit(v(8))
     await fakes.admit(v(9))
-    async with fakes.store.lease(v(8), "r", interruptible=True):
+    with fakes.store.lease(v(8), "r", interruptible=True):
         admission = await fakes.admit(v(1, run="other"), replace_run=True)
         assert admission.retired == (v(9),)
         old, new = fakes.store.resident()
         assert (old.policy, old.accepts_requests) == (v(8), False)
         assert (new.policy, new.accepts_requests) == (v(1, run="other"), True)
-        with pytest.raises(UnknownPolicy):
-            async with fakes.store.lease(v(8), "late", interruptible=True):
-                pass
+        with (
+            pytest.raises(UnknownPolicy),
+            fakes.store.lease(v(8), "late", interruptible=True),
+        ):
+            pass
     await settle()
     assert fakes.resident == [v(1, run="other")]
 
@@ -269,7 +273,7 @@ async def test_requests_are_served_by_the_old_version_while_the_next_one_loads(
     fakes.engine.hold_loads()
     loading = asyncio.ensure_future(fakes.admit(v(2)))
     await settle()
-    async with fakes.store.lease(None, "r", interruptible=True) as lease:
+    with fakes.store.lease(None, "r", interruptible=True) as lease:
         assert lease.policy == v(1)
     fakes.engine.release_loads()
     await loading
@@ -319,7 +323,7 @@ async def test_finish_interrupts_nothing(fakes: Store) -> None:
 
 
 async def run(fakes: Store, name: str, policy: PolicyId, *, interruptible: bool = True) -> None:
-    async with fakes.store.lease(policy, name, interruptible=interruptible) as lease:
+    with fakes.store.lease(policy, name, interruptible=interruptible) as lease:
         await fakes.engine.generate(name, [1], SamplingParams(max_tokens=1), lease.adapter)
 
 

@@ -22,8 +22,7 @@ from services.trainer.policy import Policy
 from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig
 from services.trainer.samples import Sample, TokenBatch, collate, micro_batches
 from shared.adapters import check_tensors, read_header
-from shared.checkpoints import linear_shapes
-from shared.identity import base_identity
+from shared.checkpoints import base_identity, linear_shapes
 from tests.trainer.conftest import VERSION_0, make_sample
 
 WHOLE_BATCH = 100_000

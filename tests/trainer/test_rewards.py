@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -47,6 +48,11 @@ def broken(**_: object) -> list[float]:
 
 def forgets_to_return(**_: object) -> None:
     pass
+
+
+async def asleep(**_: object) -> list[float]:
+    await asyncio.sleep(60)
+    return []
 
 
 def one_short(completions: list[str], **_: object) -> list[float]:
@@ -115,6 +121,12 @@ async def test_a_reward_that_fails_is_never_zero(
     scorer = Scorer([function(name)], PromptEncoder.load(tiny_checkpoint))
     with pytest.raises(RewardFailed, match=message):
         await scorer.score(PROMPTS, GROUPS)
+
+
+async def test_a_function_that_hangs_ends_at_its_deadline() -> None:
+    config = FunctionReward(path=f"{__name__}:asleep", timeout_s=0.05)
+    with pytest.raises(RewardFailed, match=r"asleep gave no rewards within 0\.05 s"):
+        await build_reward(config)(BATCH)
 
 
 async def test_scores_are_weighted_sums_in_the_order_of_the_completions(

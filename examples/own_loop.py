@@ -1,0 +1,85 @@
+"""A training loop of your own: sample, score and train with two clients, nothing else.
+
+`python -m examples.own_loop` needs both services (README: run the services by hand). The trainer
+keeps policy and optimizer; prompts, rewards and the order of things are yours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+from itertools import islice
+
+from services.trainer.sort_digits import training_problems
+from shared.rollout_client import RolloutClient
+from shared.schemas import (
+    CompletionGroup,
+    GenerateRequest,
+    SamplingParams,
+    ScoredCompletion,
+    ScoredGroup,
+    TrainRequest,
+)
+from shared.trainer_client import TrainerClient
+
+RUN = {
+    "managed": False,  # no dataset, no rewards: the loop is here
+    "lora": {"rank": 16, "alpha": 32},
+    "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
+    "replace_run": True,
+}
+
+
+def score(group: CompletionGroup, answer: str) -> ScoredGroup:
+    """1 for the right answer, else 0."""
+    return ScoredGroup(
+        prompt_token_ids=group.prompt_token_ids,
+        sampling=group.sampling,
+        completions=tuple(
+            ScoredCompletion(completion=completion, reward=float(completion.text == answer))
+            for completion in group.completions
+        ),
+    )
+
+
+async def train(rollout: RolloutClient, trainer: TrainerClient, num_steps: int) -> None:
+    problems = training_problems(random.Random(0))
+    policy = (await trainer.start_run(RUN)).policy
+    for step in range(num_steps):
+        prompts, answers = zip(*islice(problems, 16), strict=True)
+        response = await rollout.generate(
+            GenerateRequest(
+                prompts=prompts,
+                policy=policy,  # every token knows the version that sampled it
+                purpose="train",
+                sampling=SamplingParams(n=8, max_tokens=8, seed=1000 * step),
+            )
+        )
+        trained = await trainer.train(
+            TrainRequest(
+                groups=tuple(map(score, response.groups, answers)),
+                expected_policy=policy,
+                idempotency_key=f"step-{step}",  # a retry gets the same answer, not another step
+            )
+        )
+        policy = trained.policy  # and every replica has it
+        print(f"{policy}: reward {trained.step.reward_mean:.2f}")
+    await trainer.stop_run()
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rollout-url", default="http://127.0.0.1:8000")
+    parser.add_argument("--trainer-url", default="http://127.0.0.1:8080")
+    parser.add_argument("--steps", type=int, default=10)
+    arguments = parser.parse_args()
+    async with (
+        RolloutClient(arguments.rollout_url) as rollout,
+        TrainerClient(arguments.trainer_url) as trainer,
+    ):
+        await train(rollout, trainer, arguments.steps)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
