@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import secrets
@@ -21,8 +20,9 @@ from typing import Literal
 import torch
 
 from services.trainer.data import Prompt, PromptStream, load_prompts
+from services.trainer.external_updates import ExternalUpdates
 from services.trainer.fleet import Fleet, Requirements
-from services.trainer.loop import Clock, Run, learn, step_record, train, unless_stopped
+from services.trainer.loop import Run, train, unless_stopped
 from services.trainer.policy import Policy
 from services.trainer.rewards import Scorer
 from services.trainer.run_config import RunConfig
@@ -31,15 +31,11 @@ from services.trainer.settings import TrainerSettings
 from shared.adapters import peft_config
 from shared.errors import (
     Conflict,
-    IdempotencyConflict,
-    InternalError,
     InvalidRequest,
     NotFound,
     NotReady,
     RunConflict,
     ServiceError,
-    UnexpectedPolicy,
-    UnsuitableForTraining,
 )
 from shared.metrics import TrainerMetrics
 from shared.rollout_client import RolloutClient
@@ -48,9 +44,7 @@ from shared.schemas import (
     PolicyStatus,
     RunEvent,
     RunStatus,
-    ScoredGroup,
     StateRecord,
-    SyncReceipt,
     TrainerStatus,
     TrainRequest,
     TrainResponse,
@@ -66,9 +60,10 @@ class _CurrentRun:
     run: Run
     ready: asyncio.Event = field(default_factory=asyncio.Event)  # a replica serves it
     task: asyncio.Task[None] | None = None
-    step: int = 0  # of an external run
-    training: asyncio.Lock = field(default_factory=asyncio.Lock)
-    answers: dict[str, tuple[str, TrainResponse]] = field(default_factory=dict)  # request digest
+    updates: ExternalUpdates = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.updates = ExternalUpdates(self.run)
 
 
 class Trainer:
@@ -202,7 +197,7 @@ class Trainer:
             if not run.config.managed:
                 await run.log.emit(StateRecord(state="external", detail="waiting for POST /train"))
                 await run.stop.wait()
-                async with current.training:  # an update that runs is finished and answered
+                async with current.updates.lock:  # an update that runs is finished and answered
                     pass
             elif not run.stop.is_set():
                 await run.log.emit(StateRecord(state="running"))
@@ -271,74 +266,11 @@ class Trainer:
     def events(self, start: int) -> AsyncIterator[tuple[int, RunEvent]]:
         return self._run().run.log.events(start)
 
-    # --- POST /train ----------------------------------------------------------------------------
-
     async def train(self, request: TrainRequest) -> TrainResponse:
-        """One update of an external run. A repeated idempotency key gets the first answer."""
+        """POST /train: one update of an external run."""
+        current = self._run()
         # Whoever waits may leave; the update then goes on, alone, and its answer is kept.
-        return await asyncio.shield(self._train(self._run(), request))
-
-    async def _train(self, current: _CurrentRun, request: TrainRequest) -> TrainResponse:
-        digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
-        async with current.training:
-            if answer := self._earlier_answer(current, request.idempotency_key, digest):
-                return answer
-            await current.ready.wait()
-            self._check_train(current, request)
-            answer = await self._update(current, request)
-            current.answers[request.idempotency_key] = digest, answer
-            for key in list(current.answers)[:-_KEPT_ANSWERS]:
-                del current.answers[key]
-            return answer
-
-    async def _update(self, current: _CurrentRun, request: TrainRequest) -> TrainResponse:
-        run, clock, step = current.run, Clock(), current.step + 1
-        try:
-            learned = await learn(run.policy, run.config, request.groups, step=step, clock=clock)
-        except FloatingPointError as error:
-            raise InternalError(str(error)) from error
-        current.step = step
-        receipts: tuple[SyncReceipt, ...] = ()
-        with clock.measure("sync_s"):
-            try:
-                receipts = await self._fleet.sync(
-                    learned.adapter, timeout_s=run.config.sync_timeout_s
-                )
-            except ServiceError as error:  # the update stands; replicas get it when they return
-                log.error("no replica has policy %s yet: %s", run.policy.id, error.detail)
-        record = step_record(learned, clock)
-        await run.log.emit(record)
-        return TrainResponse(
-            policy=run.policy.id, step=record, receipts=receipts, replicas=self._fleet.status()
-        )
-
-    def _earlier_answer(self, current: _CurrentRun, key: str, digest: str) -> TrainResponse | None:
-        if key not in current.answers:
-            return None
-        first, answer = current.answers[key]
-        if first != digest:
-            raise IdempotencyConflict(
-                f"idempotency_key {key!r} was used for another request: use a new key for every "
-                "update"
-            )
-        return answer
-
-    def _check_train(self, current: _CurrentRun, request: TrainRequest) -> None:
-        run = current.run
-        if run.log.state != "external" or run.stop.is_set():
-            state = f"{run.log.state} {run.log.detail}".rstrip()
-            raise RunConflict(
-                f"run {run.policy.id.run_id!r} is {state}: POST /train needs a run that was "
-                'started with {"managed": false} and goes on'
-            )
-        if request.expected_policy != run.policy.id:
-            raise UnexpectedPolicy(
-                f"expected_policy is {request.expected_policy}, the policy is {run.policy.id}: "
-                "sample from it and send new groups",
-                extra={"current": run.policy.id.model_dump()},
-            )
-        for index, group in enumerate(request.groups):
-            _check_group(index, group, run.policy)
+        return await asyncio.shield(current.updates.train(request, current.ready))
 
     # --- views ----------------------------------------------------------------------------------
 
@@ -377,34 +309,6 @@ def _load_data(config: RunConfig, policy: Policy) -> tuple[list[Prompt], list[Pr
         return prompts, []
     held_out = load_prompts(config.eval.dataset, policy.encoder, seed=config.seed, held_out=True)
     return prompts, held_out[: config.eval.num_prompts]
-
-
-def _check_group(index: int, group: ScoredGroup, policy: Policy) -> None:
-    """Refuse what a gradient cannot use."""
-    if obstacles := group.sampling.gradient_obstacles():
-        raise UnsuitableForTraining(
-            f"group {index} was sampled with {', '.join(obstacles)}: sample with purpose 'train'"
-        )
-    policy.encoder.check_vocabulary(group.prompt_token_ids)
-    for number, scored in enumerate(group.completions):
-        completion, where = scored.completion, f"completion {number} of group {index}"
-        if completion.finish_reason == "interrupted" or not completion.token_ids:
-            raise UnsuitableForTraining(f"{where} is unfinished: continue it, then send it")
-        policy.encoder.check_vocabulary(completion.token_ids)
-        num_tokens = len(group.prompt_token_ids) + len(completion.token_ids)
-        if num_tokens > policy.max_positions:
-            raise InvalidRequest(
-                f"{where} has {num_tokens} tokens with its prompt, the model has "
-                f"{policy.max_positions} positions"
-            )
-        for segment in completion.segments:
-            theirs = segment.policy
-            if not theirs.is_base and (
-                theirs.life != policy.id.life or theirs.version > policy.id.version
-            ):
-                raise UnexpectedPolicy(
-                    f"{where} was sampled by {theirs}, the policy that trains is {policy.id}"
-                )
 
 
 def save_adapter(run: Run) -> None:

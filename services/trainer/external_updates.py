@@ -1,0 +1,124 @@
+"""POST /train: updates from groups that somebody else sampled and scored, each exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+
+from services.trainer.loop import Clock, Run, learn, step_record
+from services.trainer.policy import Policy
+from shared.errors import (
+    IdempotencyConflict,
+    InternalError,
+    InvalidRequest,
+    RunConflict,
+    ServiceError,
+    UnexpectedPolicy,
+    UnsuitableForTraining,
+)
+from shared.schemas import ScoredGroup, SyncReceipt, TrainRequest, TrainResponse
+
+log = logging.getLogger(__name__)
+_KEPT_ANSWERS = 64
+
+
+class ExternalUpdates:
+    """The updates of one external run."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._step = 0
+        self.lock = asyncio.Lock()  # held while the policy changes
+        self._answers: dict[str, tuple[str, TrainResponse]] = {}  # key -> request digest, answer
+
+    async def train(self, request: TrainRequest, ready: asyncio.Event) -> TrainResponse:
+        """One update, once a replica is `ready`. A repeated key gets the first answer."""
+        digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
+        async with self.lock:
+            if answer := self._earlier_answer(request.idempotency_key, digest):
+                return answer
+            await ready.wait()
+            self._check(request)
+            answer = await self._update(request)
+            self._answers[request.idempotency_key] = digest, answer
+            for key in list(self._answers)[:-_KEPT_ANSWERS]:
+                del self._answers[key]
+            return answer
+
+    async def _update(self, request: TrainRequest) -> TrainResponse:
+        run, clock, step = self._run, Clock(), self._step + 1
+        try:
+            learned = await learn(run.policy, run.config, request.groups, step=step, clock=clock)
+        except FloatingPointError as error:
+            raise InternalError(str(error)) from error
+        self._step = step
+        receipts: tuple[SyncReceipt, ...] = ()
+        with clock.measure("sync_s"):
+            try:
+                receipts = await run.fleet.sync(
+                    learned.adapter, timeout_s=run.config.sync_timeout_s
+                )
+            except ServiceError as error:  # the update stands; replicas get it when they return
+                log.error("no replica has policy %s yet: %s", run.policy.id, error.detail)
+        record = step_record(learned, clock)
+        await run.log.emit(record)
+        return TrainResponse(
+            policy=run.policy.id, step=record, receipts=receipts, replicas=run.fleet.status()
+        )
+
+    def _earlier_answer(self, key: str, digest: str) -> TrainResponse | None:
+        if key not in self._answers:
+            return None
+        first, answer = self._answers[key]
+        if first != digest:
+            raise IdempotencyConflict(
+                f"idempotency_key {key!r} was used for another request: use a new key for every "
+                "update"
+            )
+        return answer
+
+    def _check(self, request: TrainRequest) -> None:
+        run = self._run
+        if run.log.state != "external" or run.stop.is_set():
+            state = f"{run.log.state} {run.log.detail}".rstrip()
+            raise RunConflict(
+                f"run {run.policy.id.run_id!r} is {state}: POST /train needs a run that was "
+                'started with {"managed": false} and goes on'
+            )
+        if request.expected_policy != run.policy.id:
+            raise UnexpectedPolicy(
+                f"expected_policy is {request.expected_policy}, the policy is {run.policy.id}: "
+                "sample from it and send new groups",
+                extra={"current": run.policy.id.model_dump()},
+            )
+        for index, group in enumerate(request.groups):
+            _check_group(index, group, run.policy)
+
+
+def _check_group(index: int, group: ScoredGroup, policy: Policy) -> None:
+    """Refuse what a gradient cannot use."""
+    if obstacles := group.sampling.gradient_obstacles():
+        raise UnsuitableForTraining(
+            f"group {index} was sampled with {', '.join(obstacles)}: sample with purpose 'train'"
+        )
+    policy.encoder.check_vocabulary(group.prompt_token_ids)
+    for number, scored in enumerate(group.completions):
+        completion, where = scored.completion, f"completion {number} of group {index}"
+        if completion.finish_reason == "interrupted" or not completion.token_ids:
+            raise UnsuitableForTraining(f"{where} is unfinished: continue it, then send it")
+        policy.encoder.check_vocabulary(completion.token_ids)
+        num_tokens = len(group.prompt_token_ids) + len(completion.token_ids)
+        if num_tokens > policy.max_positions:
+            raise InvalidRequest(
+                f"{where} has {num_tokens} tokens with its prompt, the model has "
+                f"{policy.max_positions} positions"
+            )
+        for segment in completion.segments:
+            theirs = segment.policy
+            if not theirs.is_base and (
+                theirs.life != policy.id.life or theirs.version > policy.id.version
+            ):
+                raise UnexpectedPolicy(
+                    f"{where} was sampled by {theirs}, the policy that trains is {policy.id}"
+                )
