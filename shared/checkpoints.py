@@ -97,12 +97,15 @@ def _chat_template_digest(model_dir: Path) -> str | None:
     return _sha256_of_json(template) if template else None
 
 
-def identity_difference(ours: BaseIdentity, theirs: BaseIdentity) -> str | None:
-    """One phrase that names what differs, or None."""
+def identity_difference(replica: BaseIdentity, trainer: BaseIdentity) -> str | None:
+    """One phrase that names what differs, or None when the replica may serve the trainer's policy.
+
+    A replica of the original 16-bit weights (no recipe) may: its operator chose the larger gap.
+    """
     for field in BaseIdentity.model_fields:
-        a, b = getattr(ours, field), getattr(theirs, field)
-        if a != b:
-            return f"{field} {_short(a)} here, {_short(b)} there"
+        ours, theirs = getattr(replica, field), getattr(trainer, field)
+        if ours != theirs and not (field == "recipe" and ours is None):
+            return f"{field} {_short(ours)} on the replica, {_short(theirs)} on the trainer"
     return None
 
 

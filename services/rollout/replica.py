@@ -89,7 +89,7 @@ class Replica:
         self._tasks.clear()  # their tracebacks would keep the engine alive
         if serving := self._serving:
             self._serving = None
-            await asyncio.to_thread(serving.engine.shutdown)
+            serving.engine.shutdown()  # not in a thread: vLLM's reader would report a dead engine
             serving.receiver.close()
 
     async def _boot_and_watch(self) -> None:

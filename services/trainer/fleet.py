@@ -165,10 +165,15 @@ class Fleet:
         wanted = self._requirements
         assert wanted, "begin() was not called"
         assert status.base, "a ready replica knows its base"
-        if difference := identity_difference(wanted.base, status.base):
+        if difference := identity_difference(status.base, wanted.base):
             raise BaseMismatch(
                 f"the replica serves another base than the trainer trains ({difference}): set "
                 "ROLLOUT_MODEL to TRAINER_MODEL, and ROLLOUT_BASE to nf4-exact for a 4-bit trainer"
+            )
+        if status.base.recipe is None and wanted.base.recipe:
+            log.warning(
+                "a replica serves the original 16-bit weights of a 4-bit policy: expect a larger "
+                "logprob gap; ROLLOUT_BASE=nf4-exact serves what is trained"
             )
         if wanted.lora_rank > status.limits.max_lora_rank:
             raise InvalidRequest(

@@ -438,7 +438,7 @@ REFUSALS = [
         INVALID,
         "version 0 is the base and has no adapter",
     ),
-    Refusal("another base", of_another_base, 409, "BaseMismatch", "abababababab there"),
+    Refusal("another base", of_another_base, 409, "BaseMismatch", "abababababab on the trainer"),
     Refusal("another tokenizer", of_another_tokenizer, 409, "BaseMismatch", "tokenizer"),
     Refusal("the base without quantization", of_the_original_base, 409, "BaseMismatch", "recipe"),
     Refusal(
