@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -123,3 +124,9 @@ def make_demo_model(
     shutil.rmtree(unfinished, ignore_errors=True)
     save(model, unfinished)
     unfinished.rename(path)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("name the folder to write: python -m examples.demo.model .demo/model")
+    make_demo_model(Path(sys.argv[1]))

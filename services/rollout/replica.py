@@ -96,7 +96,8 @@ class Replica:
         try:
             await self._boot()
         except Exception as error:  # whatever it is, the process is of no use: say it and exit
-            self._die(f"boot failed: {error}", error)
+            trace = None if isinstance(error, ValueError) else error  # else the operator's to mend
+            self._die(f"boot failed: {error}", trace)
             return
         await self._watch()
 

@@ -94,7 +94,8 @@ class Trainer:
         try:
             self._policy = await asyncio.to_thread(self._load_policy)
         except Exception as error:  # whatever it is, the process is of no use: say it and exit
-            log.error("loading %s failed: %s", self.settings.model, error, exc_info=error)
+            trace = None if isinstance(error, ValueError) else error  # else the operator's to mend
+            log.error("loading %s failed: %s", self.settings.model, error, exc_info=trace)
             self._state, self._detail = "dead", f"loading {self.settings.model} failed: {error}"
             self._on_exit(1)
             return
