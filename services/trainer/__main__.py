@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from services.server import Server, read_settings
@@ -15,6 +16,8 @@ from shared.logs import configure_logging
 def main() -> int:
     settings = read_settings(TrainerSettings)
     configure_logging("trainer", settings.log_level)
+    # It would fetch optional kernels from a hub, and warns at every start that it could not.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         check_bind(settings.host, settings.api_key)
     except ValueError as error:
