@@ -12,6 +12,7 @@ import random
 from itertools import islice
 
 from services.trainer.sort_digits import training_problems
+from shared.errors import ServiceError
 from shared.rollout_client import RolloutClient
 from shared.schemas import (
     CompletionGroup,
@@ -46,26 +47,28 @@ def score(group: CompletionGroup, answer: str) -> ScoredGroup:
 async def train(rollout: RolloutClient, trainer: TrainerClient, num_steps: int) -> None:
     problems = training_problems(random.Random(0))
     policy = (await trainer.start_run(RUN)).policy
-    for step in range(num_steps):
-        prompts, answers = zip(*islice(problems, 16), strict=True)
-        response = await rollout.generate(
-            GenerateRequest(
-                prompts=prompts,
-                policy=policy,  # every token knows the version that sampled it
-                purpose="train",
-                sampling=SamplingParams(n=8, max_tokens=8, seed=1000 * step),
+    try:
+        for step in range(num_steps):
+            prompts, answers = zip(*islice(problems, 16), strict=True)
+            response = await rollout.generate(
+                GenerateRequest(
+                    prompts=prompts,
+                    policy=policy,  # every token knows the version that sampled it
+                    purpose="train",
+                    sampling=SamplingParams(n=8, max_tokens=8, seed=1000 * step),
+                )
             )
-        )
-        trained = await trainer.train(
-            TrainRequest(
-                groups=tuple(map(score, response.groups, answers)),
-                expected_policy=policy,
-                idempotency_key=f"step-{step}",  # a retry gets the same answer, not another step
+            trained = await trainer.train(
+                TrainRequest(
+                    groups=tuple(map(score, response.groups, answers)),
+                    expected_policy=policy,
+                    idempotency_key=f"step-{step}",  # a retry takes no second step
+                )
             )
-        )
-        policy = trained.policy  # and every replica has it
-        print(f"{policy}: reward {trained.step.reward_mean:.2f}")
-    await trainer.stop_run()
+            policy = trained.policy  # and every replica has it
+            print(f"{policy}: reward {trained.step.reward_mean:.2f}")
+    finally:
+        await trainer.stop_run()
 
 
 async def main() -> None:
@@ -78,7 +81,10 @@ async def main() -> None:
         RolloutClient(arguments.rollout_url) as rollout,
         TrainerClient(arguments.trainer_url) as trainer,
     ):
-        await train(rollout, trainer, arguments.steps)
+        try:
+            await train(rollout, trainer, arguments.steps)
+        except ServiceError as error:
+            raise SystemExit(error.detail) from error
 
 
 if __name__ == "__main__":

@@ -88,6 +88,10 @@ def invalid_request(first: dict[str, Any]) -> InvalidRequest:
     field = ".".join(path) or "the body"
     if first["type"] == "extra_forbidden":
         return InvalidRequest(f"unknown field {field!r}: see /docs for the fields of this request")
+    if first["type"] == "json_invalid":
+        return InvalidRequest(
+            f"the body is not JSON: {first['ctx']['error']} at character {path[-1]}"
+        )
     if first["type"] == "missing":
         return InvalidRequest(f"field {field!r} is required")
     if not path and isinstance(first.get("input"), bytes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -25,7 +26,8 @@ def read_settings(cls: type[Settings]) -> Settings:
         prefix = cls.model_config.get("env_prefix", "")
         for item in error.errors():
             name = prefix + "_".join(str(part) for part in item["loc"]).upper()
-            print(f"{name}: {item['msg'].lower()} (see README, settings)", file=sys.stderr)
+            message = item["msg"].removeprefix("Value error, ")
+            print(f"{name}: {message} (see README, settings)", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -53,21 +55,33 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def run_until_exit(self) -> int:
-        """Serve; the exit code of the process. Uvicorn ends with 1 when it cannot bind."""
-        asyncio.run(self._serve_with_signals())
+        """Serve; the exit code of the process. Nothing is loaded when the port is taken."""
+        try:
+            family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
+            address = (self.config.host, self.config.port)
+            listener = socket.create_server(address, family=family, backlog=2048)
+        except OSError as error:
+            print(
+                f"cannot listen on {self.config.host}:{self.config.port} ({error.strerror}): "
+                "choose another port or end what listens there",
+                file=sys.stderr,
+            )
+            return 2
+        asyncio.run(self._serve_with_signals(listener))
         return self.exit_code if self.started else 1
 
-    async def _serve_with_signals(self) -> None:
+    async def _serve_with_signals(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        await self.serve()
+        await self.serve(sockets=[listener])
 
     def _on_signal(self) -> None:
         self._num_signals += 1
         if self._num_signals == 1:
             self._on_stop()
         else:
+            self.force_exit = True  # without waiting for open requests
             self.exit(1)
 
     @contextlib.contextmanager

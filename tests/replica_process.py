@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 
-from shared.schemas import PoliciesResponse, PolicyId
+from shared.schemas import PoliciesResponse, PolicyId, RolloutStatus
 
 _BOOT_TIMEOUT_S = 120.0
 _POLL_S = 0.05
@@ -56,8 +56,10 @@ class ReplicaProcess:
 
     def base_dir(self) -> Path:
         """The checkpoint that the engine serves."""
-        (path,) = (self.cache_dir / "bases").iterdir()
-        return path
+        base = RolloutStatus.model_validate_json(self.get("/status").content).base
+        assert base
+        name = "-".join((digest or "none")[:16] for _, digest in base)
+        return self.cache_dir / "bases" / name
 
     def engine_pid(self) -> int:
         """The process of the engine, a child of the service."""

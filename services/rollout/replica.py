@@ -144,8 +144,10 @@ class Replica:
         self._serving = Serving(base, engine, policies, sampler, receiver, limits, booted.version)
         self._state, self._detail = "ready", ""
         log.info(
-            "ready after %.1f s: %s, base %s, KV cache %s, context %d, vLLM %s",
+            "ready after %.1f s on http://%s:%d: %s, base %s, KV cache %s, context %d, vLLM %s",
             time.perf_counter() - started,
+            settings.host,
+            settings.port,
             settings.model,
             settings.base,
             settings.resolved_kv_cache_dtype,

@@ -112,6 +112,7 @@ def prepare_environment(settings: RolloutSettings) -> None:
             "TORCH_COMPILE_DISABLE": "1",
             "OMP_NUM_THREADS": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings there are about GPUs
         }
     else:
         environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"

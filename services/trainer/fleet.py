@@ -27,6 +27,7 @@ from shared.errors import (
     Overloaded,
     RunConflict,
     ServiceError,
+    Unauthorized,
     Unavailable,
     UnknownPolicy,
 )
@@ -150,8 +151,16 @@ class Fleet:
             if self._adapter is not None:
                 await self._push(replica, self._adapter, timeout_s=60.0)
         except Unavailable as error:
+            if replica.detail != error.detail:
+                log.warning("replica %s is not ready: %s", replica.client.url, error.detail)
             replica.detail = error.detail
             return None
+        except Unauthorized:
+            replica.detail = "it refuses the trainer's key"
+            return Unauthorized(
+                f"replica {replica.client.url} refuses the trainer's key: start both with the same "
+                "TANDEM_API_KEY"
+            )
         except ServiceError as error:
             if replica.detail != error.detail:
                 log.error("replica %s cannot serve: %s", replica.client.url, error.detail)
@@ -190,8 +199,8 @@ class Fleet:
         is_ours = current.is_base or current.run_id == wanted.run_id
         if not is_ours and not wanted.may_replace_run(current.run_id):
             raise RunConflict(
-                f"the replica serves run {current.run_id!r} of another trainer: end that run, or "
-                "set replace_run: true in the run config"
+                f"a replica still serves run {current.run_id!r} of another trainer: if that has "
+                "ended, set replace_run: true in the run config"
             )
 
     def _fail(self, replica: _Replica, error: ServiceError) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ from services.trainer.run_config import (
 )
 from shared.errors import RewardFailed
 from shared.schemas import CompletionGroup, ScoredCompletion, ScoredGroup
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,8 @@ class Scorer:
         )
         totals = [0.0] * len(pairs)
         for config, reward in self._rewards:
-            values = _checked(await reward(batch), len(pairs), config.type)
+            name = config.path if isinstance(config, FunctionReward) else config.type
+            values = _checked(await reward(batch), len(pairs), name)
             totals = [t + config.weight * v for t, v in zip(totals, values, strict=True)]
         remaining = iter(totals)
         return [
@@ -126,7 +130,10 @@ def _function(config: FunctionReward) -> Reward:
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward function {config.path} cannot be imported: {error}") from error
+        raise ValueError(
+            f"reward function {config.path} cannot be imported: {error}; its folder "
+            "must be on the trainer's PYTHONPATH"
+        ) from error
 
     async def reward(batch: RewardBatch) -> Sequence[float]:
         arguments = {"prompts": list(batch.prompts), "completions": list(batch.completions)}
@@ -141,6 +148,7 @@ def _function(config: FunctionReward) -> Reward:
             if deadline.expired():
                 problem = f"gave no rewards within {config.timeout_s:g} s"
             else:
+                log.error("reward function %s failed", config.path, exc_info=error)
                 problem = f"raised {error!r}"
             raise RewardFailed(f"reward function {config.path} {problem}") from error
 

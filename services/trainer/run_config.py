@@ -172,7 +172,8 @@ def parse_run_config(text: str | bytes) -> RunConfig:
     try:
         value: Any = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"the run config is neither YAML nor JSON: {error}") from error
+        problem = " ".join(str(error).split())
+        raise ValueError(f"the run config is neither YAML nor JSON: {problem}") from error
     if not isinstance(value, Mapping):
         raise ValueError("the run config must be a mapping of settings")
     try:
@@ -180,6 +181,10 @@ def parse_run_config(text: str | bytes) -> RunConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "run config"
+        if first["type"] == "extra_forbidden":
+            raise ValueError(
+                f"unknown field {field!r}: the fields are in services/trainer/run_config.py"
+            ) from error
         raise ValueError(f"{field}: {first['msg'].removeprefix('Value error, ')}") from error
 
 

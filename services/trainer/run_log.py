@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ class RunLog:
         self._metrics = metrics
         self._events: list[RunEvent] = []
         self._changed = asyncio.Condition()
+        self._lock = (run_dir / "lock").open("w")  # held while the run goes on
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._jsonl = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
 
@@ -65,4 +68,17 @@ class RunLog:
 
     def close(self) -> None:
         self._jsonl.close()
+        self._lock.close()
         self._tensorboard.close()
+
+
+def run_has_ended(run_dir: Path) -> bool:
+    """True for the folder of a run that no living trainer is in."""
+    if not (run_dir / "lock").is_file():
+        return False
+    with (run_dir / "lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True

@@ -26,7 +26,7 @@ from services.trainer.loop import Run, train, unless_stopped
 from services.trainer.policy import Policy
 from services.trainer.rewards import Scorer
 from services.trainer.run_config import RunConfig
-from services.trainer.run_log import RunLog
+from services.trainer.run_log import RunLog, run_has_ended
 from services.trainer.settings import TrainerSettings
 from shared.adapters import peft_config
 from shared.errors import (
@@ -100,7 +100,13 @@ class Trainer:
             self._on_exit(1)
             return
         self._state, self._detail = "ready", ""
-        log.info("ready after %.1f s: %s", time.perf_counter() - started, self.settings.model)
+        log.info(
+            "ready after %.1f s on http://%s:%d: %s",
+            time.perf_counter() - started,
+            self.settings.host,
+            self.settings.port,
+            self.settings.model,
+        )
 
     def _load_policy(self) -> Policy:
         device = self.settings.device
@@ -116,6 +122,7 @@ class Trainer:
 
     def shut_down(self) -> None:
         """SIGTERM: finish the step that runs, then exit 0."""
+        log.info("stopping")
         if current := self._current:
             current.run.stop.set()
         self._on_exit(0)
@@ -190,6 +197,7 @@ class Trainer:
         """The task of a run: whatever ends it is its last event."""
         run = current.run
         try:
+            log.info("run %s begins in %s", run.policy.id.run_id, run.log.run_dir)
             requirements = self._requirements(run)
             await unless_stopped(
                 run, self._fleet.begin(requirements, timeout_s=self.settings.ready_timeout_s)
@@ -205,6 +213,7 @@ class Trainer:
                 await train(run)
             await asyncio.to_thread(save_adapter, run)
             stopped = run.stop.is_set()
+            log.info("run %s ended at policy %s", run.policy.id.run_id, run.policy.id)
             await run.log.emit(StateRecord(state="stopped" if stopped else "completed"))
         except ServiceError as error:
             log.error("run %s failed: %s", run.policy.id.run_id, error.detail)
@@ -232,7 +241,7 @@ class Trainer:
             lora_rank=run.config.lora.rank,
             num_context_tokens=num_context_tokens,
             may_replace_run=lambda run_id: (
-                run.config.replace_run or (self.settings.runs_dir / run_id).is_dir()
+                run.config.replace_run or run_has_ended(self.settings.runs_dir / run_id)
             ),
         )
 

@@ -125,7 +125,7 @@ REFUSALS = [
         b'{"prompts": [[1]], "sampling": {"temperature": NaN}}',
         "sampling.temperature is nan",
     ),
-    raw("generate malformed JSON", b'{"prompts": [[1]', "JSON decode error"),
+    raw("generate malformed JSON", b'{"prompts": [[1]', "the body is not JSON"),
     raw("generate an empty body", b"", "is required"),
     raw("generate a list", b"[]", "the body is []"),
     Refusal(
@@ -143,7 +143,7 @@ REFUSALS = [
     score("over the context", "sequence 0 has 512 tokens, /score takes at most 511", [1] * 512),
     score("more sequences than the limit", "asks for 65 completions", *[[1, 3]] * 65),
     score("an unknown field", "unknown field 'temperature'", [1, 3], temperature=0.5),
-    raw("score malformed JSON", b"sequences", "JSON decode error", path="/score"),
+    raw("score malformed JSON", b"sequences", "the body is not JSON", path="/score"),
 ]
 
 

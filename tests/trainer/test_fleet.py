@@ -17,6 +17,7 @@ from shared.errors import (
     Overloaded,
     RunConflict,
     ServiceError,
+    Unauthorized,
     Unavailable,
 )
 from shared.rollout_client import RolloutClient
@@ -295,3 +296,13 @@ async def test_a_replica_that_refuses_the_adapter_does_not_end_the_run_of_the_ot
     refusing.refusal = BaseMismatch("restarted with another base")
     assert len(await fleet.sync(ADAPTER, timeout_s=5)) == 1
     assert states(fleet) == ["serving", "failed"]
+
+
+async def test_a_replica_that_refuses_the_key_is_named() -> None:
+    async def refuse(_: httpx.Request) -> httpx.Response:
+        error = Unauthorized("send the key")
+        return httpx.Response(error.status, json=error.to_problem())
+
+    client = RolloutClient("http://replica-0", transport=httpx.MockTransport(refuse))
+    with pytest.raises(Unauthorized, match=r"http://replica-0 refuses the trainer's key"):
+        await Fleet([client]).begin(requirements(), timeout_s=60)

@@ -39,7 +39,7 @@ def test_the_demo_config_is_valid() -> None:
         ("a: b: c", "neither YAML nor JSON"),
         ("[" * 10_000, "neither YAML nor JSON"),
         ("{}", "a managed run needs dataset"),
-        (MANAGED + "steps: 4", "steps: Extra inputs"),
+        (MANAGED + "steps: 4", "unknown field .steps."),
         (MANAGED + "sampling: {top_p: 0.9}", "top_p=0.9"),
         (MANAGED + "sampling: {n: 8, temperature: 0}", "temperature=0"),
         (MANAGED + "sampling: {n: 1}", "at least 2"),
