@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -62,7 +63,8 @@ class Server(uvicorn.Server):
             listener = socket.create_server(address, family=family, backlog=2048)
         except OSError as error:
             print(
-                f"cannot listen on {self.config.host}:{self.config.port} ({error.strerror}): "
+                f"cannot listen on {self.config.host}:{self.config.port} "
+                f"({os.strerror(error.errno or 0)}): "
                 "choose another port or end what listens there",
                 file=sys.stderr,
             )
