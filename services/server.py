@@ -62,9 +62,11 @@ class Server(uvicorn.Server):
             address = (self.config.host, self.config.port)
             listener = socket.create_server(address, family=family, backlog=2048)
         except OSError as error:
+            is_name_error = isinstance(error, socket.gaierror)
+            reason = error.strerror if is_name_error else os.strerror(error.errno or 0)
             print(
                 f"cannot listen on {self.config.host}:{self.config.port} "
-                f"({os.strerror(error.errno or 0)}): "
+                f"({reason}): "
                 "choose another port or end what listens there",
                 file=sys.stderr,
             )
