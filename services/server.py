@@ -62,12 +62,11 @@ class Server(uvicorn.Server):
             address = (self.config.host, self.config.port)
             listener = socket.create_server(address, family=family, backlog=2048)
         except OSError as error:
-            is_name_error = isinstance(error, socket.gaierror)
-            reason = error.strerror if is_name_error else os.strerror(error.errno or 0)
+            number = error.errno or 0  # below 0: a name that cannot be resolved
+            reason = os.strerror(number) if number > 0 else "no such host"
             print(
-                f"cannot listen on {self.config.host}:{self.config.port} "
-                f"({reason}): "
-                "choose another port or end what listens there",
+                f"cannot listen on {self.config.host}:{self.config.port}: {reason}; choose another "
+                "host or port, or end what listens there",
                 file=sys.stderr,
             )
             return 2
