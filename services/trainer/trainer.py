@@ -211,24 +211,31 @@ class Trainer:
             elif not run.stop.is_set():
                 await run.log.emit(StateRecord(state="running"))
                 await train(run)
-            await asyncio.to_thread(save_adapter, run)
-            stopped = run.stop.is_set()
-            log.info("run %s ended at policy %s", run.policy.id.run_id, run.policy.id)
-            await run.log.emit(StateRecord(state="stopped" if stopped else "completed"))
+            last = StateRecord(state="stopped" if run.stop.is_set() else "completed")
+            await self._end(run, last)
         except ServiceError as error:
             log.error("run %s failed: %s", run.policy.id.run_id, error.detail)
-            await run.log.emit(StateRecord(state="failed", detail=error.detail))
+            await self._end(run, StateRecord(state="failed", detail=error.detail))
         except asyncio.CancelledError:
             await run.log.emit(StateRecord(state="failed", detail="the trainer was stopped"))
             raise
         except Exception as error:  # the run ends; the trainer and what it knows stay
             log.error("run %s failed", run.policy.id.run_id, exc_info=error)
-            await run.log.emit(
-                StateRecord(state="failed", detail=f"{type(error).__name__}: {error}")
-            )
+            detail = f"{type(error).__name__}: {error}"
+            await self._end(run, StateRecord(state="failed", detail=detail))
         finally:
             current.ready.set()
             run.log.close()
+
+    async def _end(self, run: Run, last: StateRecord) -> None:
+        """Save what was learned, however the run ended, and emit its last event."""
+        try:
+            await asyncio.to_thread(save_adapter, run)
+        except OSError as error:
+            detail = f"{last.detail} The adapter could not be saved: {error}".strip()
+            last = StateRecord(state="failed", detail=detail)
+        log.info("run %s ended at policy %s: %s", run.policy.id.run_id, run.policy.id, last.state)
+        await run.log.emit(last)
 
     def _requirements(self, run: Run) -> Requirements:
         num_context_tokens = 1  # a loop of the user's own samples as it likes
@@ -326,7 +333,7 @@ def save_adapter(run: Run) -> None:
     if run.policy.id.is_base:
         return
     target = run.log.run_dir / "adapter"
-    adapter = run.policy.adapter(run.policy.id.version)
+    adapter = run.policy.publish()
     writing = Path(f"{target}.writing")
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(writing)

@@ -67,6 +67,22 @@ def broken(**_: object) -> list[float]:
     raise RuntimeError("the judge is away")
 
 
+class _BreaksLater:
+    """Scores two steps, then fails."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def __call__(self, completions: list[str], **_: object) -> list[float]:
+        self.num_calls += 1
+        if self.num_calls > 2:
+            raise RuntimeError("the judge left")
+        return share_of_small_digits(completions)
+
+
+breaks_later = _BreaksLater()
+
+
 @pytest.fixture(scope="module")
 async def trainer(
     anyio_backend: str,
@@ -192,6 +208,16 @@ async def test_a_reward_that_fails_ends_the_run_and_not_the_services(
     assert (await client.status()).state == "ready"
     await runs.start_run(replacing(MANAGED, num_steps=1, eval=None))
     assert (await until_end(runs))[-1] == StateRecord(state="completed")
+
+
+async def test_a_run_that_fails_keeps_what_it_learned(runs: TrainerClient) -> None:
+    rewards = [{"type": "function", "path": f"{__name__}:breaks_later"}]
+    await runs.start_run(replacing(MANAGED, rewards=rewards, eval=None))
+    assert "the judge left" in str((await until_end(runs))[-1])
+    status = await runs.run()
+    assert (status.state, status.policy.version) == ("failed", 2)
+    saved = Path(status.run_dir) / "adapter/adapter_model.safetensors"
+    assert saved.read_bytes() == await runs.adapter(2)
 
 
 async def test_one_run_at_a_time(runs: TrainerClient) -> None:
