@@ -14,6 +14,7 @@
     │   ├── StaleVersion            older than, or other than, what is resident
     │   ├── RunConflict             the replica or trainer serves another run
     │   ├── UnexpectedPolicy        the policy is not the one that was expected
+    │   ├── ConformanceFailed       a replica does not serve what it says it serves
     │   └── IdempotencyConflict     the key was used for another request
     ├── Unavailable 503             try again, here or elsewhere
     │   ├── Overloaded 429          the queue is full
@@ -114,6 +115,10 @@ class RunConflict(Conflict):
 
 
 class UnexpectedPolicy(Conflict):
+    pass
+
+
+class ConformanceFailed(Conflict):
     pass
 
 

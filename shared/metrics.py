@@ -35,6 +35,11 @@ class RolloutMetrics:
             "Completions queued or running",
             registry=self.registry,
         )
+        self.open_streams = Gauge(
+            "tandem_rollout_open_streams",
+            "Streamed /generate requests that run",
+            registry=self.registry,
+        )
         self.completions = Counter(
             "tandem_rollout_completions",
             "Completions by finish reason",
@@ -67,6 +72,37 @@ class TrainerMetrics:
         self.registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         self.updates = Counter("tandem_trainer_updates", "Policy updates", registry=self.registry)
+        self.checkpoints = Counter(
+            "tandem_trainer_checkpoints",
+            "Checkpoints by outcome: saved or failed",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.syncs = Histogram(
+            "tandem_trainer_sync_seconds",
+            "Upload, load and proof of one version on one replica",
+            buckets=_SYNC_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._replicas = Gauge(
+            "tandem_trainer_replicas", "Replicas by state", ["state"], registry=self.registry
+        )
+        self._replica_transitions = Counter(
+            "tandem_trainer_replica_transitions",
+            "Changes of a replica's state, by the new one",
+            ["state"],
+            registry=self.registry,
+        )
+        self._replica_states: dict[str, str] = {}
+
+    def record_replica(self, id: str, old_state: str, new_state: str) -> None:
+        """A replica changed its state. The first of its states counts as a change, too."""
+        self._replica_transitions.labels(new_state).inc()
+        self._replica_states[id] = new_state
+        if new_state == "gone":
+            del self._replica_states[id]
+        for state in (old_state, new_state):
+            self._replicas.labels(state).set(list(self._replica_states.values()).count(state))
 
     def record(self, record: StepRecord | EvalRecord) -> None:
         """Set one gauge per number of the record: `tandem_trainer_reward_mean` and so on."""

@@ -1,9 +1,10 @@
 """Every type that crosses HTTP.
 
-                      GenerateRequest  ──▶            ──▶ GenerateResponse
+                      GenerateRequest  ──▶            ──▶ GenerateResponse, or StreamRecords
     trainer           adapter file     ──▶  rollout   ──▶ SyncReceipt
                       ScoreRequest     ──▶            ──▶ ScoreResponse
 
+    replica           ReplicaRegistration ▶ trainer   ──▶ ReplicaStatus
     client            TrainRequest     ──▶  trainer   ──▶ TrainResponse
                       run config       ──▶            ──▶ RunStatus, RunEvent (server-sent)
 
@@ -13,7 +14,7 @@ was accepted cannot change. `logprobs` are natural logarithms; `_s` is seconds, 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -188,6 +189,7 @@ class GenerateRequest(Wire):
     policy: PolicyId | None = None
     purpose: Literal["train", "eval"] = "eval"
     completion_prefix: tuple[TokenId, ...] = ()
+    stream: bool = False  # NDJSON, one StreamRecord per line, as tokens come
 
     @model_validator(mode="after")
     def _prefix_belongs_to_one_completion(self) -> GenerateRequest:
@@ -235,6 +237,60 @@ class CompletionGroup(Wire):
 class GenerateResponse(Wire):
     groups: tuple[CompletionGroup, ...]
     boot_id: str
+
+
+class StreamStart(Wire):
+    """Group `group` of a stream begins: before any of its tokens, and in the order of prompts."""
+
+    kind: Literal["start"] = "start"
+    group: int = Field(ge=0)
+    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)
+    sampling: SamplingParams  # as applied
+    policy: PolicyId  # samples every token of the group
+
+
+class StreamTokens(Wire):
+    """The next tokens of one completion. The record of its last tokens, and no other, has a finish
+    reason: a completion is never complete without its end being said."""
+
+    kind: Literal["tokens"] = "tokens"
+    group: int = Field(ge=0)
+    completion: int = Field(ge=0)
+    token_ids: tuple[TokenId, ...]
+    logprobs: tuple[Logprob, ...]
+    finish_reason: Literal["stop", "length", "interrupted"] | None = None
+    text: str | None = None  # of these tokens, when the request asks for it
+
+    @model_validator(mode="after")
+    def _every_token_has_a_logprob(self) -> StreamTokens:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} token_ids, {len(self.logprobs)} logprobs")
+        return self
+
+
+class StreamAlive(Wire):
+    """Sent while there is nothing else to send: silence means that the replica hangs."""
+
+    kind: Literal["alive"] = "alive"
+
+
+class StreamError(Wire):
+    """The last record of a stream that failed; `problem` is the RFC 9457 object."""
+
+    kind: Literal["error"] = "error"
+    problem: dict[str, Any]
+
+
+class StreamEnd(Wire):
+    """The last record of every other stream. One that ends without it was cut."""
+
+    kind: Literal["end"] = "end"
+    boot_id: str
+
+
+StreamRecord = Annotated[
+    StreamStart | StreamTokens | StreamAlive | StreamError | StreamEnd, Field(discriminator="kind")
+]
 
 
 class ScoreRequest(Wire):
@@ -374,7 +430,11 @@ class StepRecord(Wire):
     reward_std: float
     completion_tokens_mean: float
     truncated_fraction: float  # completions that ran into max_tokens
+    staleness_mean: float  # versions, over completions; of the oldest segment of each
     staleness_max: int
+    num_continued: int  # completions that another replica, or a newer version, went on with
+    num_ready_groups: int  # scored and waiting when this step took its own: the queue depth
+    num_in_flight_groups: int  # being sampled or scored at that moment
     loss: float
     grad_norm: float
     learning_rate: float
@@ -384,11 +444,16 @@ class StepRecord(Wire):
     importance_truncated_fraction: float
     logprob_gap: float  # mean |policy - sampler|
     sampler_kl: float  # k3 estimate of KL(sampler || policy)
-    generate_s: float = 0.0
-    reward_s: float = 0.0
+    wait_s: float = 0.0  # the trainer idled: the groups of this step were not ready
+    generate_s: float = 0.0  # mean over groups, from asking for one to its last token
+    reward_s: float = 0.0  # mean over groups, from its last token to its rewards
     update_s: float = 0.0
     publish_s: float = 0.0
     sync_s: float = 0.0
+    step_s: float = 0.0  # wall time since the step before ended
+    trainer_idle_fraction: float = 0.0  # of step_s, waiting for groups
+    rollout_idle_fraction: float = 0.0  # of step_s, replicas without a request; mean of the fleet
+    num_serving_replicas: int = 0  # that hold the version this step made
     adapter_bytes: int = 0
 
 
@@ -404,7 +469,9 @@ class EvalRecord(Wire):
     eval_s: float
 
 
-RunState = Literal["running", "stopping", "stopped", "completed", "failed", "external"]
+RunState = Literal[
+    "running", "stopping", "stopped", "completed", "failed", "external", "suspended"
+]  # suspended: the trainer went away and takes the run up again when it returns
 
 
 class StateRecord(Wire):
@@ -416,13 +483,41 @@ class StateRecord(Wire):
 RunEvent = Annotated[StepRecord | EvalRecord | StateRecord, Field(discriminator="kind")]
 
 
+# --- fleet --------------------------------------------------------------------------------------
+
+
+class ReplicaRegistration(Wire):
+    """`POST /replicas`: a replica at `url` may serve; with a lease it says so again in time."""
+
+    url: str = Field(pattern=r"^https?://[^/?#]+/?$", max_length=300)
+    lease_s: float | None = Field(gt=0, le=86400, default=None)  # None: until it is removed
+    boot_id: str | None = None  # of the process; a new one ends an earlier removal
+
+
+ReplicaState = Literal["discovered", "admitting", "serving", "draining", "quarantined", "gone"]
+
+
 class ReplicaStatus(Wire):
-    id: str
+    """One replica as the trainer sees it.
+
+    discovered: known, not proven, asked again with growing pauses · admitting: being checked and
+    given the policy · serving: proven, takes requests · draining: finishes what it has, takes
+    nothing new · quarantined: failed a check, takes nothing until it restarts or is registered
+    again · gone.
+    """
+
+    id: str  # host:port
     url: str
-    state: Literal["serving", "failed"]
+    source: Literal["configured", "registered"]
+    state: ReplicaState
     detail: str
-    policy: PolicyId | None  # the newest it confirmed
+    boot_id: str | None
+    policy: PolicyId | None  # the newest it was proven to serve
     num_outstanding_completions: int
+    num_outstanding_tokens: int  # at most to come, of the requests it has
+    logprob_gap: float | None  # mean |replica - trainer| on the probe, at the last check
+    last_sync_s: float | None  # upload, load and proof of `policy`
+    num_failures: int  # in a row; 0 once it has served
 
 
 class TrainResponse(Wire):

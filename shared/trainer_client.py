@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from pydantic import TypeAdapter
@@ -13,6 +14,9 @@ from shared.errors import Unavailable
 from shared.http_client import ServiceClient, raise_problem
 from shared.schemas import (
     PolicyStatus,
+    ReplicaRegistration,
+    ReplicasResponse,
+    ReplicaStatus,
     RunEvent,
     RunStatus,
     TrainerStatus,
@@ -65,6 +69,17 @@ class TrainerClient(ServiceClient):
 
     async def adapter(self, version: int) -> bytes:
         return await self._request("GET", f"/policy/adapters/{version}")
+
+    async def replicas(self) -> ReplicasResponse:
+        return await self._call(ReplicasResponse, "GET", "/replicas", timeout_s=10)
+
+    async def register(self, registration: ReplicaRegistration) -> ReplicaStatus:
+        """Add a replica to the fleet, or renew its lease."""
+        return await self._call(ReplicaStatus, "POST", "/replicas", body=registration, timeout_s=5)
+
+    async def remove(self, replica_id: str) -> None:
+        """Take a replica out of the fleet. Its id is host:port."""
+        await self._request("DELETE", f"/replicas/{quote(replica_id, safe='')}", timeout_s=10)
 
     async def status(self) -> TrainerStatus:
         return await self._call(TrainerStatus, "GET", "/status", timeout_s=10)
