@@ -31,15 +31,17 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def replica_process(settings: RolloutSettings, log: Path) -> Iterator[str]:
-    """Run `python -m services.rollout` with these settings; yields its URL once it is ready."""
+def replica_process(
+    settings: RolloutSettings, log: Path, module: str = "services.rollout"
+) -> Iterator[str]:
+    """Run `python -m <module>` with these settings; yields its URL once it is ready."""
     environment = {
         f"ROLLOUT_{name.upper()}": str(value)
         for name, value in settings.model_dump(exclude_unset=True).items()
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.rollout"],
+            [sys.executable, "-m", module],
             env=os.environ | environment,
             stdout=output,
             stderr=output,

@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +32,9 @@ class Report:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     conclusion: str  # the ratio against the target
+    plot: Callable[[Path], None] | None = None  # writes a PNG beside the report
 
-    def markdown(self) -> str:
+    def markdown(self, plot: Path | None = None) -> str:
         table = [self.header, ["---"] * len(self.header), *self.rows]
         return "\n".join(
             [
@@ -49,17 +50,21 @@ class Report:
                 "",
                 self.conclusion,
                 "",
+                *([f"![{self.title}]({plot.name})", ""] if plot else []),
             ]
         )
 
     def publish(self, *, keep: bool) -> None:
         """Print the report, and with `keep` write it to benchmarks/reports/."""
-        text = self.markdown()
-        print(text)
-        if keep:
-            _REPORTS.mkdir(exist_ok=True)
-            path = _REPORTS / f"{datetime.date.today().isoformat()}-{self.name}.md"
-            path.write_text(text)
+        print(self.markdown())
+        if not keep:
+            return
+        _REPORTS.mkdir(exist_ok=True)
+        path = _REPORTS / f"{datetime.date.today().isoformat()}-{self.name}.md"
+        plot = path.with_suffix(".png") if self.plot else None
+        if self.plot and plot:
+            self.plot(plot)
+        path.write_text(self.markdown(plot))
 
 
 def hardware() -> str:

@@ -211,7 +211,8 @@ async def _add_lora(engine: Engine, content: bytes, manifest: AdapterManifest, s
         adapter = Adapter(slot_id=slot, name=f"peer-{slot}", path=path)
         started = time.perf_counter()
         await engine.load_adapter(adapter)
-        await engine.generate(f"peer-{slot}", _PROMPT, _ONE_TOKEN, adapter)
+        async for _ in engine.generate(f"peer-{slot}", _PROMPT, _ONE_TOKEN, adapter, stream=False):
+            pass
         elapsed_s = time.perf_counter() - started
         await engine.unload_adapter(adapter)
     return elapsed_s

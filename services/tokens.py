@@ -50,6 +50,13 @@ class PromptEncoder:
             raise InvalidRequest(f"the chat template refuses the messages: {error}") from error
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
+    @property
+    def ordinary_token_ids(self) -> tuple[int, ...]:
+        """The ids of tokens that stand for text, by increasing id."""
+        special = set(self._tokenizer.all_special_ids)
+        num_known = min(self.vocab_size, len(self._tokenizer))  # models pad their vocabulary
+        return tuple(token for token in range(num_known) if token not in special)
+
     def check_vocabulary(self, ids: tuple[int, ...]) -> None:
         if (largest := max(ids)) >= self.vocab_size:
             raise InvalidRequest(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
 from typing import Literal
 
+import httpx
+from pydantic import TypeAdapter, ValidationError
+
 from shared.adapters import content_digest
-from shared.http_client import ServiceClient
+from shared.errors import DeadlineExceeded, ServiceError, Unavailable, from_problem
+from shared.http_client import ServiceClient, raise_problem
 from shared.schemas import (
     GenerateRequest,
     GenerateResponse,
@@ -14,8 +21,16 @@ from shared.schemas import (
     RolloutStatus,
     ScoreRequest,
     ScoreResponse,
+    StreamAlive,
+    StreamEnd,
+    StreamError,
+    StreamRecord,
+    StreamStart,
+    StreamTokens,
     SyncReceipt,
 )
+
+_RECORD: TypeAdapter[StreamRecord] = TypeAdapter(StreamRecord)
 
 
 class RolloutClient(ServiceClient):
@@ -25,6 +40,83 @@ class RolloutClient(ServiceClient):
         return await self._call(
             GenerateResponse, "POST", "/generate", body=request, timeout_s=timeout_s
         )
+
+    async def stream(
+        self, request: GenerateRequest, *, timeout_s: float | None = None, silence_s: float = 10.0
+    ) -> AsyncGenerator[StreamStart | StreamTokens]:
+        """The tokens of a request as they come; returns after the service said that it is done.
+
+        Raises what the service answers or says on the way, Unavailable when the stream is cut, and
+        DeadlineExceeded after `timeout_s`, or `silence_s` without a sign of life. Closing the
+        generator closes the connection, and with it the work there.
+        """
+        lines = self._lines(request, timeout_s or self.timeout_s, silence_s)
+        async with aclosing(lines):
+            async for line in lines:
+                match self._record(line):
+                    case StreamEnd():
+                        return
+                    case StreamError(problem=problem):
+                        raise from_problem(problem, 500)
+                    case StreamAlive():
+                        pass
+                    case record:
+                        yield record
+        raise Unavailable(f"{self.url}/generate ended a stream without saying that it is done")
+
+    async def _lines(
+        self, request: GenerateRequest, timeout_s: float, silence_s: float
+    ) -> AsyncGenerator[bytes]:
+        where = f"POST {self.url}/generate"
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout_s
+
+        def patience() -> asyncio.Timeout:
+            return asyncio.timeout_at(min(deadline, clock() + silence_s))
+
+        call = self._http.build_request(
+            "POST",
+            "/generate",
+            content=request.model_copy(update={"stream": True}).model_dump_json().encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        async with AsyncExitStack() as stack:
+            try:
+                async with patience():
+                    response = await self._http.send(call, stream=True)
+                    stack.push_async_callback(response.aclose)
+                    if response.is_error:
+                        await response.aread()
+                        raise_problem(response)
+                chunks, rest = response.aiter_bytes(), b""
+                while True:
+                    async with patience():
+                        chunk = await anext(chunks, None)
+                    if chunk is None:
+                        return
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    for line in lines:
+                        yield line
+            except TimeoutError as error:
+                said = (
+                    f"did not end its stream within {timeout_s:g} s"
+                    if clock() >= deadline
+                    else f"gave no sign of life for {silence_s:g} s"
+                )
+                raise DeadlineExceeded(f"{where} {said}") from error
+            except httpx.TransportError as error:
+                raise Unavailable(
+                    f"{where} broke: {type(error).__name__} {error}".rstrip()
+                ) from error
+
+    def _record(self, line: bytes) -> StreamRecord:
+        try:
+            return _RECORD.validate_json(line)
+        except ValidationError as error:
+            raise ServiceError(
+                f"POST {self.url}/generate sent a line that is no StreamRecord: is this the right "
+                "service, of the same version?"
+            ) from error
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
         return await self._call(ScoreResponse, "POST", "/score", body=request)
@@ -36,10 +128,14 @@ class RolloutClient(ServiceClient):
         activate: bool = True,
         replace_run: bool = False,
         in_flight: Literal["finish", "continue"] = "finish",
+        probe: bool = False,
         digest: str | None = None,
         timeout_s: float | None = None,
     ) -> SyncReceipt:
-        """Upload one adapter file (shared/adapters.py). `digest`: its Content-Digest, if known."""
+        """Upload one adapter file (shared/adapters.py). `digest`: its Content-Digest, if known.
+
+        A `probe` serves one /score and leaves; its run_id is its own.
+        """
         return await self._call(
             SyncReceipt,
             "POST",
@@ -49,6 +145,7 @@ class RolloutClient(ServiceClient):
                 "activate": str(activate).lower(),
                 "replace_run": str(replace_run).lower(),
                 "in_flight": in_flight,
+                "probe": str(probe).lower(),
             },
             headers={
                 "Content-Type": "application/octet-stream",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import AsyncGenerator, Iterable, Sequence
 
-from services.rollout.engine import Adapter, SampledSequence
+from services.rollout.engine import Adapter, FinishReason, SampledDelta
 from shared.errors import EngineDead, InvalidAdapter
 from shared.schemas import SamplingParams
 
@@ -27,6 +26,7 @@ class FakeEngine:
         self.fails: Exception | None = None
         self.died: str | None = None
         self.has_shut_down = False
+        self._free_tokens = 0
         self._go = asyncio.Event()
         self._go.set()
         self._load = asyncio.Event()
@@ -35,7 +35,9 @@ class FakeEngine:
 
     # --- what a test does -----------------------------------------------------------------------
 
-    def hold(self) -> None:
+    def hold(self, *, after: int = 0) -> None:
+        """Work waits for `release`; of a stream, only the tokens beyond `after`."""
+        self._free_tokens = after
         self._go.clear()
 
     def release(self) -> None:
@@ -60,12 +62,29 @@ class FakeEngine:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         adapter: Adapter | None,
-    ) -> list[SampledSequence]:
-        interrupted = await self._work(request_id)
-        num_tokens = 1 if interrupted else sampling.max_tokens or 1
-        reason: Literal["interrupted", "length"] = "interrupted" if interrupted else "length"
-        tokens, logprobs = [TOKEN] * num_tokens, [LOGPROB] * num_tokens
-        return [SampledSequence(tokens, logprobs, reason, None) for _ in range(sampling.n)]
+        *,
+        stream: bool,
+    ) -> AsyncGenerator[SampledDelta]:
+        """With `stream` one token of every sequence at a time."""
+        num_tokens, num_left = sampling.max_tokens or 1, sampling.max_tokens or 1
+        num_free = self._free_tokens if stream else 0
+        while num_left:
+            interrupted = False
+            if num_tokens - num_left >= num_free:
+                interrupted = await self._work(request_id)
+            num_new = 0 if interrupted else 1 if stream else num_left
+            num_left -= num_new
+            reason: FinishReason | None = "length" if not num_left else None
+            for k in range(sampling.n):
+                yield SampledDelta(
+                    index=k,
+                    token_ids=[TOKEN] * num_new,
+                    logprobs=[LOGPROB] * num_new,
+                    finish_reason="interrupted" if interrupted else reason,
+                    text=None,
+                )
+            if interrupted:
+                return
 
     async def score(
         self, request_id: str, token_ids: Sequence[int], adapter: Adapter | None
@@ -74,7 +93,7 @@ class FakeEngine:
         return [LOGPROB] * (len(token_ids) - 1)
 
     async def interrupt(self, request_ids: Iterable[str]) -> None:
-        for request_id in request_ids:
+        for request_id in self.running.intersection(request_ids):
             self.interrupted.append(request_id)
             self._stops[request_id].set()
 

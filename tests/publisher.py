@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from shared.rollout_client import RolloutClient
@@ -14,6 +14,8 @@ from shared.schemas import (
     PolicyId,
     SamplingParams,
     ScoreRequest,
+    StreamStart,
+    StreamTokens,
 )
 from tests.adapters import LinearShapes, adapter_file, make_manifest, make_tensors
 
@@ -52,17 +54,33 @@ class Publisher:
         completion_prefix: Sequence[int] = (),
         **sampling: Any,
     ) -> GenerateResponse:
-        return await self.client.generate(
-            GenerateRequest(
-                prompts=tuple(tuple(prompt) for prompt in prompts),
-                policy=policy,
-                completion_prefix=tuple(completion_prefix),
-                sampling=SamplingParams(**sampling),
-            )
-        )
+        return await self.client.generate(_request(prompts, policy, completion_prefix, sampling))
+
+    def stream(
+        self,
+        *prompts: Sequence[int],
+        policy: PolicyId | None = None,
+        completion_prefix: Sequence[int] = (),
+        **sampling: Any,
+    ) -> AsyncGenerator[StreamStart | StreamTokens]:
+        return self.client.stream(_request(prompts, policy, completion_prefix, sampling))
 
     async def score(
         self, ids: Sequence[int] = PROBE, policy: PolicyId | None = None
     ) -> tuple[float, ...]:
         answer = await self.client.score(ScoreRequest(sequences=(tuple(ids),), policy=policy))
         return answer.logprobs[0]
+
+
+def _request(
+    prompts: Sequence[Sequence[int]],
+    policy: PolicyId | None,
+    completion_prefix: Sequence[int],
+    sampling: dict[str, Any],
+) -> GenerateRequest:
+    return GenerateRequest(
+        prompts=tuple(tuple(prompt) for prompt in prompts),
+        policy=policy,
+        completion_prefix=tuple(completion_prefix),
+        sampling=SamplingParams(**sampling),
+    )

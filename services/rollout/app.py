@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from services.http import check_content_length, prepare_app, until_disconnect
 from services.rollout.replica import Replica
+from services.rollout.streams import NdjsonResponse
 from services.rollout.sync import SyncOptions
 from shared.errors import ClientClosed
 from shared.metrics import exposition
@@ -27,6 +28,13 @@ from shared.schemas import (
 )
 
 _CHUNK_BYTES = 1 << 20
+_LAST_RECORD_S = 2.0  # after the request timeout, to say so in a stream
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "With `stream` NDJSON, one StreamRecord of shared/schemas.py per line",
+        "content": {"application/x-ndjson": {}},
+    }
+}
 
 
 def create_app(replica: Replica) -> FastAPI:
@@ -48,9 +56,16 @@ def create_app(replica: Replica) -> FastAPI:
         on_error=lambda error: replica.metrics.errors.labels(type(error).__name__).inc(),
     )
 
-    @app.post("/generate")
-    async def generate(body: GenerateRequest, request: Request) -> GenerateResponse:
-        return await until_disconnect(request, replica.serving.sampler.generate(body))
+    @app.post("/generate", response_model=GenerateResponse, responses=_STREAMED)
+    async def generate(
+        body: GenerateRequest, request: Request
+    ) -> GenerateResponse | NdjsonResponse:
+        sampler = replica.serving.sampler
+        if body.stream:
+            return await NdjsonResponse.opened(
+                sampler.stream(body), timeout_s=settings.request_timeout_s + _LAST_RECORD_S
+            )
+        return await until_disconnect(request, sampler.generate(body))
 
     @app.post("/score")
     async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
@@ -62,10 +77,11 @@ def create_app(replica: Replica) -> FastAPI:
         activate: bool = True,
         replace_run: bool = False,
         in_flight: Literal["finish", "continue"] = "finish",
+        probe: bool = False,
     ) -> SyncReceipt:
         receiver = replica.serving.receiver
         check_content_length(request, settings.max_adapter_bytes)
-        options = SyncOptions(activate, replace_run, in_flight)
+        options = SyncOptions(activate, replace_run, in_flight, probe)
         try:
             return await receiver.receive(
                 request.stream(), request.headers.get("content-digest"), options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,12 +19,18 @@ class Adapter:
     path: Path  # folder with adapter_model.safetensors and adapter_config.json
 
 
+FinishReason = Literal["stop", "length", "interrupted"]
+
+
 @dataclass(frozen=True, slots=True)
-class SampledSequence:
+class SampledDelta:
+    """The next tokens of one sequence. Its last delta, and no other, has a finish reason."""
+
+    index: int  # of the sequence, below `sampling.n`
     token_ids: Sequence[int]
     logprobs: Sequence[float]  # of the distribution sampled from, natural logarithm
-    finish_reason: Literal["stop", "length", "interrupted"]
-    text: str | None
+    finish_reason: FinishReason | None
+    text: str | None  # of these tokens
 
 
 class Engine(Protocol):
@@ -33,14 +39,17 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
-    async def generate(
+    def generate(
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         adapter: Adapter | None,
-    ) -> list[SampledSequence]:
-        """`sampling.n` sequences of one prompt. Cancelling the call stops the work."""
+        *,
+        stream: bool,
+    ) -> AsyncGenerator[SampledDelta]:
+        """`sampling.n` sequences of one prompt: with `stream` as their tokens come, without it one
+        delta each, at the end. Closing the generator stops the work."""
 
     async def score(
         self, request_id: str, token_ids: Sequence[int], adapter: Adapter | None
@@ -48,7 +57,7 @@ class Engine(Protocol):
         """log p(token_ids[t + 1] | token_ids[: t + 1]) at temperature 1, for every t."""
 
     async def interrupt(self, request_ids: Iterable[str]) -> None:
-        """End these `generate` calls now: they return what they have, as `interrupted`."""
+        """End these `generate` calls now: they yield what they have, as `interrupted`."""
 
     async def load_adapter(self, adapter: Adapter) -> None:
         """Make the adapter servable, or leave nothing behind and raise InvalidAdapter."""

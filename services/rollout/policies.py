@@ -4,6 +4,9 @@
 
 A version is an immutable adapter under an engine name and id of its own. A lease counts a running
 request; a leased version is never unloaded, so the engine never evicts and reloads by itself.
+
+A probe is an adapter that shows whether adapters work here. It belongs to no run, is scored under
+once, and leaves: nothing that serves changes by it.
 """
 
 from __future__ import annotations
@@ -51,12 +54,13 @@ class Lease:
     adapter: Adapter | None  # None: the base
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Resident:
     policy: PolicyId
     adapter: Adapter
     digest: str
     num_bytes: int
+    is_probe: bool
     superseded: bool = False
     num_leases: int = 0
     interruptible: set[str] = field(default_factory=set)  # request ids
@@ -70,7 +74,7 @@ class PolicyStore:
         self._max_live = max_live_policies
         self._num_slots = max_live_policies + 1
         self._wait_s = wait_s
-        self._resident: dict[PolicyId, _Resident] = {}
+        self._resident: list[_Resident] = []
         self._slot_ids = itertools.count(1)
         self._admitting = asyncio.Lock()
         self._released = asyncio.Condition()
@@ -83,19 +87,19 @@ class PolicyStore:
                 digest=item.digest,
                 num_bytes=item.num_bytes,
                 num_leases=item.num_leases,
-                accepts_requests=not item.superseded,
+                accepts_requests=not (item.superseded or item.is_probe),
             )
-            for item in self._resident.values()
+            for item in self._resident
         )
 
     def adapter_file(self, version: int) -> Path:
         """The file of a resident version of the current run. Raises UnknownPolicy."""
         policy = self.newest.model_copy(update={"version": version})
-        return self._find(policy).adapter.path / "adapter_model.safetensors"
+        return self._find(policy, probes=False).adapter.path / "adapter_model.safetensors"
 
     def holds(self, path: Path) -> bool:
         """True when a resident version lives in the folder `path`."""
-        return any(item.adapter.path == path for item in self._resident.values())
+        return any(item.adapter.path == path for item in self._resident)
 
     # --- lease ----------------------------------------------------------------------------------
 
@@ -105,13 +109,14 @@ class PolicyStore:
     ) -> Iterator[Lease]:
         """Hold a version while a request runs under it; without `policy` the newest.
 
-        Version 0 of any run is the base and needs no slot. Raises UnknownPolicy.
+        Version 0 of any run is the base and needs no slot. A probe takes only what is not
+        interruptible: scores. Raises UnknownPolicy.
         """
         policy = policy or self.newest
         if policy.is_base:
             yield Lease(policy, None)
             return
-        item = self._find(policy)
+        item = self._find(policy, probes=not interruptible)
         item.num_leases += 1
         if interruptible:
             item.interruptible.add(request_id)
@@ -121,14 +126,20 @@ class PolicyStore:
             item.num_leases -= 1
             item.interruptible.discard(request_id)
             if item.num_leases == 0:
+                item.superseded |= item.is_probe
                 task = asyncio.ensure_future(self._after_release(item))
                 self._reaping.add(task)
                 task.add_done_callback(self._reaping.discard)
 
-    def _find(self, policy: PolicyId) -> _Resident:
-        item = self._resident.get(policy)
-        if item is None or item.superseded:
-            resident = [str(i.policy) for i in self._resident.values() if not i.superseded]
+    def ended(self, request_id: str) -> None:
+        """Nothing of a request runs any more, though its lease may still be held."""
+        for item in self._resident:
+            item.interruptible.discard(request_id)
+
+    def _find(self, policy: PolicyId, *, probes: bool) -> _Resident:
+        item = self._current(policy)
+        if item is None or (item.is_probe and not probes):
+            resident = [str(i.policy) for i in self.resident() if i.accepts_requests]
             raise UnknownPolicy(
                 f"policy {policy} is not resident here; resident are "
                 f"{', '.join(resident) or 'none'} and version 0, the base",
@@ -136,12 +147,17 @@ class PolicyStore:
             )
         return item
 
+    def _current(self, policy: PolicyId) -> _Resident | None:
+        """The one of that id that is not superseded; superseded ones may leave beside it."""
+        found = [i for i in self._resident if i.policy == policy and not i.superseded]
+        return found[0] if found else None
+
     async def _after_release(self, item: _Resident) -> None:
         async with self._released:
             self._released.notify_all()
         if item.superseded:
             async with self._admitting:
-                if item.num_leases == 0 and item.policy in self._resident:
+                if item.num_leases == 0 and item in self._resident:
                     await self._retire(item)
 
     # --- admit ----------------------------------------------------------------------------------
@@ -153,36 +169,45 @@ class PolicyStore:
         activate: bool = True,
         replace_run: bool = False,
         in_flight: Literal["finish", "continue"] = "finish",
+        probe: bool = False,
     ) -> Admission:
-        """Make a verified adapter resident, and with `activate` the newest version.
+        """Make a verified adapter resident, and with `activate` the newest version; a `probe` never
+        is, whatever the other options.
 
         Raises RunConflict, StaleVersion, NoFreeSlot, or InvalidAdapter from the engine; the
         versions that served before then still serve. Not to be cancelled half-way: shield it.
         """
         async with self._admitting:
             policy = adapter.manifest.policy
-            if self.is_resident(adapter):
-                if activate and policy.age_key > self.newest.age_key:
+            if self.is_resident(adapter, probe=probe):
+                if activate and not probe and policy.age_key > self.newest.age_key:
                     await self._activate(policy, in_flight)
                 return Admission("already_resident", (), 0.0, 0.0)
-            self.check_order(adapter, activate=activate, replace_run=replace_run)
+            if not probe:
+                self.check_order(adapter, activate=activate, replace_run=replace_run)
             started = time.perf_counter()
             retired = await self._free_slot()
             waited = time.perf_counter()
-            item = await self._load(adapter)
+            item = await self._load(adapter, probe=probe)
             loaded = time.perf_counter()
-            self._supersede(policy)
-            self._resident[policy] = item
-            if activate or self.newest.life != policy.life:
-                await self._activate(policy, in_flight)
-            retired += await self._retire_surplus(keep=item)
+            self._resident.append(item)
+            if not probe:
+                self._supersede(policy)
+                if activate or self.newest.life != policy.life:
+                    await self._activate(policy, in_flight)
+                retired += await self._retire_surplus(keep=item)
             return Admission("loaded", tuple(retired), waited - started, loaded - waited)
 
-    def is_resident(self, adapter: VerifiedAdapter) -> bool:
+    def is_resident(self, adapter: VerifiedAdapter, *, probe: bool = False) -> bool:
         """True when the same version with the same digest already serves."""
-        item = self._resident.get(adapter.manifest.policy)
-        if item is None or item.superseded:
+        item = self._current(adapter.manifest.policy)
+        if item is None:
             return False
+        if item.is_probe != probe:
+            raise StaleVersion(
+                f"policy {item.policy} is resident as {'a probe' if item.is_probe else 'a version'}"
+                ": a probe needs a run_id of its own"
+            )
         if item.digest != adapter.digest:
             raise StaleVersion(
                 f"policy {item.policy} is resident with digest {item.digest[:12]}…, this adapter "
@@ -209,7 +234,7 @@ class PolicyStore:
                 extra={"current": newest.model_dump()},
             )
 
-    async def _load(self, adapter: VerifiedAdapter) -> _Resident:
+    async def _load(self, adapter: VerifiedAdapter, *, probe: bool) -> _Resident:
         policy, slot_id = adapter.manifest.policy, next(self._slot_ids)
         name = f"{policy}-{adapter.digest[:8]}-{slot_id}"
         engine_adapter = Adapter(slot_id=slot_id, name=name, path=adapter.path)
@@ -218,12 +243,12 @@ class PolicyStore:
             await self._engine.load_adapter(engine_adapter)
         finally:
             self.is_loading = False
-        return _Resident(policy, engine_adapter, adapter.digest, adapter.num_bytes)
+        return _Resident(policy, engine_adapter, adapter.digest, adapter.num_bytes, probe)
 
     def _supersede(self, policy: PolicyId) -> None:
         """Close the versions of another run or a lower incarnation to new requests."""
-        for item in self._resident.values():
-            if item.policy.life != policy.life:
+        for item in self._resident:
+            if item.policy.life != policy.life and not item.is_probe:
                 item.superseded = True
 
     async def _activate(self, policy: PolicyId, in_flight: Literal["finish", "continue"]) -> None:
@@ -234,7 +259,7 @@ class PolicyStore:
     async def _interrupt_all_but(self, policy: PolicyId) -> None:
         """End the running completions of other versions; a request may still be on its way in."""
         for _ in range(_INTERRUPT_ATTEMPTS):
-            others = [item for item in self._resident.values() if item.policy != policy]
+            others = [item for item in self._resident if item.policy != policy]
             request_ids = [request_id for item in others for request_id in item.interruptible]
             if not request_ids:
                 return
@@ -265,7 +290,7 @@ class PolicyStore:
         return retired
 
     def _idle(self) -> list[_Resident]:
-        """Versions that could be retired now, superseded ones first, then the oldest."""
+        """What could be retired now: probes first, then superseded versions, then the oldest."""
         return [i for i in self._by_age() if not i.num_leases and i.policy != self.newest]
 
     async def _retire_surplus(self, keep: _Resident) -> list[PolicyId]:
@@ -279,12 +304,13 @@ class PolicyStore:
         return retired
 
     def _by_age(self) -> list[_Resident]:
-        items = self._resident.values()
-        return sorted(items, key=lambda item: (not item.superseded, item.policy.age_key))
+        return sorted(
+            self._resident, key=lambda i: (not i.is_probe, not i.superseded, i.policy.age_key)
+        )
 
     async def _retire(self, item: _Resident) -> PolicyId:
         assert item.num_leases == 0, f"{item.policy} is leased"
-        del self._resident[item.policy]
+        self._resident.remove(item)
         await self._engine.unload_adapter(item.adapter)
         shutil.rmtree(item.adapter.path)
         log.info("retired policy %s", item.policy)

@@ -2,6 +2,7 @@
 
 `boot` prepares the base and the engine while the app already answers /healthz; `watch` notices an
 engine that died or hangs; `drain` lets clients leave. Whatever ends the replica calls `on_exit`.
+A replica with a `registration` says to its trainer that it is ready, and that it leaves.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Literal
 from services.rollout.base import Base, prepare_base
 from services.rollout.engine import Engine
 from services.rollout.policies import PolicyStore
+from services.rollout.registration import Registration
 from services.rollout.sampler import Sampler
 from services.rollout.settings import RolloutSettings
 from services.rollout.sync import AdapterReceiver
@@ -30,6 +32,7 @@ from shared.schemas import BASE_POLICY, PoliciesResponse, RolloutLimits, Rollout
 log = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 0.25
 _LOOKS_PER_STALL = 20
+_INTERRUPT_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +65,25 @@ class Replica:
         self,
         settings: RolloutSettings,
         *,
+        registration: Registration | None = None,
         on_exit: Callable[[int], None] = lambda _: None,
+        abandon_boot: Callable[[], None] = lambda: None,
         boot_engine: Callable[[RolloutSettings, Path], BootedEngine] = boot_vllm,
     ) -> None:
         self.settings = settings
         self.boot_id = secrets.token_hex(8)
         self.metrics = RolloutMetrics()
+        self._registration = registration
         self._on_exit = on_exit
+        self._abandon_boot = abandon_boot
         self._boot_engine = boot_engine
+        self._is_booting = False
         self._serving: Serving | None = None
         self._state: Literal["starting", "ready", "draining", "dead"] = "starting"
         self._detail = "preparing the base"
         self._refusing = False  # the second half of draining
         self._tasks: list[asyncio.Task[None]] = []
+        self._renewing: asyncio.Task[None] | None = None
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -83,9 +92,12 @@ class Replica:
         self._tasks.append(asyncio.create_task(self._boot_and_watch()))
 
     async def stop(self) -> None:
+        """End at once. A boot cannot be: threads load, so the process has to be abandoned."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._is_booting:
+            self._abandon_boot()
         self._tasks.clear()  # their tracebacks would keep the engine alive
         if serving := self._serving:
             self._serving = None
@@ -93,12 +105,18 @@ class Replica:
             serving.receiver.close()
 
     async def _boot_and_watch(self) -> None:
+        self._is_booting = True
         try:
             await self._boot()
+            self._is_booting = False
         except Exception as error:  # whatever it is, the process is of no use: say it and exit
+            self._is_booting = False
             trace = None if isinstance(error, ValueError) else error  # else the operator's to mend
             self._die(f"boot failed: {error}", trace)
             return
+        if self._registration:
+            self._renewing = asyncio.create_task(self._registration.keep())
+            self._tasks.append(self._renewing)
         await self._watch()
 
     async def _boot(self) -> None:
@@ -130,6 +148,7 @@ class Replica:
             encoder=encoder,
             limits=limits,
             timeout_s=settings.request_timeout_s,
+            in_fleet=self._registration is not None,
             boot_id=self.boot_id,
             metrics=self.metrics,
         )
@@ -197,20 +216,34 @@ class Replica:
 
     async def _drain(self) -> None:
         log.info("draining: serving %.1f s more, then finishing", self.settings.drain_delay_s)
+        if self._renewing and self._registration:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
+            await self._registration.end()
         if self._serving:
             await asyncio.sleep(self.settings.drain_delay_s)
             self._refusing = True
-            sampler = self._serving.sampler
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.settings.drain_timeout_s):
-                    await sampler.idle.wait()
-            if sampler.num_outstanding:
-                log.warning(
-                    "%d completions did not finish within ROLLOUT_DRAIN_TIMEOUT_S=%g and are cut",
-                    sampler.num_outstanding,
-                    self.settings.drain_timeout_s,
-                )
+            await self._finish(self._serving.sampler)
         self._on_exit(0)
+
+    async def _finish(self, sampler: Sampler) -> None:
+        """Wait for what runs; interrupt what does not end in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.drain_timeout_s):
+                await sampler.idle.wait()
+        if not sampler.num_outstanding:
+            return
+        log.warning(
+            "%d completions did not finish within ROLLOUT_DRAIN_TIMEOUT_S=%g and are interrupted",
+            sampler.num_outstanding,
+            self.settings.drain_timeout_s,
+        )
+        try:
+            async with asyncio.timeout(_INTERRUPT_TIMEOUT_S):
+                await sampler.interrupt()
+                await sampler.idle.wait()
+        except TimeoutError:
+            log.warning("%d completions are cut", sampler.num_outstanding)
 
     # --- views ----------------------------------------------------------------------------------
 

@@ -1,22 +1,28 @@
-"""From requests to engine calls and back: GenerateRequest -> leases -> CompletionGroups."""
+"""From requests to engine calls and back: GenerateRequest -> leases -> CompletionGroups, at the end
+or as StreamRecords on the way."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from services.rollout.engine import Engine, SampledSequence
+from services.rollout.engine import Engine, SampledDelta
 from services.rollout.policies import Lease, PolicyStore
+from services.rollout.streams import merged
 from services.tokens import PromptEncoder
 from shared.errors import (
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
+    NotReady,
     Overloaded,
+    ServiceError,
     UnsuitableForTraining,
 )
 from shared.metrics import RolloutMetrics
@@ -32,13 +38,37 @@ from shared.schemas import (
     ScoreRequest,
     ScoreResponse,
     Segment,
+    StreamAlive,
+    StreamEnd,
+    StreamError,
+    StreamStart,
+    StreamTokens,
+    Wire,
 )
 
+log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+_ALIVE_S = 0.5  # between two signs of life of a stream that has nothing else to say
+_INTERRUPT_PAUSE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One prompt of a request, and what it runs with."""
+
+    group: int
+    request_id: str
+    lease: Lease
+    prompt: tuple[int, ...]
+    prefix: tuple[int, ...]
+    sampling: SamplingParams  # as applied
 
 
 class Sampler:
-    """Runs requests under leased versions, never more than `limits.max_completions` at once."""
+    """Runs requests under leased versions, never more than `limits.max_completions` at once.
+
+    One of a fleet (`in_fleet`) answers a request that pins no policy only under a policy of a run.
+    """
 
     def __init__(
         self,
@@ -48,6 +78,7 @@ class Sampler:
         encoder: PromptEncoder,
         limits: RolloutLimits,
         timeout_s: float,
+        in_fleet: bool,
         boot_id: str,
         metrics: RolloutMetrics,
     ) -> None:
@@ -56,9 +87,11 @@ class Sampler:
         self._encoder = encoder
         self._limits = limits
         self._timeout_s = timeout_s
+        self._in_fleet = in_fleet
         self._boot_id = boot_id
         self._metrics = metrics
         self._request_ids = itertools.count()
+        self._running: set[str] = set()  # ids of what can be interrupted
         self.num_outstanding = 0
         self.idle = asyncio.Event()  # set while nothing is outstanding
         self.idle.set()
@@ -67,45 +100,125 @@ class Sampler:
 
     async def generate(self, request: GenerateRequest) -> GenerateResponse:
         """One group per prompt, in order, all under one version."""
+        with self._admitted_work(request) as work:
+            groups = await self._within_deadline(self._group(item) for item in work)
+        return GenerateResponse(groups=groups, boot_id=self._boot_id)
+
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[Sequence[Wire]]:
+        """What `generate` answers, as it comes: batches of StreamRecords.
+
+        What is refused is raised before the first batch; later errors are records. Closing the
+        generator stops the work; the leases end with it, or before the last record.
+        """
+        last: StreamEnd | StreamError = StreamEnd(boot_id=self._boot_id)
+        with self._admitted_work(request) as work, self._metrics.open_streams.track_inprogress():
+            try:
+                yield [_start(item) for item in work]
+                records = merged(
+                    [self._records(item) for item in work],
+                    pause_s=_ALIVE_S,
+                    timeout_s=self._timeout_s,
+                )
+                async with aclosing(records):
+                    async for batch in records:
+                        yield batch or [StreamAlive()]
+            except (asyncio.CancelledError, GeneratorExit):
+                self._metrics.errors.labels("ClientClosed").inc()
+                raise
+            except Exception as error:  # whatever it is: the status is long sent
+                problem = self._as_service_error(error)
+                self._metrics.errors.labels(type(problem).__name__).inc()
+                last = StreamError(problem=problem.to_problem())
+        yield [last]
+
+    async def interrupt(self) -> None:
+        """End what generates now: it is answered as `interrupted`, with the tokens it has."""
+        while self._running:  # again: a request may still be on its way into the engine
+            await self._engine.interrupt(tuple(self._running))
+            await asyncio.sleep(_INTERRUPT_PAUSE_S)
+
+    @contextmanager
+    def _admitted_work(self, request: GenerateRequest) -> Iterator[list[_Work]]:
+        """Check the request, count it in, and lease what it runs under; all of it ends together.
+
+        Nothing is awaited between choosing a version and leasing it.
+        """
         if request.purpose == "train":
             _refuse_biased_sampling(request.sampling)
         num_completions = len(request.prompts) * request.sampling.n
         prompts = [self._encoder.encode(prompt) for prompt in request.prompts]
         samplings = [self._resolve(request, i, prompt) for i, prompt in enumerate(prompts)]
         with self._admitted(num_completions), ExitStack() as leases:
-            work = [
-                (self._lease(leases, request.policy, interruptible=True), prompt, sampling)
-                for prompt, sampling in zip(prompts, samplings, strict=True)
-            ]
-            groups = await self._within_deadline(
-                self._group(request_id, lease, prompt, request.completion_prefix, sampling)
-                for (request_id, lease), prompt, sampling in work
-            )
-        return GenerateResponse(groups=groups, boot_id=self._boot_id)
+            work = []
+            for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+                request_id, lease = self._lease(leases, request.policy, interruptible=True)
+                prefix = request.completion_prefix
+                work.append(_Work(i, request_id, lease, prompt, prefix, sampling))
+            yield work
 
     def _lease(
         self, leases: ExitStack, policy: PolicyId | None, *, interruptible: bool
     ) -> tuple[str, Lease]:
-        """A new request id and its lease; nothing is awaited between choosing and leasing."""
+        """A new request id and its lease."""
+        if policy is None and self._in_fleet and self._policies.newest.is_base:
+            raise NotReady(
+                "this replica belongs to a fleet and holds no policy of a run yet: send the "
+                "request again, or pin version 0 for the base",
+                retry_after_s=1.0,
+            )
         request_id = self._next_id()
         lease = self._policies.lease(policy, request_id, interruptible=interruptible)
         return request_id, leases.enter_context(lease)
 
-    async def _group(
-        self,
-        request_id: str,
-        lease: Lease,
-        prompt: tuple[int, ...],
-        prefix: tuple[int, ...],
-        sampling: SamplingParams,
-    ) -> CompletionGroup:
-        sequences = await self._engine.generate(
-            request_id, prompt + prefix, sampling, lease.adapter
+    async def _group(self, work: _Work) -> CompletionGroup:
+        parts: list[list[SampledDelta]] = [[] for _ in range(work.sampling.n)]
+        async with aclosing(self._deltas(work, stream=False)) as deltas:
+            async for delta in deltas:
+                parts[delta.index].append(delta)
+        return CompletionGroup(
+            prompt_token_ids=work.prompt,
+            completions=tuple(_completion(deltas, work.lease.policy) for deltas in parts),
+            sampling=work.sampling,
         )
-        completions = tuple(_completion(sequence, lease.policy) for sequence in sequences)
-        for completion in completions:
-            self._metrics.completions.labels(completion.finish_reason).inc()
-        return CompletionGroup(prompt_token_ids=prompt, completions=completions, sampling=sampling)
+
+    async def _records(self, work: _Work) -> AsyncGenerator[StreamTokens]:
+        async with aclosing(self._deltas(work, stream=True)) as deltas:
+            async for delta in deltas:
+                yield StreamTokens(
+                    group=work.group,
+                    completion=delta.index,
+                    token_ids=tuple(delta.token_ids),
+                    logprobs=_finite(delta.logprobs, work.lease.policy),
+                    finish_reason=delta.finish_reason,
+                    text=delta.text,
+                )
+
+    async def _deltas(self, work: _Work, *, stream: bool) -> AsyncGenerator[SampledDelta]:
+        """The engine's deltas, each sequence to its end."""
+        unfinished = set(range(work.sampling.n))
+        engine_deltas = self._engine.generate(
+            work.request_id,
+            work.prompt + work.prefix,
+            work.sampling,
+            work.lease.adapter,
+            stream=stream,
+        )
+        self._running.add(work.request_id)
+        try:
+            async with aclosing(engine_deltas) as deltas:
+                async for delta in deltas:
+                    if delta.finish_reason:
+                        unfinished.remove(delta.index)
+                        self._metrics.completions.labels(delta.finish_reason).inc()
+                    yield delta
+        finally:
+            self._running.discard(work.request_id)
+            self._policies.ended(work.request_id)
+        if unfinished:
+            raise InternalError(
+                f"the engine ended request {work.request_id} with {len(unfinished)} of "
+                f"{work.sampling.n} completions unfinished"
+            )
 
     def _resolve(
         self, request: GenerateRequest, index: int, prompt: tuple[int, ...]
@@ -202,15 +315,23 @@ class Sampler:
             async with asyncio.timeout(self._timeout_s):
                 return tuple(await asyncio.gather(*tasks))
         except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"the request took longer than {self._timeout_s:g} s and was stopped: ask for "
-                "fewer tokens, or raise ROLLOUT_REQUEST_TIMEOUT_S"
-            ) from error
+            raise self._as_service_error(error) from error
         finally:
             for task in tasks:
                 task.cancel()
             # The leases end after this: no cancelled request may still be in the engine then.
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _as_service_error(self, error: Exception) -> ServiceError:
+        if isinstance(error, ServiceError):
+            return error
+        if isinstance(error, TimeoutError):
+            return DeadlineExceeded(
+                f"the request took longer than {self._timeout_s:g} s and was stopped: ask for "
+                "fewer tokens, or raise ROLLOUT_REQUEST_TIMEOUT_S"
+            )
+        log.error("a stream failed", exc_info=error)
+        return InternalError(f"{type(error).__name__}: {error}")
 
     def _next_id(self) -> str:
         return f"{self._boot_id}-{next(self._request_ids)}"
@@ -224,14 +345,27 @@ def _refuse_biased_sampling(sampling: SamplingParams) -> None:
         )
 
 
-def _completion(sequence: SampledSequence, policy: PolicyId) -> Completion:
-    num_tokens = len(sequence.token_ids)
+def _start(work: _Work) -> StreamStart:
+    return StreamStart(
+        group=work.group,
+        prompt_token_ids=work.prompt,
+        sampling=work.sampling,
+        policy=work.lease.policy,
+    )
+
+
+def _completion(deltas: Sequence[SampledDelta], policy: PolicyId) -> Completion:
+    """The completion that the deltas of one sequence make, the last of which says its end."""
+    token_ids = tuple(token for delta in deltas for token in delta.token_ids)
+    texts = [delta.text for delta in deltas if delta.text is not None]
+    reason = deltas[-1].finish_reason
+    assert reason, "a sequence without an end"
     return Completion(
-        token_ids=tuple(sequence.token_ids),
-        logprobs=_finite(sequence.logprobs, policy),
-        segments=(Segment(policy=policy, num_tokens=num_tokens),) if num_tokens else (),
-        finish_reason=sequence.finish_reason,
-        text=sequence.text,
+        token_ids=token_ids,
+        logprobs=_finite([value for delta in deltas for value in delta.logprobs], policy),
+        segments=(Segment(policy=policy, num_tokens=len(token_ids)),) if token_ids else (),
+        finish_reason=reason,
+        text="".join(texts) if texts else None,
     )
 
 

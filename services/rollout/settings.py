@@ -6,8 +6,9 @@ import os
 import re
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.auth import ApiKey
@@ -16,6 +17,7 @@ from shared.schemas import RolloutLimits
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM has slots for
 _SHARED_MEMORY = Path("/dev/shm")
+_SERVICE_URL = re.compile(r"https?://[^/?#\s]{1,280}/?")
 
 
 class RolloutSettings(BaseSettings):
@@ -28,6 +30,12 @@ class RolloutSettings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     api_key: ApiKey | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
     log_level: LogLevel = "INFO"
+
+    trainer_url: str | None = None  # registers itself there, and renews
+    advertise_url: str | None = Field(  # where that trainer reaches it; default: its own address
+        default=None, validate_default=True
+    )
+    lease_s: float = Field(gt=0, default=15.0)  # the registration's; renewed three times as often
 
     base: Literal["nf4-exact", "original"] = "nf4-exact"
     cache_dir: Path = Path("~/.cache/tandem")  # the exact bases, by fingerprint
@@ -52,10 +60,28 @@ class RolloutSettings(BaseSettings):
     max_body_bytes: int = 32 << 20
     body_timeout_s: float = 300.0  # for the whole body of a request to arrive
     request_timeout_s: float = 600.0
+    stream_interval: int = Field(default=8, ge=1)  # tokens of a completion per record of a stream
     sync_wait_s: float = 30.0  # how long a sync waits for a version to be released
     stall_timeout_s: float = 120.0  # no token for this long while requests run: the engine hangs
     drain_delay_s: float = 3.0  # not ready but serving, until every client has noticed
     drain_timeout_s: float = 120.0  # for running requests to finish
+
+    @field_validator("trainer_url", "advertise_url")
+    @classmethod
+    def _is_a_service_url(cls, url: str | None) -> str | None:
+        if url is not None and not (_SERVICE_URL.fullmatch(url) and _has_valid_port(url)):
+            raise ValueError(f"{url!r} is not the URL of a service: write it as http://host:port")
+        return url
+
+    @field_validator("advertise_url")
+    @classmethod
+    def _is_known_to_the_trainer(cls, url: str | None, info: ValidationInfo) -> str | None:
+        if url is None and info.data.get("trainer_url") and info.data.get("port") == 0:
+            raise ValueError(
+                "ROLLOUT_PORT=0 takes any free port, which the trainer of ROLLOUT_TRAINER_URL "
+                "cannot know: set the port, or this to where the trainer reaches the replica"
+            )
+        return url
 
     @property
     def resolved_device(self) -> Literal["cpu", "cuda"]:
@@ -93,6 +119,13 @@ class RolloutSettings(BaseSettings):
             max_adapter_bytes=self.max_adapter_bytes,
             max_body_bytes=self.max_body_bytes,
         )
+
+
+def _has_valid_port(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def _cpu_has_fp8_kernels() -> bool:

@@ -52,6 +52,7 @@ class SyncOptions:
     activate: bool = True
     replace_run: bool = False
     in_flight: Literal["finish", "continue"] = "finish"
+    probe: bool = False
 
 
 class AdapterReceiver:
@@ -104,6 +105,7 @@ class AdapterReceiver:
                 activate=options.activate,
                 replace_run=options.replace_run,
                 in_flight=options.in_flight,
+                probe=options.probe,
             )
         finally:
             if not self._policies.holds(path):
@@ -162,10 +164,11 @@ class AdapterReceiver:
         header = read_header(file)
         self._check_base_and_rank(header)
         adapter = VerifiedAdapter(header.manifest, digest, path, num_bytes)
-        if not self._policies.is_resident(adapter):
-            self._policies.check_order(
-                adapter, activate=options.activate, replace_run=options.replace_run
-            )
+        if not self._policies.is_resident(adapter, probe=options.probe):
+            if not options.probe:
+                self._policies.check_order(
+                    adapter, activate=options.activate, replace_run=options.replace_run
+                )
             check_tensors(header, self._base.linear_shapes)
             _check_values(file, header.manifest)
         config = peft_config(header.manifest, str(self._base.path))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import vllm
 from prometheus_client import REGISTRY
@@ -25,7 +25,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from services.rollout.engine import Adapter, SampledSequence
+from services.rollout.engine import Adapter, FinishReason, SampledDelta
 from services.rollout.settings import RolloutSettings
 from shared.adapters import LINEAR_MODULES
 from shared.errors import EngineDead, InternalError, InvalidAdapter, InvalidRequest
@@ -34,7 +34,7 @@ from shared.schemas import SamplingParams
 VLLM_VERSION: str = vllm.__version__
 _CPU_KV_CACHE_BYTES = 256 << 20
 _TOKEN_COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
-_FINISH_REASONS: dict[str, Literal["stop", "length", "interrupted"]] = {
+_FINISH_REASONS: dict[str, FinishReason] = {
     "stop": "stop",
     "length": "length",
     "abort": "interrupted",
@@ -80,6 +80,7 @@ class VllmEngine:
             max_cpu_loras=num_slots,
             max_lora_rank=settings.lora_slot_rank,
             logprobs_mode="processed_logprobs",  # of the distribution actually sampled
+            stream_interval=settings.stream_interval,
             hf_overrides={"head_dtype": "float32"},
             **({"enforce_eager": settings.enforce_eager} | options),
         ).create_engine_config()
@@ -94,7 +95,9 @@ class VllmEngine:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         adapter: Adapter | None,
-    ) -> list[SampledSequence]:
+        *,
+        stream: bool,
+    ) -> AsyncGenerator[SampledDelta]:
         params = vllm.SamplingParams(
             n=sampling.n,
             temperature=sampling.temperature,
@@ -113,18 +116,12 @@ class VllmEngine:
             detokenize=sampling.detokenize or bool(sampling.stop),
             logprobs=0,  # the sampled token's alone
             flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._run(request_id, prompt_token_ids, params, adapter)
-        return [
-            SampledSequence(
-                token_ids=list(sequence.token_ids),
-                logprobs=sequence.logprobs.logprobs if sequence.token_ids else [],
-                finish_reason=_finish_reason(sequence.finish_reason),
-                text=sequence.text if sampling.detokenize else None,
-            )
-            for sequence in output.outputs
-        ]
+        async with aclosing(self._run(request_id, prompt_token_ids, params, adapter)) as outputs:
+            async for output in outputs:
+                for sequence in output.outputs:
+                    yield _delta(sequence, with_text=sampling.detokenize)
 
     async def score(
         self, request_id: str, token_ids: Sequence[int], adapter: Adapter | None
@@ -135,7 +132,8 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._run(request_id, token_ids, params, adapter)
+        async with aclosing(self._run(request_id, token_ids, params, adapter)) as outputs:
+            (output,) = [output async for output in outputs]
         return [
             entry[token].logprob
             for token, entry in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
@@ -143,20 +141,21 @@ class VllmEngine:
 
     async def _run(
         self, request_id: str, token_ids: Sequence[int], params: Any, adapter: Adapter | None
-    ) -> Any:
-        """The final output of one request. Cancelled, it is aborted in the engine too."""
-        async with _vllm_errors():
-            outputs = self.async_llm.generate(
-                tokens_input(list(token_ids)),
-                params,
-                request_id=request_id,
-                lora_request=_lora_request(adapter) if adapter else None,
-            )
-            async with aclosing(outputs):
-                async for output in outputs:
-                    if output.finished:
-                        return output
-        raise InternalError(f"the engine ended request {request_id} without an output")
+    ) -> AsyncGenerator[Any]:
+        """vLLM's outputs of one request. Closed or cancelled, it is aborted in the engine too."""
+        outputs = self.async_llm.generate(
+            tokens_input(list(token_ids)),
+            params,
+            request_id=request_id,
+            lora_request=_lora_request(adapter) if adapter else None,
+        )
+        finished = False
+        async with _vllm_errors(), aclosing(outputs):
+            async for output in outputs:
+                finished = output.finished
+                yield output
+        if not finished:
+            raise InternalError(f"the engine ended request {request_id} without a last output")
 
     async def interrupt(self, request_ids: Iterable[str]) -> None:
         async with _vllm_errors():
@@ -205,10 +204,18 @@ def _lora_request(adapter: Adapter) -> LoRARequest:
     )
 
 
-def _finish_reason(reason: str | None) -> Literal["stop", "length", "interrupted"]:
-    if reason not in _FINISH_REASONS:
+def _delta(sequence: Any, *, with_text: bool) -> SampledDelta:
+    num_tokens, reason = len(sequence.token_ids), sequence.finish_reason
+    if reason is not None and reason not in _FINISH_REASONS:
         raise InternalError(f"the engine finished a completion with {reason!r}")
-    return _FINISH_REASONS[reason]
+    return SampledDelta(
+        index=sequence.index,
+        token_ids=list(sequence.token_ids),
+        # The last ones: with a delta of no token, older ones send those of all tokens again.
+        logprobs=sequence.logprobs.logprobs[-num_tokens:] if num_tokens else [],
+        finish_reason=_FINISH_REASONS[reason] if reason else None,
+        text=sequence.text if with_text else None,
+    )
 
 
 @asynccontextmanager

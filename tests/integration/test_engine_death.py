@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from statistics import mean
 
@@ -22,6 +24,7 @@ from shared.schemas import (
     GenerateResponse,
     SamplingParams,
     ScoreRequest,
+    StreamTokens,
 )
 from tests.publisher import PROBE
 from tests.reference_model import ReferenceModel
@@ -31,6 +34,7 @@ pytestmark = pytest.mark.anyio
 
 FP8_NOISE = 0.1  # mean |Δlogprob| between an FP8 and a bf16 KV cache, on random weights
 EXIT_TIMEOUT_S = 30.0
+BOOT_S = 5.0  # a boot takes longer, once the service listens
 # One FP8 token takes 512 bytes here (4 layers × K and V × 2 heads × 32), a block has 128 tokens.
 NUM_BLOCKS = 8
 
@@ -127,14 +131,47 @@ async def test_when_the_engine_is_killed_every_waiter_gets_503_and_the_process_e
     async with RolloutClient(small_replica.url, timeout_s=EXIT_TIMEOUT_S) as client:
         waiting = [await start_long(small_replica, client)]
         waiting += [asyncio.ensure_future(client.generate(long_request(2))) for _ in range(3)]
-        await until(lambda: small_replica.metric("tandem_rollout_outstanding_completions") == 10)
-        os.kill(small_replica.engine_pid(), signal.SIGKILL)
+        async with aclosing(client.stream(long_request(2))) as records:
+            while not isinstance(await anext(records), StreamTokens):
+                pass
+            await until(
+                lambda: small_replica.metric("tandem_rollout_outstanding_completions") == 12
+            )
+            os.kill(small_replica.engine_pid(), signal.SIGKILL)
+            with pytest.raises(EngineDead):
+                await read_to_the_end(records)
         answers = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(answer) for answer in answers] == [EngineDead] * 4
     assert await asyncio.to_thread(small_replica.process.wait, EXIT_TIMEOUT_S) == 1
     with pytest.raises(httpx.ConnectError):
         small_replica.get("/readyz")
     assert "the engine process died" in small_replica.log.read_text()
+
+
+async def read_to_the_end(records: AsyncIterator[object]) -> None:
+    async for _ in records:
+        pass
+
+
+async def test_sigterm_ends_a_replica_that_still_boots(
+    tmp_path: Path, tiny_checkpoint: Path, base_cache: Path
+) -> None:
+    replica = start_replica(tmp_path / "booting", tiny_checkpoint, base_cache)
+    try:
+        await until(lambda: listens(replica))
+        started = time.monotonic()
+        replica.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(replica.process.wait, EXIT_TIMEOUT_S) == 0
+        assert time.monotonic() - started < BOOT_S
+        assert "ready" not in replica.log.read_text()
+    finally:
+        replica.end()
+
+
+def listens(replica: ReplicaProcess) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return replica.get("/healthz").is_success
+    return False
 
 
 async def test_sigterm_finishes_what_runs_then_exits_0_and_leaves_nothing(

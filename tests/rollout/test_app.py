@@ -4,127 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from starlette.types import Message
 
-from services.rollout.app import create_app
-from services.rollout.replica import BootedEngine, Replica
-from services.rollout.settings import RolloutSettings
 from shared.errors import MEDIA_TYPE, DeadlineExceeded, EngineDead, NotReady, Overloaded
-from shared.rollout_client import RolloutClient
-from shared.schemas import (
-    GenerateRequest,
-    GenerateResponse,
-    PolicyId,
-    SamplingParams,
-    ScoreRequest,
-)
+from shared.schemas import PolicyId, ScoreRequest
 from tests.adapters import adapter_file, make_manifest, make_tensors
-from tests.fake_engine import LOGPROB, TOKEN, FakeEngine
+from tests.fake_engine import LOGPROB, TOKEN
+from tests.rollout.service import Service, request, running, until
 
 pytestmark = pytest.mark.anyio
 
 KEY = "a-key-of-the-test"
-WAIT_S = 20.0
-
-
-class Service:
-    """A replica behind its app, with a client, and the exit code it asked for."""
-
-    def __init__(self, settings: RolloutSettings, *, boot_error: str | None = None) -> None:
-        self.engine = FakeEngine()
-        self.exited = asyncio.Event()
-        self.exit_codes: list[int] = []
-
-        def boot(_: RolloutSettings, model_dir: Path) -> BootedEngine:
-            if boot_error:
-                raise RuntimeError(boot_error)
-            return BootedEngine(self.engine, "fake")
-
-        self.replica = Replica(settings, on_exit=self._on_exit, boot_engine=boot)
-        self.app: FastAPI = create_app(self.replica)
-        self.client = self.make_client(settings.api_key)
-
-    def make_client(self, api_key: str | None) -> RolloutClient:
-        transport = httpx.ASGITransport(app=self.app)
-        return RolloutClient("http://replica", api_key=api_key, transport=transport, timeout_s=30)
-
-    def _on_exit(self, code: int) -> None:
-        self.exit_codes.append(code)
-        self.exited.set()
-
-    async def exit_code(self) -> int:
-        async with asyncio.timeout(WAIT_S):
-            await self.exited.wait()
-        return self.exit_codes[0]
-
-    async def get(self, path: str, **headers: str) -> httpx.Response:
-        transport = httpx.ASGITransport(app=self.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://replica") as http:
-            return await http.get(path, headers=headers)
-
-    async def started(self) -> None:
-        await until(lambda: self.replica.status().state != "starting")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let other tasks run until `condition` holds; fail when it does not in time."""
-    async with asyncio.timeout(WAIT_S):
-        while not condition():  # noqa: ASYNC110 (what is waited for has no event)
-            await asyncio.sleep(0.005)
-
-
-@pytest.fixture
-async def serve(tmp_path: Path, tiny_checkpoint: Path) -> AsyncIterator[Callable[..., Service]]:
-    """Make a service from settings; it has to be started."""
-    services: list[Service] = []
-
-    def make(*, boot_error: str | None = None, **settings: Any) -> Service:
-        fields = {
-            "model": str(tiny_checkpoint),
-            "base": "original",
-            "adapter_dir": tmp_path,
-            "drain_delay_s": 0.0,
-            "max_completions": 4,
-            **settings,
-        }
-        service = Service(RolloutSettings.model_validate(fields), boot_error=boot_error)
-        service.replica.start()
-        services.append(service)
-        return service
-
-    yield make
-    for service in services:
-        service.engine.release()
-        await service.replica.stop()
-        await service.client.aclose()
-
-
-@pytest.fixture
-async def service(serve: Callable[..., Service]) -> Service:
-    service = serve()
-    await service.started()
-    return service
-
-
-def request(n: int = 1, *, max_tokens: int = 2, policy: PolicyId | None = None) -> GenerateRequest:
-    sampling = SamplingParams(n=n, max_tokens=max_tokens)
-    return GenerateRequest(prompts=((1, 3),), sampling=sampling, policy=policy)
-
-
-async def running(service: Service, n: int = 1) -> asyncio.Task[GenerateResponse]:
-    """A request that the engine holds."""
-    service.engine.hold()
-    before = len(service.engine.running)
-    task = asyncio.ensure_future(service.client.generate(request(n)))
-    await until(lambda: len(service.engine.running) > before)
-    return task
 
 
 # --- routes -------------------------------------------------------------------------------------
@@ -337,10 +232,24 @@ async def test_drain_still_serves_during_its_delay(serve: Callable[..., Service]
     assert await service.exit_code() == 0
 
 
-async def test_drain_cuts_what_does_not_finish_in_time(serve: Callable[..., Service]) -> None:
+async def test_drain_interrupts_what_does_not_finish_in_time(serve: Callable[..., Service]) -> None:
     service = serve(drain_timeout_s=0.05)
     await service.started()
     task = await running(service)
+    await service.client.drain()
+    (group,) = (await task).groups
+    assert [completion.finish_reason for completion in group.completions] == ["interrupted"]
+    assert await service.exit_code() == 0
+
+
+async def test_drain_cuts_a_score_that_does_not_finish_in_time(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(drain_timeout_s=0.05)
+    await service.started()
+    service.engine.hold()
+    task = asyncio.ensure_future(service.client.score(ScoreRequest(sequences=((1, 3),))))
+    await until(lambda: len(service.engine.running) == 1)
     await service.client.drain()
     assert await service.exit_code() == 0
     assert not task.done()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from services.rollout.policies import Admission, PolicyStore, VerifiedAdapter
+from services.rollout.policies import Admission, Lease, PolicyStore, VerifiedAdapter
 from shared.errors import InvalidAdapter, NoFreeSlot, RunConflict, StaleVersion, UnknownPolicy
 from shared.schemas import BASE_POLICY, AdapterManifest, BaseIdentity, PolicyId, SamplingParams
 from tests.fake_engine import FakeEngine
@@ -311,6 +311,16 @@ async def test_continue_interrupts_the_requests_of_older_versions_only(fakes: St
     await asyncio.gather(scoring, on_base, newer)
 
 
+async def test_continue_does_not_wait_for_what_has_ended_under_a_lease(fakes: Store) -> None:
+    """A stream holds its lease until its client has read the end."""
+    await fakes.admit(v(1))
+    with fakes.store.lease(v(1), "a", interruptible=True):
+        fakes.store.ended("a")
+        async with asyncio.timeout(0.2):
+            await fakes.admit(v(2), in_flight="continue")
+    assert fakes.engine.interrupted == []
+
+
 async def test_finish_interrupts_nothing(fakes: Store) -> None:
     fakes.engine.hold()
     await fakes.admit(v(1))
@@ -324,7 +334,9 @@ async def test_finish_interrupts_nothing(fakes: Store) -> None:
 
 async def run(fakes: Store, name: str, policy: PolicyId, *, interruptible: bool = True) -> None:
     with fakes.store.lease(policy, name, interruptible=interruptible) as lease:
-        await fakes.engine.generate(name, [1], SamplingParams(max_tokens=1), lease.adapter)
+        sampling = SamplingParams(max_tokens=1)
+        async for _ in fakes.engine.generate(name, [1], sampling, lease.adapter, stream=False):
+            pass
 
 
 async def test_the_adapter_file_is_found_by_version_while_it_is_resident(fakes: Store) -> None:
@@ -334,3 +346,96 @@ async def test_the_adapter_file_is_found_by_version_while_it_is_resident(fakes: 
     for version in (0, 2):
         with pytest.raises(UnknownPolicy):
             fakes.store.adapter_file(version)
+
+
+# --- probes -------------------------------------------------------------------------------------
+
+PROBE = PolicyId(run_id="probe", version=1)
+
+
+def score_lease(fakes: Store, policy: PolicyId) -> AbstractContextManager[Lease]:
+    return fakes.store.lease(policy, "score", interruptible=False)
+
+
+async def test_a_probe_of_another_run_changes_nothing_that_serves(fakes: Store) -> None:
+    await fakes.admit(v(1))
+    await fakes.admit(v(2))
+    admission = await fakes.admit(PROBE, probe=True)
+    assert (admission.outcome, admission.retired) == ("loaded", ())
+    assert fakes.store.newest == v(2)
+    assert [(i.policy, i.accepts_requests) for i in fakes.store.resident()] == [
+        (v(1), True),
+        (v(2), True),
+        (PROBE, False),
+    ]
+
+
+async def test_a_probe_is_scored_under_and_nothing_else(fakes: Store) -> None:
+    await fakes.admit(PROBE, probe=True)
+    with (
+        pytest.raises(UnknownPolicy),
+        fakes.store.lease(PROBE, "generate", interruptible=True),
+    ):
+        pass
+    with score_lease(fakes, PROBE) as lease:
+        assert lease.adapter == fakes.engine.loaded[0]
+
+
+async def test_a_probe_leaves_with_its_first_score(fakes: Store) -> None:
+    await fakes.admit(PROBE, probe=True)
+    with score_lease(fakes, PROBE), score_lease(fakes, PROBE):
+        pass
+    with pytest.raises(UnknownPolicy), score_lease(fakes, PROBE):
+        pass
+    await settle()
+    assert (fakes.resident, fakes.num_loaded) == ([], 0)
+    assert list(fakes.root.iterdir()) == []
+
+
+async def test_a_probe_makes_room_before_any_version_does(fakes: Store) -> None:
+    await fakes.admit(v(1))
+    await fakes.admit(v(2))
+    await fakes.admit(PROBE, probe=True)
+    assert (await fakes.admit(v(3))).retired == (PROBE, v(1))
+    assert fakes.resident == [v(2), v(3)]
+
+
+async def test_a_probe_that_is_scored_stays_while_another_run_takes_the_replica(
+    fakes: Store,
+) -> None:
+    await fakes.admit(v(1))
+    await fakes.admit(PROBE, probe=True)
+    with score_lease(fakes, PROBE):
+        await fakes.admit(v(1, run="other"), replace_run=True)
+        assert fakes.resident == [PROBE, v(1, run="other")]
+        with score_lease(fakes, PROBE):
+            pass
+    await settle()
+    assert fakes.resident == [v(1, run="other")]
+
+
+async def test_the_same_probe_again_is_already_resident_and_never_the_newest(fakes: Store) -> None:
+    await fakes.admit(PROBE, probe=True)
+    assert (await fakes.admit(PROBE, probe=True)).outcome == "already_resident"
+    assert fakes.store.newest == BASE_POLICY
+
+
+@pytest.mark.parametrize("probe_first", [True, False])
+async def test_a_version_and_a_probe_never_share_an_id(fakes: Store, probe_first: bool) -> None:
+    await fakes.admit(v(1), probe=probe_first)
+    with pytest.raises(StaleVersion, match="a probe needs a run_id of its own"):
+        await fakes.admit(v(1), probe=not probe_first)
+
+
+async def test_a_run_that_comes_back_while_its_old_version_is_leased_is_loaded_beside_it(
+    fakes: Store,
+) -> None:
+    await fakes.admit(v(1))
+    with fakes.store.lease(v(1), "r", interruptible=True) as old:
+        await fakes.admit(v(1, run="other"), replace_run=True)
+        await fakes.admit(v(1), replace_run=True)
+        with fakes.store.lease(v(1), "s", interruptible=True) as new:
+            assert new.adapter != old.adapter
+    await settle()
+    assert [(i.policy, i.accepts_requests) for i in fakes.store.resident()] == [(v(1), True)]
+    assert fakes.engine.loaded == [new.adapter]

@@ -60,6 +60,7 @@ async def test_a_sync_sends_the_digest_and_its_options() -> None:
         "activate": "false",
         "replace_run": "false",
         "in_flight": "continue",
+        "probe": "false",
     }
 
 

@@ -1,0 +1,125 @@
+"""From the records of several completions to the body of one answer, as they come.
+
+    sources ─▶ merged() ─▶ batches ─▶ NdjsonResponse ─▶ one JSON line per record
+
+Whatever ends a stream, the sources are closed before anything else goes on: a client that leaves,
+one that does not read, an error of one source, the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, Self, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from shared.schemas import Wire
+
+Item = TypeVar("Item")
+_MAX_WAITING = 64  # items; a source that finds no place waits, and the engine merges its deltas
+
+
+async def merged(
+    sources: Sequence[AsyncGenerator[Item]], *, pause_s: float, timeout_s: float
+) -> AsyncGenerator[list[Item]]:
+    """The items of all sources as they come; an empty list when none came for `pause_s`.
+
+    Raises the first error of a source, and TimeoutError after `timeout_s`.
+    """
+    queue: asyncio.Queue[Item] = asyncio.Queue(_MAX_WAITING)
+    deadline = time.monotonic() + timeout_s
+    tasks = [asyncio.ensure_future(_drain(source, queue)) for source in sources]
+    ended = asyncio.gather(*tasks)
+    next_item = asyncio.ensure_future(queue.get())
+    waits: set[asyncio.Future[Any]]
+    try:
+        while True:
+            if (left_s := deadline - time.monotonic()) <= 0:
+                raise TimeoutError
+            waits = {next_item, ended}
+            await asyncio.wait(
+                waits, timeout=min(pause_s, left_s), return_when=asyncio.FIRST_COMPLETED
+            )
+            has_ended = ended.done()
+            batch = [next_item.result()] if next_item.done() else []
+            while not queue.empty():
+                batch.append(queue.get_nowait())
+            if next_item.done():
+                next_item = asyncio.ensure_future(queue.get())
+            if batch or not has_ended:
+                yield batch
+            if has_ended:
+                ended.result()
+                return
+    finally:
+        next_item.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, ended, next_item, return_exceptions=True)
+
+
+async def _drain(source: AsyncGenerator[Item], queue: asyncio.Queue[Item]) -> None:
+    async with aclosing(source):
+        async for item in source:
+            await queue.put(item)
+
+
+class NdjsonResponse(Response):
+    """Sends batches of records, and closes `batches` however the connection ends.
+
+    A client that does not read is left after `timeout_s`.
+    """
+
+    media_type = "application/x-ndjson"
+
+    def __init__(
+        self, first: Sequence[Wire], rest: AsyncGenerator[Sequence[Wire]], *, timeout_s: float
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers()
+        self._first = first
+        self._rest = rest
+        self._timeout_s = timeout_s
+
+    @classmethod
+    async def opened(cls, batches: AsyncGenerator[Sequence[Wire]], *, timeout_s: float) -> Self:
+        """Wait for the first batch: what is refused before it is answered as any refusal."""
+        return cls(await anext(batches), batches, timeout_s=timeout_s)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(send))
+        leaving = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait(
+                {sending, leaving}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            sending.cancel()
+            leaving.cancel()
+            await asyncio.gather(sending, leaving, return_exceptions=True)
+            await self._rest.aclose()
+        if not sending.cancelled():
+            sending.result()
+
+    async def _send(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        await send(_body(self._first))
+        async for batch in self._rest:
+            await send(_body(batch))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _body(batch: Sequence[Wire]) -> dict[str, object]:
+    lines = b"".join(record.model_dump_json().encode() + b"\n" for record in batch)
+    return {"type": "http.response.body", "body": lines, "more_body": True}
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
