@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from services.server import Server, read_settings
@@ -23,7 +24,9 @@ def main() -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    trainer = Trainer(settings, on_exit=lambda code: server.exit(code))
+    trainer = Trainer(
+        settings, on_exit=lambda code: server.exit(code), on_stuck=lambda: os._exit(1)
+    )
     server = Server(
         create_app(trainer), host=settings.host, port=settings.port, on_stop=trainer.shut_down
     )

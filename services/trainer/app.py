@@ -17,7 +17,9 @@ from shared.errors import InvalidRequest
 from shared.metrics import exposition
 from shared.schemas import (
     PolicyStatus,
+    ReplicaRegistration,
     ReplicasResponse,
+    ReplicaStatus,
     RunStatus,
     TrainerStatus,
     TrainRequest,
@@ -44,7 +46,10 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.post("/runs", status_code=201)
     async def start_run(request: Request) -> RunStatus:
-        """The body is a run config, YAML or JSON (services/trainer/run_config.py)."""
+        """The body is a run config, YAML or JSON (services/trainer/run_config.py).
+
+        A `run_id` that exists goes on from its last checkpoint, unless `resume` is `never`.
+        """
         try:
             config = parse_run_config(await request.body())
         except ValueError as error:
@@ -92,6 +97,15 @@ def create_app(trainer: Trainer) -> FastAPI:
     async def replicas() -> ReplicasResponse:
         return ReplicasResponse(replicas=trainer.fleet.status())
 
+    @app.post("/replicas", status_code=201)
+    async def register(body: ReplicaRegistration) -> ReplicaStatus:
+        """Also renews a lease."""
+        return trainer.fleet.register(body)
+
+    @app.delete("/replicas/{id}")
+    async def remove(id: str) -> ReplicaStatus:
+        return await trainer.fleet.remove(id)
+
     @app.get("/status")
     async def status() -> TrainerStatus:
         return trainer.status()
@@ -102,7 +116,7 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.get("/readyz")
     async def readyz() -> dict[str, str]:
-        _ = trainer.policy
+        trainer.check_ready()
         return {"status": "ready"}
 
     @app.get("/metrics")

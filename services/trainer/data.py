@@ -1,19 +1,20 @@
 """From a dataset to prompts: token ids for the replicas, columns for the rewards.
 
-The order is a permutation per epoch drawn from the seed, so the stream is a function of
-(dataset, seed, position) and resumes anywhere.
+The order is a permutation per epoch drawn from the seed, so a prompt is a function of (dataset,
+seed, position), and what a run has trained on is a set of positions.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from services.tokens import PromptEncoder
 from services.trainer.run_config import DatasetConfig, SortDigitsDataset
@@ -33,32 +34,67 @@ class Prompt:
 
 
 class PromptStream:
-    """Prompts without end, epoch after epoch. `position` counts the prompts taken."""
+    """Prompts without end, epoch after epoch; a position counts prompts over all epochs."""
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, position: int = 0) -> None:
-        self._prompts = prompts
+    def __init__(self, rows: Sequence[Prompt], *, seed: int) -> None:
+        self.rows = rows
         self._seed = seed
-        self.position = position
+        self._order = lru_cache(maxsize=4)(self._shuffle)  # groups in flight span few epochs
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt; 0 without prompts."""
-        return max((len(prompt.token_ids) for prompt in self._prompts), default=0)
+    def at(self, position: int) -> Prompt:
+        """The prompt at `position`; an epoch has each row exactly once."""
+        epoch, offset = divmod(position, len(self.rows))
+        return self.rows[self._order(epoch)[offset]]
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; each row exactly once per epoch."""
-        taken: list[Prompt] = []
-        while len(taken) < count:
-            epoch, start = divmod(self.position, len(self._prompts))
-            chosen = self._order(epoch)[start : start + count - len(taken)]
-            taken += [self._prompts[index] for index in chosen]
-            self.position += len(chosen)
-        return taken
-
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self._prompts)))
+    def _shuffle(self, epoch: int) -> list[int]:
+        order = list(range(len(self.rows)))
         random.Random(f"{self._seed}/{epoch}").shuffle(order)
         return order
+
+
+class ConsumedState(BaseModel):
+    """What of `Consumed` a checkpoint keeps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    next: int = Field(ge=0, default=0)
+    beyond: tuple[int, ...] = ()
+
+
+NOTHING_CONSUMED = ConsumedState()
+
+
+class Consumed:
+    """The positions of a stream that were trained on, each once: all below `next`, and `beyond`.
+
+    Groups are trained in the order in which they become ready, so a late one leaves a hole: it
+    holds back `next`, and nothing else.
+    """
+
+    def __init__(self, state: ConsumedState = NOTHING_CONSUMED) -> None:
+        self.next = state.next
+        self.beyond = set(state.beyond)
+
+    @property
+    def state(self) -> ConsumedState:
+        return ConsumedState(next=self.next, beyond=tuple(sorted(self.beyond)))
+
+    def add(self, positions: Iterable[int]) -> None:
+        """Raises ValueError, and adds none, when one of them was consumed before."""
+        new = list(positions)
+        twice = sorted({p for p in new if p in self or new.count(p) > 1})
+        if twice:
+            raise ValueError(f"positions {twice} of the prompts were trained on already")
+        self.beyond.update(new)
+        while self.next in self.beyond:
+            self.beyond.remove(self.next)
+            self.next += 1
+
+    def __contains__(self, position: int) -> bool:
+        return position < self.next or position in self.beyond
+
+    def __len__(self) -> int:
+        return self.next + len(self.beyond)
 
 
 def load_prompts(

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 
-from services.trainer.loop import Clock, Run, learn, step_record
+from services.trainer.loop import Clock, Meter, Run, learn, step_record
 from services.trainer.policy import Policy
 from shared.errors import (
     IdempotencyConflict,
@@ -24,11 +24,15 @@ _KEPT_ANSWERS = 64
 
 
 class ExternalUpdates:
-    """The updates of one external run."""
+    """The updates of one external run, counted on from its checkpoint.
+
+    Answers live in memory: a crash takes those since the last checkpoint, and the updates that they
+    answered. The next request after it gets UnexpectedPolicy, which names the policy to go on from.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._step = 0
+        self._step = run.first_step
         self.lock = asyncio.Lock()  # held while the policy changes
         self._answers: dict[str, tuple[str, TrainResponse]] = {}  # key -> request digest, answer
 
@@ -47,7 +51,8 @@ class ExternalUpdates:
             return answer
 
     async def _update(self, request: TrainRequest) -> TrainResponse:
-        run, clock, step = self._run, Clock(), self._step + 1
+        run, step = self._run, self._step + 1
+        clock, meter = Clock(), Meter(run.fleet)
         try:
             learned = await learn(run.policy, run.config, request.groups, step=step, clock=clock)
         except FloatingPointError as error:
@@ -61,8 +66,9 @@ class ExternalUpdates:
                 )
             except ServiceError as error:  # the update stands; replicas get it when they return
                 log.error("no replica has policy %s yet: %s", run.policy.id, error.detail)
-        record = step_record(learned, clock)
+        record = step_record(learned, clock, meter)
         await run.log.emit(record)
+        await run.checkpoints.save_if_due(run, step)
         return TrainResponse(
             policy=run.policy.id, step=record, receipts=receipts, replicas=run.fleet.status()
         )

@@ -1,223 +1,294 @@
-"""The replicas: admit, route, fail over, sync.
+"""The replicas: find them, route to them, carry on where one stops, sync.
 
-    failed ──admit (base, limits, adapter)──▶ serving ──error──▶ failed
+    names, registrations ─▶ members ─▶ route ─▶ stream ─▶ draft ─▶ groups
+                               ▲                  │ ended early
+                               └──────────────────┘ the rest goes to another member
 
-Replicas come from a fixed list of URLs. One that fails takes no traffic until it has been admitted
-again and holds the newest adapter; its unanswered requests are sampled again elsewhere. Every wait
-ends at a deadline.
+Each member keeps itself proven and up to date (member.py); the fleet says what the goal is, and
+waits. Every wait ends at a deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Awaitable, Callable, Sequence
 
+from services.trainer.discovery import addresses, replica_id
+from services.trainer.generation import Draft, Part
+from services.trainer.member import Goal, Load, Member, Requirements, now
 from services.trainer.policy import PublishedAdapter
-from shared.checkpoints import identity_difference
 from shared.errors import (
-    BaseMismatch,
     InternalError,
-    InvalidRequest,
-    NotReady,
+    NotFound,
     Overloaded,
-    RunConflict,
     ServiceError,
-    Unauthorized,
     Unavailable,
     UnknownPolicy,
 )
+from shared.metrics import TrainerMetrics
 from shared.rollout_client import RolloutClient
 from shared.schemas import (
-    BaseIdentity,
     CompletionGroup,
     GenerateRequest,
     PolicyId,
+    ReplicaRegistration,
+    ReplicaState,
     ReplicaStatus,
-    RolloutStatus,
     SyncReceipt,
 )
 
 log = logging.getLogger(__name__)
-_RETRY_S = 0.5
-_ASK_AGAIN_S = 10.0
+_WAIT_S = 1.0  # a waiter looks again this often, whatever it is told
+_GONE_SHOWN_S = 60.0
 _MAX_ENGINE_FAILURES = 3  # of one request, before it counts as the request's fault
-
-
-@dataclass(frozen=True, slots=True)
-class Requirements:
-    """What a run asks of a replica before it may serve."""
-
-    run_id: str
-    base: BaseIdentity
-    lora_rank: int
-    num_context_tokens: int  # the longest prompt + max_tokens
-    may_replace_run: Callable[[str], bool]  # another run that a replica may serve now
-
-
-@dataclass(slots=True)
-class _Replica:
-    client: RolloutClient
-    state: Literal["serving", "failed"] = "failed"
-    detail: str = "not asked yet"
-    policy: PolicyId | None = None  # the newest of this run that it confirmed
-    num_outstanding: int = 0
-    asked_at: float = -math.inf  # monotonic seconds
+_SAY_STALLED_EVERY_S = 10.0
+_MIN_GRACE_S = 0.1  # stragglers of a sync get at least this, and as long as the others took
 
 
 class Fleet:
-    def __init__(self, clients: Sequence[RolloutClient]) -> None:
-        self._replicas = [_Replica(client) for client in clients]
-        self._requirements: Requirements | None = None
-        self._adapter: PublishedAdapter | None = None
-        self._admitting = asyncio.Lock()
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        connect: Callable[[str], RolloutClient],
+        probe_interval_s: float = 1.0,
+        probe_timeout_s: float = 5.0,
+        metrics: TrainerMetrics | None = None,
+        resolve: Callable[[str], Awaitable[set[str] | None]] = addresses,
+    ) -> None:
+        self._urls = urls
+        self._connect = connect
+        self._interval_s = probe_interval_s
+        self._probe_timeout_s = probe_timeout_s
+        self._metrics = metrics
+        self._resolve = resolve
+        self._members: dict[str, Member] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._goal: Goal | None = None
+        self._changed = asyncio.Event()
+        self._said_stalled_at = -math.inf  # by now()
+        self.num_continued = 0  # completions that more than one stream made, so far
 
     def __len__(self) -> int:
-        return len(self._replicas)
+        return sum(member.state != "gone" for member in self._members.values())
 
     def status(self) -> tuple[ReplicaStatus, ...]:
-        return tuple(
-            ReplicaStatus(
-                id=replica.client.url.partition("://")[2],
-                url=replica.client.url,
-                state=replica.state,
-                detail=replica.detail,
-                policy=replica.policy,
-                num_outstanding_completions=replica.num_outstanding,
-            )
-            for replica in self._replicas
-        )
+        return tuple(member.status() for member in self._members.values())
+
+    def num_serving(self, policy: PolicyId) -> int:
+        return sum(member.serves(policy) for member in self._members.values())
+
+    def seconds(self) -> tuple[float, float]:
+        """(with a request, serving) of all replicas so far: their difference is idle time."""
+        seconds = [member.seconds() for member in self._members.values()]
+        return sum(busy for busy, _ in seconds), sum(serving for _, serving in seconds)
+
+    # --- who is in it ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to look for replicas. Call from the event loop."""
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look_again_and_again())
 
     async def aclose(self) -> None:
-        for replica in self._replicas:
-            await replica.client.aclose()
+        tasks = [*self._keepers.values(), *([self._looking] if self._looking else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for member in self._members.values():
+            await member.client.aclose()
 
-    # --- admission ------------------------------------------------------------------------------
-
-    async def begin(self, requirements: Requirements, *, timeout_s: float) -> None:
-        """Start serving a run: wait until one replica is ready and fits it.
-
-        Raises what makes a replica unfit (BaseMismatch, InvalidRequest, RunConflict), and
-        Unavailable at the deadline.
-        """
-        self._requirements, self._adapter = requirements, None
-        for replica in self._replicas:
-            replica.state, replica.detail, replica.policy = "failed", "not admitted yet", None
-        if self._replicas:
-            await self._wait_for_serving(time.monotonic() + timeout_s)
-
-    async def _wait_for_serving(self, deadline: float) -> list[_Replica]:
-        """The serving replicas; when there are none, admit until there is one."""
+    async def _look_again_and_again(self) -> None:
         while True:
-            if serving := [r for r in self._replicas if r.state == "serving"]:
-                return serving
-            await self._admit_failed()
-            if any(r.state == "serving" for r in self._replicas):
-                continue
-            if time.monotonic() > deadline:
-                details = "; ".join(f"{r.client.url}: {r.detail}" for r in self._replicas)
-                raise Unavailable(f"no replica is ready ({details}): start one, or see its log")
-            await asyncio.sleep(_RETRY_S)
+            await self.look()
+            await asyncio.sleep(self._interval_s)
 
-    async def _admit_failed(self, *, due_only: bool = False) -> None:
-        """Ask failed replicas again. Raises when all replicas are unfit for the run.
+    async def look(self) -> None:
+        """Find out which addresses are configured now, and which leases have ended."""
+        found = await asyncio.gather(*map(self._resolve, self._urls))
+        if None not in found:  # else the resolver is away: who is known stays
+            listed = {url for urls in found if urls for url in urls}
+            for url in listed:
+                self._join(url, "configured")
+            for member in self._members.values():
+                if member.source == "configured":
+                    member.is_listed = member.client.url in listed
+        for member in list(self._members.values()):
+            if member.lease_until is not None and member.lease_until < now():
+                member.is_listed = False
+            is_past = member.gone_at is not None and now() - member.gone_at > _GONE_SHOWN_S
+            if is_past and not member.is_listed:
+                await self._forget(member)
 
-        With `due_only` those that were asked a moment ago are left out: while others serve, a
-        replica that hangs must not slow every step.
-        """
-        async with self._admitting:
-            now = time.monotonic()
-            failed = [r for r in self._replicas if r.state == "failed"]
-            if due_only:
-                failed = [r for r in failed if now - r.asked_at > _ASK_AGAIN_S]
-            for replica in failed:
-                replica.asked_at = now
-            unfit = [e for e in await asyncio.gather(*map(self._admit, failed)) if e is not None]
-        if unfit and len(unfit) == len(self._replicas):
-            raise unfit[0]
+    def _join(self, url: str, source: str) -> Member:
+        identity = replica_id(url)
+        if member := self._members.get(identity):
+            return member
+        member = self._members[identity] = Member(
+            self._connect(url),
+            source="configured" if source == "configured" else "registered",
+            interval_s=self._interval_s,
+            probe_timeout_s=self._probe_timeout_s,
+            on_change=self._on_change,
+            find_twin=self._find_twin,
+        )
+        log.info("replica %s is known: %s", identity, source)
+        member.assign(self._goal)
+        self._keepers[identity] = asyncio.create_task(member.keep())
+        return member
 
-    async def _admit(self, replica: _Replica) -> ServiceError | None:
-        """Make one replica serving, or say in its detail why not; returns a permanent reason."""
-        try:
-            status = await replica.client.status()
-            if status.state != "ready":
-                raise NotReady(f"{status.state}: {status.detail}")
-            self._check_fit(status)
-            replica.policy = None
-            if self._adapter is not None:
-                await self._push(replica, self._adapter, timeout_s=60.0)
-        except Unavailable as error:
-            if replica.detail != error.detail:
-                log.warning("replica %s is not ready: %s", replica.client.url, error.detail)
-            replica.detail = error.detail
-            return None
-        except Unauthorized:
-            replica.detail = "it refuses the trainer's key"
-            return Unauthorized(
-                f"replica {replica.client.url} refuses the trainer's key: start both with the same "
-                "TANDEM_API_KEY"
-            )
-        except ServiceError as error:
-            if replica.detail != error.detail:
-                log.error("replica %s cannot serve: %s", replica.client.url, error.detail)
-            replica.detail = error.detail
-            return error
-        replica.state, replica.detail = "serving", ""
-        log.info("replica %s serves policy %s", replica.client.url, replica.policy or "base")
+    async def _forget(self, member: Member) -> None:
+        self._keepers.pop(member.id).cancel()
+        del self._members[member.id]
+        await member.client.aclose()
+
+    def register(self, registration: ReplicaRegistration) -> ReplicaStatus:
+        """A replica, or an operator for it, says that it may serve; with a lease, for so long."""
+        url = registration.url.rstrip("/")
+        member = self._join(url, "registered")
+        member.is_listed = True
+        if registration.lease_s is not None and member.source == "registered":
+            member.lease_until = now() + registration.lease_s
+        # A renewal of the same process is no reason to trust it again.
+        if registration.lease_s is None or registration.boot_id != member.boot_id:
+            member.welcome()
+        return member.status()
+
+    async def remove(self, identity: str) -> ReplicaStatus:
+        """Take a replica out: it finishes what it has. Raises NotFound."""
+        if identity not in self._members:
+            known = ", ".join(self._members) or "none"
+            raise NotFound(f"there is no replica {identity!r}; known are: {known}")
+        self._members[identity].remove()
+        return self._members[identity].status()
+
+    def _find_twin(self, member: Member, boot_id: str) -> Member | None:
+        """Another member that is the same process under another address."""
+        for other in self._members.values():
+            is_twin = other is not member and other.boot_id == boot_id
+            if is_twin and other.state in ("serving", "admitting"):
+                return other
         return None
 
-    def _check_fit(self, status: RolloutStatus) -> None:
-        wanted = self._requirements
-        assert wanted, "begin() was not called"
-        assert status.base, "a ready replica knows its base"
-        if difference := identity_difference(status.base, wanted.base):
-            raise BaseMismatch(
-                f"the replica serves another base than the trainer trains ({difference}): set "
-                "ROLLOUT_MODEL to TRAINER_MODEL, and ROLLOUT_BASE to nf4-exact for a 4-bit trainer"
-            )
-        if status.base.recipe is None and wanted.base.recipe:
-            log.warning(
-                "a replica serves the original 16-bit weights of a 4-bit policy: expect a larger "
-                "logprob gap; ROLLOUT_BASE=nf4-exact serves what is trained"
-            )
-        if wanted.lora_rank > status.limits.max_lora_rank:
-            raise InvalidRequest(
-                f"lora.rank is {wanted.lora_rank}, the replica's maximum is "
-                f"{status.limits.max_lora_rank}: lower it, or raise ROLLOUT_MAX_LORA_RANK"
-            )
-        if wanted.num_context_tokens > status.limits.max_model_len:
-            raise InvalidRequest(
-                f"the longest prompt and max_tokens make {wanted.num_context_tokens} tokens, the "
-                f"replica's context has {status.limits.max_model_len}: lower sampling.max_tokens, "
-                "or raise ROLLOUT_MAX_MODEL_LEN"
-            )
-        current = status.newest
-        is_ours = current.is_base or current.run_id == wanted.run_id
-        if not is_ours and not wanted.may_replace_run(current.run_id):
-            raise RunConflict(
-                f"a replica still serves run {current.run_id!r} of another trainer: if that has "
-                "ended, set replace_run: true in the run config"
-            )
+    # --- changes --------------------------------------------------------------------------------
 
-    def _fail(self, replica: _Replica, error: ServiceError) -> None:
-        if replica.state == "serving":
-            log.warning("replica %s failed: %s", replica.client.url, error.detail)
-        replica.state, replica.detail = "failed", error.detail
+    def _on_change(self, member: Member, old: ReplicaState) -> None:
+        if self._metrics and member.state != old:
+            self._metrics.record_replica(member.id, old, member.state)
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _change(self, deadline: float) -> None:
+        """Until something changed, or a moment has passed."""
+        wait_s = min(_WAIT_S, max(0.01, deadline - now()))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._changed.wait()
+
+    async def _stalled(self, policy: PolicyId, *, since: float, deadline: float) -> None:
+        """Wait for a replica that serves `policy`, and say so when it takes long."""
+        if now() - max(since, self._said_stalled_at) > _SAY_STALLED_EVERY_S:
+            self._said_stalled_at = now()
+            log.warning("no replica serves policy %s now: %s", policy, self._details())
+        await self._change(deadline)
+
+    def _details(self) -> str:
+        if not self._members:
+            return (
+                "no replica is known: set TRAINER_ROLLOUT_URLS, or start one with "
+                "ROLLOUT_TRAINER_URL"
+            )
+        return "; ".join(f"{m.client.url} {m.state}: {m.detail}" for m in self._members.values())
+
+    # --- a run ----------------------------------------------------------------------------------
+
+    async def begin(
+        self,
+        requirements: Requirements,
+        *,
+        timeout_s: float,
+        adapter: PublishedAdapter | None = None,
+    ) -> None:
+        """Start serving a run at `adapter`, or at its base: wait until enough replicas do.
+
+        Raises what makes every replica unfit (BaseMismatch, InvalidRequest, RunConflict,
+        ConformanceFailed), and Unavailable at the deadline.
+        """
+        newest = adapter.policy if adapter else requirements.run
+        self._goal = Goal(requirements, newest, {newest: adapter} if adapter else {})
+        if adapter and requirements.prover:
+            requirements.prover.remember(adapter)
+        for member in self._members.values():
+            member.assign(self._goal)
+        await self._wait_for_newest(deadline=now() + timeout_s)
+
+    async def sync(self, adapter: PublishedAdapter, *, timeout_s: float) -> tuple[SyncReceipt, ...]:
+        """Make `adapter` the goal of all replicas; return when enough of them serve it.
+
+        Those that need longer than the others are not waited for: they take no traffic for the new
+        version until they have it. Raises Unavailable at the deadline, and the refusal when every
+        replica refuses it.
+        """
+        assert self._goal, "begin() was not called"
+        goal, started = self._goal, now()
+        if prover := goal.requirements.prover:
+            prover.remember(adapter)
+        goal.adapters[adapter.policy] = adapter
+        goal.newest = adapter.policy
+        self._drop_unused(goal)
+        for member in self._members.values():
+            member.wake()
+        await self._wait_for_newest(deadline=started + timeout_s)
+        if self._metrics:
+            self._metrics.syncs.observe(now() - started)
+        serving = [m for m in self._members.values() if m.serves(adapter.policy)]
+        return tuple(member.receipts[adapter.policy] for member in serving)
+
+    async def _wait_for_newest(self, *, deadline: float) -> None:
+        """Until enough members serve the goal, and a moment more for those that nearly do."""
+        assert self._goal
+        goal, started = self._goal, now()
+        num_replicas = goal.requirements.min_ready_replicas
+        while self.num_serving(goal.newest) < num_replicas:
+            errors = [member.error for member in self._members.values() if member.state != "gone"]
+            if errors and all(errors) and errors[0]:
+                raise errors[0]
+            if now() > deadline:
+                raise Unavailable(
+                    f"{self.num_serving(goal.newest)} of {num_replicas} replicas serve policy "
+                    f"{goal.newest} ({self._details()}): start one, or see its log"
+                )
+            await self._stalled(goal.newest, since=started, deadline=deadline)
+        grace_until = now() + max(_MIN_GRACE_S, now() - started)
+        while now() < grace_until and any(
+            member.state in ("serving", "admitting") and not member.serves(goal.newest)
+            for member in self._members.values()
+        ):
+            await self._change(grace_until)
+
+    def _drop_unused(self, goal: Goal) -> None:
+        for policy in list(goal.adapters):
+            if policy != goal.newest and not goal.in_use[policy]:
+                del goal.adapters[policy]
 
     # --- generate -------------------------------------------------------------------------------
 
     async def generate(
         self, requests: Sequence[GenerateRequest], *, timeout_s: float
     ) -> list[CompletionGroup]:
-        """The groups of all requests, in order. A lost request is sampled again elsewhere.
+        """The groups of all requests, in order; each request goes to one replica.
 
-        Raises Unavailable when no replica answers before the deadline.
+        What a replica does not finish is continued on another. Raises Unavailable when that is not
+        possible before the deadline.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = now() + timeout_s
         tasks = [asyncio.ensure_future(self._generate(r, deadline)) for r in requests]
         try:
             return [group for groups in await asyncio.gather(*tasks) for group in groups]
@@ -225,70 +296,96 @@ class Fleet:
             for task in tasks:
                 task.cancel()
 
-    async def _generate(
-        self, request: GenerateRequest, deadline: float
-    ) -> tuple[CompletionGroup, ...]:
-        num_completions = len(request.prompts) * request.sampling.n
+    async def _generate(self, request: GenerateRequest, deadline: float) -> list[CompletionGroup]:
+        assert self._goal, "begin() was not called"
+        draft, policy = Draft(request), request.policy or self._goal.newest
         num_engine_failures = 0
+        with self._goal.using(policy):
+            while not draft.is_complete:
+                member, policy = await self._route(policy, deadline)
+                errors = await self._attempt(member, draft, policy, deadline)
+                if any(isinstance(error, InternalError) for error in errors):
+                    num_engine_failures += 1
+                for error in errors:
+                    self._learn_from(member, policy, error)
+                    if num_engine_failures == _MAX_ENGINE_FAILURES:
+                        raise error
+                if not errors:
+                    member.num_failures = 0
+                    if not draft.is_complete:  # interrupted: by a newer version, or by a drain
+                        log.info("replica %s interrupted a request", member.id)
+                        member.wake()
+                        if self._goal.requirements.in_flight == "continue":
+                            policy = self._goal.newest
+                        await asyncio.sleep(0)
+        self.num_continued += draft.num_continued
+        return draft.groups()
+
+    async def _route(self, policy: PolicyId, deadline: float) -> tuple[Member, PolicyId]:
+        """The member with the fewest outstanding tokens that serves `policy`; when none does, one
+        that serves the newest version."""
+        assert self._goal
+        started = now()
         while True:
-            serving = await self._wait_for_serving(deadline)
-            replica = min(serving, key=lambda r: r.num_outstanding)
-            remaining_s = max(0.1, deadline - time.monotonic())
-            replica.num_outstanding += num_completions
-            try:
-                groups = (await replica.client.generate(request, timeout_s=remaining_s)).groups
-            except Overloaded as error:
-                await asyncio.sleep(error.retry_after_s or _RETRY_S)
-            except (Unavailable, UnknownPolicy) as error:
-                self._fail(replica, error)
-            except InternalError as error:
-                self._fail(replica, error)
-                num_engine_failures += 1
-                if num_engine_failures == _MAX_ENGINE_FAILURES:
-                    raise
+            for wanted in (policy, self._goal.newest):
+                serving = [m for m in self._members.values() if m.serves(wanted)]
+                free = [m for m in serving if m.busy_until <= now()]
+                if free:
+                    return min(free, key=lambda m: m.num_outstanding_tokens), wanted
+                if serving:
+                    break  # busy ones become free again
+            if now() > deadline:
+                raise Unavailable(
+                    f"no replica took a request for policy {policy} in time ({self._details()}): "
+                    "start one, or raise generate_timeout_s"
+                )
+            if serving:
+                await self._change(min(deadline, *(m.busy_until for m in serving)))
             else:
-                if not any(c.finish_reason == "interrupted" for g in groups for c in g.completions):
-                    return groups
-                log.warning("replica %s interrupted a request", replica.client.url)
-            finally:
-                replica.num_outstanding -= num_completions
-            if time.monotonic() > deadline:
-                raise Unavailable(f"no replica answered a request in time: {replica.detail}")
+                await self._stalled(policy, since=started, deadline=deadline)
 
-    # --- sync -----------------------------------------------------------------------------------
+    async def _attempt(
+        self, member: Member, draft: Draft, policy: PolicyId, deadline: float
+    ) -> list[ServiceError]:
+        """Stream what the draft lacks from one member; the errors that ended streams early."""
+        parts = draft.parts(policy)
+        num_completions = sum(part.num_completions for part in parts)
+        num_tokens = sum(part.num_tokens for part in parts)
+        with member.carrying(num_completions, num_tokens) as load:
+            outcomes = await asyncio.gather(
+                *(self._stream(member, draft, part, load, deadline) for part in parts),
+                return_exceptions=True,
+            )
+        errors = [outcome for outcome in outcomes if outcome is not None]
+        for error in errors:
+            if not isinstance(error, ServiceError):
+                raise error
+        return [error for error in errors if isinstance(error, ServiceError)]
 
-    async def sync(self, adapter: PublishedAdapter, *, timeout_s: float) -> tuple[SyncReceipt, ...]:
-        """Push an adapter to every serving replica at once, and to failed ones as they return.
-
-        At least one replica has it on return. Raises Unavailable at the deadline, and the refusal
-        when every replica refuses it.
-        """
-        deadline = time.monotonic() + timeout_s
-        self._adapter = adapter
-        serving = [r for r in self._replicas if r.state == "serving"]
-        pushes = await asyncio.gather(*(self._try_push(r, adapter, timeout_s) for r in serving))
-        await self._admit_failed(due_only=True)
-        if self._replicas:
-            await self._wait_for_serving(deadline)
-        return tuple(receipt for receipt in pushes if receipt is not None)
-
-    async def _try_push(
-        self, replica: _Replica, adapter: PublishedAdapter, timeout_s: float
-    ) -> SyncReceipt | None:
-        try:
-            return await self._push(replica, adapter, timeout_s)
-        except ServiceError as error:  # whether for ever, its next admission says
-            self._fail(replica, error)
-            return None
-
-    async def _push(
-        self, replica: _Replica, adapter: PublishedAdapter, timeout_s: float
-    ) -> SyncReceipt:
-        receipt = await replica.client.sync_weights(
-            adapter.content,
-            digest=adapter.content_digest,
-            replace_run=replica.policy is None,  # admission allowed it; later a conflict is one
-            timeout_s=timeout_s,
+    async def _stream(
+        self, member: Member, draft: Draft, part: Part, load: Load, deadline: float
+    ) -> None:
+        records = member.client.stream(
+            part.request,
+            timeout_s=max(0.1, deadline - now()),
+            silence_s=2 * self._probe_timeout_s,
         )
-        replica.policy = receipt.policy
-        return receipt
+        async with contextlib.aclosing(records):
+            async for record in records:
+                draft.add(part, record)
+                if record.kind == "tokens":
+                    member.received(load, len(record.token_ids))
+
+    def _learn_from(self, member: Member, policy: PolicyId, error: ServiceError) -> None:
+        """What an error says about the member; raises what is the request's own fault."""
+        match error:
+            case Overloaded():
+                member.busy_until = now() + (error.retry_after_s or _WAIT_S)
+            case UnknownPolicy():
+                member.lacks(policy)
+            case Unavailable() | InternalError():
+                member.fail(error)
+            case ServiceError() if type(error) is ServiceError:  # it answers nonsense
+                member.fail(error)
+            case _:
+                raise error

@@ -2,9 +2,9 @@
 
     prompts ─▶ fleet.generate ─▶ rewards ─▶ advantages ─▶ samples ─▶ update ─▶ adapter ─▶ fleet.sync
        ▲                                                                                     │
-       └───────────────────────── the next step samples from it ◀────────────────────────────┘
+       └──────────────── groups start under it, max_staleness updates ahead (pacing.py) ◀────┘
 
-Steps are synchronous: every group is sampled from the version that the step before made.
+With max_staleness 0 every group is sampled from the version that the step before made.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from services.trainer.algorithms.grpo import group_advantages
-from services.trainer.data import Prompt, PromptStream
+from services.trainer.checkpoints import Checkpoints
+from services.trainer.data import Consumed, Prompt, PromptStream
 from services.trainer.fleet import Fleet
+from services.trainer.pacing import Ahead, Batch
 from services.trainer.policy import Policy, PublishedAdapter, UpdateStats
 from services.trainer.rewards import Scorer
 from services.trainer.run_config import RunConfig
 from services.trainer.run_log import RunLog
 from services.trainer.samples import Sample, make_samples
 from shared.schemas import (
+    CompletionGroup,
     EvalRecord,
     GenerateRequest,
+    PolicyId,
     SamplingParams,
     ScoredGroup,
     StepRecord,
@@ -49,6 +53,9 @@ class Run:
     fleet: Fleet
     log: RunLog
     prompts: PromptStream
+    consumed: Consumed  # positions of `prompts` that were trained on
+    checkpoints: Checkpoints
+    first_step: int  # steps that an earlier life of the run did
     scorer: Scorer
     held_out: Sequence[Prompt]
     stop: asyncio.Event
@@ -69,29 +76,46 @@ async def train(run: Run) -> None:
     """All steps of a managed run. Once `stop` is set, it returns without another update."""
     config, num_steps = run.config, run.config.num_steps
     assert num_steps
-    await unless_stopped(run, evaluate(run, step=0))
-    for step in range(1, num_steps + 1):
-        clock = Clock()
-        with clock.measure("generate_s"):
-            prompts = run.prompts.take(config.prompts_per_step)
-            groups = await unless_stopped(
-                run,
-                run.fleet.generate(
-                    train_requests(run, prompts), timeout_s=config.generate_timeout_s
-                ),
-            )
-            if groups is None:
+    if run.first_step == 0:
+        await unless_stopped(run, evaluate(run, step=0))
+    async with groups_ahead(run) as ahead:
+        for step in range(run.first_step + 1, num_steps + 1):
+            clock, meter = Clock(), Meter(run.fleet)
+            with clock.measure("wait_s"):
+                batch = await unless_stopped(run, ahead.take())
+            if batch is None:
                 return
-        with clock.measure("reward_s"):
-            scored = await unless_stopped(run, run.scorer.score(prompts, groups))
-            if scored is None:
-                return
-        learned = await learn(run.policy, config, scored, step=step, clock=clock)
-        with clock.measure("sync_s"):
-            await run.fleet.sync(learned.adapter, timeout_s=config.sync_timeout_s)
-        await run.log.emit(step_record(learned, clock))
-        if config.eval and (step % config.eval.every_steps == 0 or step == num_steps):
-            await unless_stopped(run, evaluate(run, step))
+            learned = await learn(run.policy, config, batch.scored, step=step, clock=clock)
+            with clock.measure("sync_s"):
+                await run.fleet.sync(learned.adapter, timeout_s=config.sync_timeout_s)
+            ahead.release(learned.adapter.policy)
+            await run.log.emit_groups(step, batch.groups)
+            await run.log.emit(step_record(learned, clock, meter, batch))
+            if config.eval and (step % config.eval.every_steps == 0 or step == num_steps):
+                await unless_stopped(run, evaluate(run, step))
+            await run.checkpoints.save_if_due(run, step)
+
+
+def groups_ahead(run: Run) -> Ahead:
+    """The groups of the steps to come, sampled and scored as far ahead as the config allows."""
+    config = run.config
+    assert config.num_steps
+
+    async def sample(position: int, prompt: Prompt, policy: PolicyId) -> CompletionGroup:
+        request = train_request(config, position, prompt, policy)
+        (group,) = await run.fleet.generate([request], timeout_s=config.generate_timeout_s)
+        return group
+
+    return Ahead(
+        prompts=run.prompts,
+        consumed=run.consumed,
+        sample=sample,
+        score=run.scorer.score,
+        batch_size=config.prompts_per_step,
+        max_staleness=config.max_staleness,
+        num_groups=(config.num_steps - run.first_step) * config.prompts_per_step,
+        policy=run.policy.id,
+    )
 
 
 async def unless_stopped(run: Run, work: Coroutine[Any, Any, Result]) -> Result | None:
@@ -168,30 +192,29 @@ async def _mean_reward(run: Run, sampling: SamplingParams) -> float:
     return statistics.fmean(all_rewards(await run.scorer.score(run.held_out, groups)))
 
 
-def train_requests(run: Run, prompts: Sequence[Prompt]) -> list[GenerateRequest]:
-    """One request per group, pinned to the current version, with noise of its own."""
-    first = run.prompts.position - len(prompts)
-    return [
-        GenerateRequest(
-            prompts=(prompt.token_ids,),
-            sampling=run.config.sampling.model_copy(
-                update={
-                    "seed": derived_seed(run.config.seed, f"train/{first + offset}"),
-                    "detokenize": False,
-                }
-            ),
-            policy=run.policy.id,
-            purpose="train",
-        )
-        for offset, prompt in enumerate(prompts)
-    ]
+def train_request(
+    config: RunConfig, position: int, prompt: Prompt, policy: PolicyId
+) -> GenerateRequest:
+    """The request of one group, pinned to a version, with noise of its own."""
+    seed = derived_seed(config.seed, f"train/{position}")
+    return GenerateRequest(
+        prompts=(prompt.token_ids,),
+        sampling=config.sampling.model_copy(update={"seed": seed, "detokenize": False}),
+        policy=policy,
+        purpose="train",
+    )
 
 
-def step_record(learned: Learned, clock: Clock) -> StepRecord:
+def step_record(
+    learned: Learned, clock: Clock, meter: Meter, batch: Batch | None = None
+) -> StepRecord:
+    """What a step did; `batch` says how its groups came when this service sampled them."""
     groups, samples, stats = learned.groups, learned.samples, learned.stats
     rewards = all_rewards(groups)
     completions = [scored.completion for group in groups for scored in group.completions]
     num_tokens = sum(sample.num_tokens for sample in samples)
+    staleness = [max(sample.staleness, default=0) for sample in samples]
+    step_s = clock.total_s
     return StepRecord(
         step=learned.step,
         policy=learned.adapter.policy,
@@ -203,7 +226,11 @@ def step_record(learned: Learned, clock: Clock) -> StepRecord:
         reward_std=statistics.pstdev(rewards),
         completion_tokens_mean=num_tokens / len(samples),
         truncated_fraction=statistics.fmean(c.finish_reason == "length" for c in completions),
-        staleness_max=max((lag for sample in samples for lag in sample.staleness), default=0),
+        staleness_mean=statistics.fmean(staleness),
+        staleness_max=max(staleness),
+        num_continued=meter.num_continued,
+        num_ready_groups=batch.num_ready_groups if batch else 0,
+        num_in_flight_groups=batch.num_in_flight_groups if batch else 0,
         loss=stats.loss,
         grad_norm=stats.grad_norm,
         learning_rate=stats.learning_rate,
@@ -213,6 +240,12 @@ def step_record(learned: Learned, clock: Clock) -> StepRecord:
         importance_truncated_fraction=stats.importance_truncated_fraction,
         logprob_gap=stats.logprob_gap,
         sampler_kl=stats.sampler_kl,
+        generate_s=batch.generate_s if batch else 0.0,
+        reward_s=batch.reward_s if batch else 0.0,
+        step_s=step_s,
+        trainer_idle_fraction=clock.seconds.get("wait_s", 0.0) / step_s,
+        rollout_idle_fraction=meter.rollout_idle_fraction,
+        num_serving_replicas=meter.fleet.num_serving(learned.adapter.policy),
         adapter_bytes=len(learned.adapter.content),
         **clock.seconds,
     )
@@ -229,15 +262,40 @@ def derived_seed(seed: int, name: str) -> int:
 
 @dataclass(slots=True)
 class Clock:
-    """Wall time of the parts of a step."""
+    """Wall time of the parts of a step, and of all of it."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
+
+    @property
+    def total_s(self) -> float:
+        return time.perf_counter() - self.started
+
+
+class Meter:
+    """What the fleet did since the meter was made."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self._busy_s, self._serving_s = fleet.seconds()
+        self._num_continued = fleet.num_continued
+
+    @property
+    def num_continued(self) -> int:
+        return self.fleet.num_continued - self._num_continued
+
+    @property
+    def rollout_idle_fraction(self) -> float:
+        busy_s, serving_s = self.fleet.seconds()
+        if serving_s <= self._serving_s:
+            return 0.0
+        return max(0.0, 1 - (busy_s - self._busy_s) / (serving_s - self._serving_s))
 
 
 def _chunks(items: Sequence[Prompt], size: int) -> Iterator[tuple[int, Sequence[Prompt]]]:

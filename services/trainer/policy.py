@@ -13,7 +13,7 @@ import contextlib
 import copy
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from shared.errors import NotFound
 from shared.schemas import AdapterManifest, BaseIdentity, PolicyId, QuantizationRecipe
 
 log = logging.getLogger(__name__)
+_SCORE_POSITIONS = 8192  # padded, of one forward of `score`
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class PublishedAdapter:
     manifest: AdapterManifest
     content: bytes  # the adapter file
     content_digest: str  # RFC 9530
+    probe_logprobs: tuple[float, ...] = ()  # of the run's probe (conformance.py), if it has one
 
     @property
     def policy(self) -> PolicyId:
@@ -58,6 +60,17 @@ class UpdateStats:
     importance_truncated_fraction: float
     logprob_gap: float
     sampler_kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySnapshot:
+    """Everything an update depends on besides its samples, on the CPU."""
+
+    manifest: AdapterManifest
+    lora: Mapping[str, Tensor]  # float32, by name in the adapter file
+    optimizer: dict[str, Any]  # torch's state dict
+    num_updates: int
+    rng: Mapping[str, Tensor]  # torch's generators, by device type
 
 
 @dataclass(slots=True)
@@ -102,6 +115,7 @@ class Policy:
         self._optimizer: torch.optim.Optimizer | None = None
         self._num_updates = 0
         self._published: dict[int, PublishedAdapter] = {}
+        self._probe: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def load(
@@ -188,6 +202,7 @@ class Policy:
         )
         self._num_updates = 0
         self._published = {}
+        self._probe = ()
 
     def _refuse_missing(self, target_modules: Sequence[str]) -> None:
         """PEFT skips a target that the base does not have; replicas would refuse the adapter."""
@@ -226,6 +241,49 @@ class Policy:
         """Inside, the policy is the base: version 0."""
         with self.model.disable_adapter():
             yield
+
+    # --- score ----------------------------------------------------------------------------------
+
+    def score(self, sequences: Sequence[Sequence[int]], *, base: bool = False) -> tuple[float, ...]:
+        """Logprobs at temperature 1 of every token after the first, sequence by sequence, flat.
+
+        Computed as training computes them, in train mode. `base`: with the adapter off.
+        """
+        samples = [_unsampled(sequence) for sequence in sequences]
+        scored: dict[int, list[float]] = {}
+        with torch.no_grad(), self.adapter_disabled() if base else contextlib.nullcontext():
+            for rows in micro_batches(samples, _SCORE_POSITIONS):
+                logprobs = self.logprobs(collate(rows).to(self.device)).logprobs
+                parts = logprobs.split([sample.num_tokens for sample in rows])
+                scored.update({id(s): part.tolist() for s, part in zip(rows, parts, strict=True)})
+        return tuple(logprob for sample in samples for logprob in scored[id(sample)])
+
+    def set_probe(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Score these sequences at every publish() of this run."""
+        self._probe = tuple(tuple(sequence) for sequence in sequences)
+
+    def lora_shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the LoRA tensors by their name in the adapter file."""
+        return {name: parameter.shape for name, parameter in self._named_lora()}
+
+    @contextlib.contextmanager
+    def replaced_lora(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the LoRA weights are `tensors`, by the names of `lora_shapes`."""
+        weights = {name: parameter.data for name, parameter in self._named_lora()}
+        try:
+            for name, parameter in self._named_lora():
+                parameter.data = tensors[name].to(parameter)
+            yield
+        finally:
+            for name, parameter in self._named_lora():
+                parameter.data = weights[name]
+
+    def _named_lora(self) -> list[tuple[str, Tensor]]:
+        return [
+            (name.replace(".default.", "."), parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        ]
 
     # --- update ---------------------------------------------------------------------------------
 
@@ -355,28 +413,34 @@ class Policy:
     # --- publish --------------------------------------------------------------------------------
 
     def publish(self) -> PublishedAdapter:
-        """The adapter file of the current version, in bfloat16, under PEFT's names."""
+        """The adapter of the current version, kept for `adapter`."""
+        adapter = self.export(self.id, self.score(self._probe))
+        self._published[self.id.version] = adapter
+        for version in sorted(self._published)[: -self._kept_adapters]:
+            del self._published[version]
+        return adapter
+
+    def export(self, policy: PolicyId, probe_logprobs: tuple[float, ...] = ()) -> PublishedAdapter:
+        """The LoRA weights as the adapter file of `policy`, in bfloat16, under PEFT's names."""
         from safetensors.torch import save
 
-        manifest = AdapterManifest(
-            policy=self.id,
+        manifest = self._manifest(policy)
+        tensors = {
+            name: parameter.detach().to(torch.bfloat16).cpu()
+            for name, parameter in self._named_lora()
+        }
+        content = save(tensors, manifest_metadata(manifest))
+        digest = content_digest(hashlib.sha256(content).digest())
+        return PublishedAdapter(manifest, content, digest, probe_logprobs)
+
+    def _manifest(self, policy: PolicyId) -> AdapterManifest:
+        return AdapterManifest(
+            policy=policy,
             base=self.identity,
             rank=self._lora.rank,
             scaling=self._lora.scaling,
             target_modules=self._lora.target_modules,
         )
-        tensors = {
-            name.replace(".default.", "."): parameter.detach().to(torch.bfloat16).cpu()
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
-        content = save(tensors, manifest_metadata(manifest))
-        digest = content_digest(hashlib.sha256(content).digest())
-        adapter = PublishedAdapter(manifest, content, digest)
-        self._published[self.id.version] = adapter
-        for version in sorted(self._published)[: -self._kept_adapters]:
-            del self._published[version]
-        return adapter
 
     @property
     def kept_versions(self) -> tuple[int, ...]:
@@ -389,6 +453,65 @@ class Policy:
             kept = ", ".join(map(str, self._published)) or "none"
             raise NotFound(f"the adapter of version {version} is not kept; kept versions: {kept}")
         return self._published[version]
+
+    # --- snapshot -------------------------------------------------------------------------------
+
+    def snapshot(self) -> PolicySnapshot:
+        """A copy of everything an update depends on, and of the manifest of the current version."""
+        assert self._optimizer
+        optimizer = self._optimizer.state_dict()
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return PolicySnapshot(
+            manifest=self._manifest(self.id),
+            lora={name: p.detach().to("cpu", copy=True) for name, p in self._named_lora()},
+            optimizer={
+                "state": {
+                    index: {name: value.to("cpu", copy=True) for name, value in moments.items()}
+                    for index, moments in optimizer["state"].items()
+                },
+                "param_groups": copy.deepcopy(optimizer["param_groups"]),
+            },
+            num_updates=self._num_updates,
+            rng=rng,
+        )
+
+    def restore(self, policy: PolicyId, snapshot: PolicySnapshot) -> None:
+        """Go on as `policy` from a snapshot. Call after start() with the config of its run.
+
+        The next update is, bit for bit, the one that the snapshot's policy would have taken.
+        Raises ValueError when the tensors are not those of this base and LoRA config.
+        """
+        assert self._optimizer
+        shapes = {name: tensor.shape for name, tensor in snapshot.lora.items()}
+        if shapes != self.lora_shapes():
+            raise ValueError(
+                f"the saved LoRA weights of {snapshot.manifest.policy} do not fit this base: start "
+                "the trainer with the model that the run began with"
+            )
+        with torch.no_grad():
+            for name, parameter in self._named_lora():
+                parameter.copy_(snapshot.lora[name])
+        self._optimizer.load_state_dict(copy.deepcopy(snapshot.optimizer))  # it keeps what it gets
+        torch.set_rng_state(snapshot.rng["cpu"])
+        if self.device.type == "cuda" and "cuda" in snapshot.rng:
+            torch.cuda.set_rng_state(snapshot.rng["cuda"], self.device)
+        self._num_updates = snapshot.num_updates
+        self._id = policy
+        self._published = {}
+
+
+def _unsampled(token_ids: Sequence[int]) -> Sample:
+    """A sequence to be scored from its second token on."""
+    return Sample(
+        prompt_token_ids=tuple(token_ids[:1]),
+        token_ids=tuple(token_ids[1:]),
+        sampler_logprobs=(0.0,) * (len(token_ids) - 1),
+        staleness=(0,) * (len(token_ids) - 1),
+        temperature=1.0,
+        advantage=0.0,
+    )
 
 
 def _split(samples: Sequence[Sample], num_parts: int) -> Iterator[Sequence[Sample]]:

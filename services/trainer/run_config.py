@@ -122,10 +122,27 @@ class EvalConfig(Config):
     every_steps: int = Field(ge=1, default=10)
 
 
+class ConformanceConfig(Config):
+    """What a replica is held to (services/trainer/conformance.py). Gaps are mean |Δlogprob| on the
+    probe, in nats."""
+
+    num_sequences: int = Field(ge=1, le=64, default=8)
+    num_tokens: int = Field(ge=8, le=512, default=48)  # of each, at most
+    max_base_gap: float = Field(gt=0, default=0.5)  # replica to trainer, without an adapter
+
+
+class CheckpointConfig(Config):
+    """What `<run_dir>/checkpoints` holds; a run resumes from the newest one."""
+
+    every_steps: int = Field(ge=1, default=10)
+    keep: int = Field(ge=1, default=2)
+
+
 class RunConfig(Config):
     run_id: RunId | None = None  # default: a new one
     managed: bool = True  # False: the loop is yours, through POST /train
     replace_run: bool = False  # take replicas over from a run of another trainer
+    resume: Literal["auto", "never"] = "auto"  # auto: a run_id that exists goes on where it was
     seed: int = Field(ge=0, lt=2**31, default=0)
 
     num_steps: int | None = Field(ge=1, default=None)
@@ -139,6 +156,13 @@ class RunConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     algorithm: GrpoConfig = GrpoConfig()
     max_tokens_per_micro_batch: int = Field(ge=1, default=16384)  # padded prompt + completion
+
+    max_staleness: int = Field(ge=0, le=64, default=0)  # versions; 0 is on-policy
+    in_flight: Literal["finish", "continue"] = "finish"  # completions that run when a version comes
+    min_ready_replicas: int = Field(ge=1, default=1)  # that must hold a version to go on
+
+    conformance: ConformanceConfig = ConformanceConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     generate_timeout_s: float = Field(gt=0, default=600.0)
     sync_timeout_s: float = Field(gt=0, default=120.0)

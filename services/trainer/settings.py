@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from shared.auth import ApiKey
 from shared.logs import LogLevel
 
+_ROLLOUT_PORT = 8000  # of a replica that is named without a port
+
 
 class TrainerSettings(BaseSettings):
     model_config = SettingsConfigDict(
@@ -24,14 +26,17 @@ class TrainerSettings(BaseSettings):
     api_key: ApiKey | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
     log_level: LogLevel = "INFO"
 
-    rollout_urls: Annotated[tuple[str, ...], NoDecode] = ()  # separated by commas
+    # Separated by commas: http://host:port, or host[:port], all of whose addresses are replicas.
+    rollout_urls: Annotated[tuple[str, ...], NoDecode] = ()
+    probe_interval_s: float = Field(gt=0, default=1.0)  # between two looks at names and replicas
+    probe_timeout_s: float = Field(gt=0, default=5.0)  # two in a row without an answer: it hangs
     ready_timeout_s: float = 900.0  # how long a run waits for a replica to boot
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_in_4bit: bool = True  # False: a 16-bit base; replicas then need ROLLOUT_BASE=original
     gradient_checkpointing: bool = True
 
-    runs_dir: Path = Path("runs")  # metrics, TensorBoard and adapters of each run
+    runs_dir: Path = Path("runs")  # of each run: see run_folder.py
     kept_adapters: int = Field(default=2, ge=1)  # versions GET /policy/adapters/{version} has
     max_body_bytes: int = 256 << 20
     body_timeout_s: float = 300.0  # for the whole body of a request to arrive
@@ -46,11 +51,19 @@ class TrainerSettings(BaseSettings):
     @field_validator("rollout_urls")
     @classmethod
     def _are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        for url in urls:
-            try:
-                parsed = httpx.URL(url)
-            except httpx.InvalidURL as error:
-                raise ValueError(f"{url!r} is not a URL: {error}") from error
-            if parsed.scheme not in ("http", "https") or not parsed.host:
-                raise ValueError(f"{url!r} is not a URL: write http://host:port")
-        return urls
+        return tuple(map(_replica_url, urls))
+
+
+def _replica_url(text: str) -> str:
+    """The URL of `http://host:port`, `host:port` or `host`. Raises ValueError for anything else."""
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{text!r} is not a URL: {error}") from error
+    has_more = parsed.path != "/" or " " in text
+    if parsed.scheme not in ("http", "https") or not parsed.host or has_more:
+        raise ValueError(f"{text!r} is not a URL: write http://host:port, or host:port")
+    if url != text and parsed.port is None:
+        return f"{url}:{_ROLLOUT_PORT}"
+    return url

@@ -1,36 +1,41 @@
 """The trainer from boot to exit: the policy, the fleet, and at most one run at a time.
 
-A managed run executes loop.py; an external one is stepped by POST /train.
+A managed run executes loop.py; an external one is stepped by POST /train. A run that this process
+does not finish is taken up by the next one, from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import secrets
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from services.trainer.data import Prompt, PromptStream, load_prompts
+from services.trainer.checkpoints import Checkpoints, write_adapter
+from services.trainer.conformance import Conformance, make_probe
+from services.trainer.data import Consumed, Prompt, PromptStream, load_prompts
+from services.trainer.durable import new_folder
 from services.trainer.external_updates import ExternalUpdates
-from services.trainer.fleet import Fleet, Requirements
+from services.trainer.fleet import Fleet
 from services.trainer.loop import Run, train, unless_stopped
+from services.trainer.member import Requirements
 from services.trainer.policy import Policy
 from services.trainer.rewards import Scorer
 from services.trainer.run_config import RunConfig
-from services.trainer.run_log import RunLog, run_has_ended
+from services.trainer.run_folder import (
+    RunFolder,
+    is_unattended,
+    newest_unfinished,
+    read_config,
+)
+from services.trainer.run_log import RunLog
 from services.trainer.settings import TrainerSettings
-from shared.adapters import peft_config
 from shared.errors import (
-    Conflict,
     InvalidRequest,
     NotFound,
     NotReady,
@@ -43,6 +48,7 @@ from shared.schemas import (
     PolicyId,
     PolicyStatus,
     RunEvent,
+    RunState,
     RunStatus,
     StateRecord,
     TrainerStatus,
@@ -58,6 +64,8 @@ _STOP_TIMEOUT_S = 60.0
 @dataclass(slots=True)
 class _CurrentRun:
     run: Run
+    folder: RunFolder
+    state_if_stopped: RunState = "stopped"
     ready: asyncio.Event = field(default_factory=asyncio.Event)  # a replica serves it
     task: asyncio.Task[None] | None = None
     updates: ExternalUpdates = field(init=False)
@@ -65,16 +73,31 @@ class _CurrentRun:
     def __post_init__(self) -> None:
         self.updates = ExternalUpdates(self.run)
 
+    @property
+    def state_if_failed(self) -> RunState:
+        """When everything is told to exit at once, replicas may be gone before the trainer is."""
+        return "suspended" if self.state_if_stopped == "suspended" else "failed"
+
 
 class Trainer:
     def __init__(
-        self, settings: TrainerSettings, *, on_exit: Callable[[int], None] = lambda _: None
+        self,
+        settings: TrainerSettings,
+        *,
+        on_exit: Callable[[int], None] = lambda _: None,
+        on_stuck: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_exit` begins the exit of the process; `on_stuck` ends it while a step still runs."""
         self.settings = settings
         self.metrics = TrainerMetrics()
         self._on_exit = on_exit
+        self._on_stuck = on_stuck
         self._fleet = Fleet(
-            [RolloutClient(url, api_key=settings.api_key) for url in settings.rollout_urls]
+            settings.rollout_urls,
+            connect=lambda url: RolloutClient(url, api_key=settings.api_key),
+            probe_interval_s=settings.probe_interval_s,
+            probe_timeout_s=settings.probe_timeout_s,
+            metrics=self.metrics,
         )
         self._policy: Policy | None = None
         self._state: Literal["starting", "ready", "dead"] = "starting"
@@ -86,27 +109,45 @@ class Trainer:
     # --- life -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Load the policy in the background. Call from the event loop."""
+        """Load the policy and look for replicas in the background. Call from the event loop."""
+        self._fleet.start()
         self._boot_task = asyncio.create_task(self.boot())
 
     async def boot(self) -> None:
         started = time.perf_counter()
         try:
-            self._policy = await asyncio.to_thread(self._load_policy)
+            policy = await asyncio.to_thread(self._load_policy)
         except Exception as error:  # whatever it is, the process is of no use: say it and exit
             trace = None if isinstance(error, ValueError) else error  # else the operator's to mend
             log.error("loading %s failed: %s", self.settings.model, error, exc_info=trace)
             self._state, self._detail = "dead", f"loading {self.settings.model} failed: {error}"
             self._on_exit(1)
             return
-        self._state, self._detail = "ready", ""
-        log.info(
-            "ready after %.1f s on http://%s:%d: %s",
-            time.perf_counter() - started,
-            self.settings.host,
-            self.settings.port,
-            self.settings.model,
-        )
+        async with self._starting_run:  # whoever posts a run now comes after the unfinished one
+            self._policy = policy
+            await self._take_up_unfinished()
+            self._state, self._detail = "ready", ""
+            log.info(
+                "ready after %.1f s on http://%s:%d: %s",
+                time.perf_counter() - started,
+                self.settings.host,
+                self.settings.port,
+                self.settings.model,
+            )
+
+    async def _take_up_unfinished(self) -> None:
+        """Go on with the run that the last process in this runs_dir was in, if any."""
+        try:
+            path = await asyncio.to_thread(newest_unfinished, self.settings.runs_dir)
+            if path is None:
+                return
+            log.info("run %s in %s is unfinished: it is taken up", path.name, path)
+            await self._start(read_config(path))
+        except (ServiceError, OSError) as error:
+            log.error(
+                "the unfinished run is not taken up: %s",
+                error.detail if isinstance(error, ServiceError) else error,
+            )
 
     def _load_policy(self) -> Policy:
         device = self.settings.device
@@ -121,86 +162,150 @@ class Trainer:
         )
 
     def shut_down(self) -> None:
-        """SIGTERM: finish the step that runs, then exit 0."""
+        """SIGTERM: finish the step that runs, then exit 0. The run goes on in the next process,
+        unless its config says never."""
         log.info("stopping")
         if current := self._current:
+            if current.run.config.resume == "auto" and not current.run.stop.is_set():
+                current.state_if_stopped = "suspended"
             current.run.stop.set()
         self._on_exit(0)
 
     async def stop(self) -> None:
         if self._boot_task:
             self._boot_task.cancel()
+        is_stuck = False
         if (current := self._current) and current.task and not current.task.done():
             current.run.stop.set()
-            await asyncio.wait({current.task}, timeout=_STOP_TIMEOUT_S)
-            current.task.cancel()
+            _, running = await asyncio.wait({current.task}, timeout=_STOP_TIMEOUT_S)
+            if is_stuck := bool(running):
+                log.error(
+                    "the step did not end within %g s: the trainer exits without it",
+                    _STOP_TIMEOUT_S,
+                )
+                current.task.cancel()
+                await asyncio.wait({current.task})
         await self._fleet.aclose()
+        if is_stuck:  # a thread that computes cannot be cancelled, and would be waited for
+            self._on_stuck()
 
     @property
     def policy(self) -> Policy:
         if self._policy is None:
-            raise NotReady(f"the trainer is {self._state}: {self._detail}", retry_after_s=1.0)
+            raise self._not_ready()
         return self._policy
+
+    def check_ready(self) -> None:
+        """Raises NotReady before the policy is loaded, and the unfinished run taken up."""
+        if self._state != "ready":
+            raise self._not_ready()
+
+    def _not_ready(self) -> NotReady:
+        return NotReady(f"the trainer is {self._state}: {self._detail}", retry_after_s=1.0)
 
     # --- runs -----------------------------------------------------------------------------------
 
     async def start_run(self, config: RunConfig) -> RunStatus:
-        """Begin a run. Raises InvalidRequest for a config that cannot run, RunConflict when one is
-        running."""
+        """Begin a run, or go on with the one of that id.
+
+        Raises InvalidRequest for a config that cannot run, RunConflict when one is running, and
+        Conflict for a run of that id that cannot go on.
+        """
+        _ = self.policy
         async with self._starting_run:
-            policy = self.policy
-            if (current := self._current) and not current.run.log.has_ended:
+            return await self._start(config)
+
+    async def _start(self, config: RunConfig) -> RunStatus:
+        if current := self._current:
+            if not current.run.log.has_ended:
                 raise RunConflict(
                     f"run {current.run.policy.id.run_id!r} is {current.run.log.state}: stop it "
                     "with POST /runs/current/stop first"
                 )
-            if config.managed and not len(self._fleet):
-                raise InvalidRequest("no replica is configured: set TRAINER_ROLLOUT_URLS")
-            run = await self._prepare(config, policy)
-            await run.log.emit(StateRecord(state="running", detail="waiting for a replica"))
-            self._current = current = _CurrentRun(run)
-            current.task = asyncio.create_task(self._execute(current))
-            return self.run_status()
-
-    async def _prepare(self, config: RunConfig, policy: Policy) -> Run:
+            assert current.task
+            await asyncio.wait({current.task})  # it leaves its folder
         run_id = config.run_id or time.strftime("run-%Y%m%d-%H%M%S-") + secrets.token_hex(2)
         config = config.model_copy(update={"run_id": run_id})
-        run_dir = self.settings.runs_dir / run_id
-        if run_dir.exists():
-            raise Conflict(f"run {run_id!r} exists in {run_dir}: choose another run_id")
+        self._current = current = await self._prepare(config)
+        run = current.run
+        detail = "waiting for a replica"
+        if config.managed and self._knows_no_replica:
+            detail = (
+                "no replica is known: set TRAINER_ROLLOUT_URLS, or start one with "
+                "ROLLOUT_TRAINER_URL"
+            )
+        if current.folder.life.incarnation > 1:
+            detail = f"resumed after step {run.first_step}; {detail}"
+        await run.log.emit(StateRecord(state="running", detail=detail))
+        current.task = asyncio.create_task(self._execute(current))
+        return self.run_status()
+
+    async def _prepare(self, config: RunConfig) -> _CurrentRun:
+        """Everything a run needs, as of its last checkpoint if it has one."""
+        assert config.run_id
+        policy, path, folder = self.policy, self.settings.runs_dir / config.run_id, None
         try:
+            if await asyncio.to_thread(path.exists):
+                folder = await asyncio.to_thread(RunFolder.reopen, path, config, policy.identity)
+            checkpoints = Checkpoints(
+                path, config.checkpoint, source=policy.source, metrics=self.metrics
+            )
+            saved = await asyncio.to_thread(checkpoints.load)
             prompts, held_out = await asyncio.to_thread(_load_data, config, policy)
             scorer = Scorer(config.rewards, policy.encoder)
+            incarnation = folder.life.incarnation + 1 if folder else 1
+            begin = PolicyId(run_id=config.run_id, incarnation=incarnation, version=0)
             await asyncio.to_thread(
-                policy.start,
-                PolicyId(run_id=run_id, version=0),
-                config.lora,
-                config.optimizer,
-                seed=config.seed,
+                policy.start, begin, config.lora, config.optimizer, seed=config.seed
             )
-        except ValueError as error:
-            raise InvalidRequest(str(error)) from error
-        run_dir.mkdir(parents=True)
-        (run_dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
-        return Run(
-            config=config,
-            policy=policy,
-            fleet=self._fleet,
-            log=RunLog(run_dir, self.metrics),
-            prompts=PromptStream(prompts, seed=config.seed),
-            scorer=scorer,
-            held_out=held_out,
-            stop=asyncio.Event(),
-        )
+            if folder is None:
+                folder = await asyncio.to_thread(RunFolder.create, path, config, policy.identity)
+            else:
+                await asyncio.to_thread(folder.begin_life, config)
+            if saved:
+                version = saved.state.policy.version
+                restored = begin.model_copy(update={"version": version})
+                await asyncio.to_thread(policy.restore, restored, saved.snapshot)
+            run = Run(
+                config=config,
+                policy=policy,
+                fleet=self._fleet,
+                log=RunLog(
+                    path,
+                    self.metrics,
+                    positions=saved.state.log_positions if saved else {},
+                    first_step=saved.state.step if saved else 0,
+                ),
+                prompts=PromptStream(prompts, seed=config.seed),
+                consumed=Consumed(saved.state.consumed) if saved else Consumed(),
+                checkpoints=checkpoints,
+                first_step=saved.state.step if saved else 0,
+                scorer=scorer,
+                held_out=held_out,
+                stop=asyncio.Event(),
+            )
+        except BaseException as error:
+            if folder:
+                folder.close()
+            if isinstance(error, ValueError):
+                raise InvalidRequest(str(error)) from error
+            raise
+        return _CurrentRun(run, folder)
 
     async def _execute(self, current: _CurrentRun) -> None:
         """The task of a run: whatever ends it is its last event."""
         run = current.run
         try:
-            log.info("run %s begins in %s", run.policy.id.run_id, run.log.run_dir)
-            requirements = self._requirements(run)
+            log.info("run %s goes on from %s", run.log.run_dir, run.policy.id)
+            requirements = await self._requirements(run)
+            adapter = None
+            if not run.policy.id.is_base:  # what replicas hold may be of the life before
+                adapter = await asyncio.to_thread(run.policy.publish)
             await unless_stopped(
-                run, self._fleet.begin(requirements, timeout_s=self.settings.ready_timeout_s)
+                run,
+                self._fleet.begin(
+                    requirements, adapter=adapter, timeout_s=self.settings.ready_timeout_s
+                ),
             )
             current.ready.set()
             if not run.config.managed:
@@ -211,13 +316,15 @@ class Trainer:
             elif not run.stop.is_set():
                 await run.log.emit(StateRecord(state="running"))
                 await train(run)
-            last = StateRecord(state="stopped" if run.stop.is_set() else "completed")
-            await self._end(run, last)
+            await run.checkpoints.save(run, run.policy.id.version)
+            state = current.state_if_stopped if run.stop.is_set() else "completed"
+            await self._end(run, StateRecord(state=state))
         except ServiceError as error:
             log.error("run %s failed: %s", run.policy.id.run_id, error.detail)
-            await self._end(run, StateRecord(state="failed", detail=error.detail))
+            await self._end(run, StateRecord(state=current.state_if_failed, detail=error.detail))
         except asyncio.CancelledError:
-            await run.log.emit(StateRecord(state="failed", detail="the trainer was stopped"))
+            detail = "the trainer was stopped within a step"
+            await run.log.emit(StateRecord(state=current.state_if_failed, detail=detail))
             raise
         except Exception as error:  # the run ends; the trainer and what it knows stay
             log.error("run %s failed", run.policy.id.run_id, exc_info=error)
@@ -226,6 +333,7 @@ class Trainer:
         finally:
             current.ready.set()
             run.log.close()
+            current.folder.close()
 
     async def _end(self, run: Run, last: StateRecord) -> None:
         """Save what was learned, however the run ended, and emit its last event."""
@@ -235,22 +343,43 @@ class Trainer:
             detail = f"{last.detail} The adapter could not be saved: {error}".strip()
             last = StateRecord(state="failed", detail=detail)
         log.info("run %s ended at policy %s: %s", run.policy.id.run_id, run.policy.id, last.state)
-        await run.log.emit(last)
+        try:
+            await run.log.emit(last)
+        except OSError as error:  # who listens knows; the next process will take the run up
+            log.error("the end of the run could not be written in %s: %s", run.log.run_dir, error)
 
-    def _requirements(self, run: Run) -> Requirements:
-        num_context_tokens = 1  # a loop of the user's own samples as it likes
-        if run.config.managed:
-            prompts = run.prompts.longest, *(len(prompt.token_ids) for prompt in run.held_out)
-            num_context_tokens = max(prompts) + (run.config.sampling.max_tokens or 1)
+    async def _requirements(self, run: Run) -> Requirements:
+        config = run.config
+        prompts = [*run.prompts.rows, *run.held_out]
+        probe = await asyncio.to_thread(
+            make_probe, run.policy, prompts, config.conformance, seed=config.seed
+        )
+        run.policy.set_probe(probe.sequences)
+        num_context_tokens = probe.longest + 1
+        if config.managed:  # a loop of the user's own samples as it likes
+            longest = max(len(prompt.token_ids) for prompt in prompts)
+            num_context_tokens = max(
+                num_context_tokens, longest + (config.sampling.max_tokens or 1)
+            )
+        # Such a loop may also sample elsewhere, and fetch adapters from here.
+        needs_none = not config.managed and self._knows_no_replica
         return Requirements(
-            run_id=run.policy.id.run_id,
+            run=run.policy.id.model_copy(update={"version": 0}),
             base=run.policy.identity,
-            lora_rank=run.config.lora.rank,
+            lora_rank=config.lora.rank,
             num_context_tokens=num_context_tokens,
             may_replace_run=lambda run_id: (
-                run.config.replace_run or run_has_ended(self.settings.runs_dir / run_id)
+                config.replace_run or is_unattended(self.settings.runs_dir / run_id)
             ),
+            prover=Conformance(probe, config.conformance),
+            min_ready_replicas=0 if needs_none else config.min_ready_replicas,
+            in_flight=config.in_flight,
+            sync_timeout_s=config.sync_timeout_s,
         )
+
+    @property
+    def _knows_no_replica(self) -> bool:
+        return not self.settings.rollout_urls and not len(self._fleet)
 
     def _run(self) -> _CurrentRun:
         if self._current is None:
@@ -264,7 +393,7 @@ class Trainer:
             run_id=run.policy.id.run_id,
             state=run.log.state,
             detail=run.log.detail,
-            step=last_step.step if last_step else 0,
+            step=last_step.step if last_step else run.first_step,
             num_steps=run.config.num_steps,
             policy=run.policy.id,
             last_step=last_step,
@@ -273,8 +402,9 @@ class Trainer:
         )
 
     async def stop_run(self) -> RunStatus:
-        """Ask the current run to end after its step; idempotent."""
-        run = self._run().run
+        """Ask the current run to end after its step; idempotent. Posted again, it goes on."""
+        current = self._run()
+        run, current.state_if_stopped = current.run, "stopped"
         if not run.log.has_ended and not run.stop.is_set():
             run.stop.set()
             await run.log.emit(StateRecord(state="stopping", detail="after the current step"))
@@ -332,13 +462,6 @@ def save_adapter(run: Run) -> None:
     """Write the current adapter in PEFT's format to `<run_dir>/adapter`; nothing for version 0."""
     if run.policy.id.is_base:
         return
-    target = run.log.run_dir / "adapter"
     adapter = run.policy.publish()
-    writing = Path(f"{target}.writing")
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(writing)
-    writing.mkdir()
-    (writing / "adapter_model.safetensors").write_bytes(adapter.content)
-    config = peft_config(adapter.manifest, run.policy.source)
-    (writing / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    writing.rename(target)
+    with new_folder(run.log.run_dir / "adapter", replace=True) as folder:
+        write_adapter(folder, adapter.content, adapter.manifest, run.policy.source)

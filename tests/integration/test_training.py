@@ -68,14 +68,14 @@ def broken(**_: object) -> list[float]:
 
 
 class _BreaksLater:
-    """Scores two steps, then fails."""
+    """Scores the 2 × 16 completions of two steps, then fails."""
 
     def __init__(self) -> None:
-        self.num_calls = 0
+        self.num_completions = 0
 
     def __call__(self, completions: list[str], **_: object) -> list[float]:
-        self.num_calls += 1
-        if self.num_calls > 2:
+        self.num_completions += len(completions)
+        if self.num_completions > 32:
             raise RuntimeError("the judge left")
         return share_of_small_digits(completions)
 
@@ -98,6 +98,7 @@ async def trainer(
             ready_timeout_s=10,
         )
     )
+    trainer.fleet.start()
     await trainer.boot()
     yield trainer
     await trainer.stop()
@@ -186,6 +187,7 @@ async def test_a_run_that_waits_for_a_replica_can_be_stopped(
         model=str(tiny_checkpoint), rollout_urls=("http://127.0.0.1:9",), runs_dir=tmp_path
     )
     trainer = Trainer(nowhere)
+    trainer.fleet.start()
     await trainer.boot()
     transport = httpx.ASGITransport(create_app(trainer))
     async with TrainerClient("http://trainer", transport=transport) as runs:
@@ -226,12 +228,12 @@ async def test_one_run_at_a_time(runs: TrainerClient) -> None:
         await runs.start_run(replacing(EXTERNAL))
 
 
-async def test_a_run_id_is_used_once(runs: TrainerClient) -> None:
+async def test_a_run_id_is_used_once_where_that_is_asked_for(runs: TrainerClient) -> None:
     await runs.start_run(replacing(EXTERNAL, run_id="once"))
     await runs.stop_run()
     await until_end(runs)
     with pytest.raises(Conflict, match="'once' exists"):
-        await runs.start_run(replacing(EXTERNAL, run_id="once"))
+        await runs.start_run(replacing(EXTERNAL, run_id="once", resume="never"))
 
 
 @pytest.mark.parametrize(
@@ -417,6 +419,7 @@ async def test_a_trainer_with_another_base_is_refused_by_name(
             load_in_4bit=False,
         )
     )
+    trainer.fleet.start()
     await trainer.boot()
     transport = httpx.ASGITransport(create_app(trainer))
     async with TrainerClient("http://trainer", transport=transport) as runs:

@@ -11,7 +11,7 @@ import pytest
 from jinja2 import TemplateError
 
 from services.tokens import PromptEncoder
-from services.trainer.data import Prompt, PromptStream, load_prompts
+from services.trainer.data import Consumed, ConsumedState, Prompt, PromptStream, load_prompts
 from services.trainer.run_config import FileDataset, SortDigitsDataset
 from shared.errors import InvalidRequest
 from shared.schemas import ChatMessage
@@ -28,24 +28,46 @@ def texts(prompts: list[Prompt]) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
-def test_an_epoch_takes_every_prompt_once_in_an_order_of_its_own() -> None:
+def test_an_epoch_has_every_prompt_once_in_an_order_of_its_own() -> None:
     stream = PromptStream(PROMPTS, seed=0)
-    first, second = texts(stream.take(10)), texts(stream.take(10))
+    first, second = (texts([stream.at(10 * epoch + i) for i in range(10)]) for epoch in (0, 1))
     assert sorted(first) == sorted(second) == sorted(texts(PROMPTS))
     assert first != second
 
 
-def test_a_stream_resumes_at_any_position() -> None:
-    whole = texts(PromptStream(PROMPTS, seed=3).take(25))
-    for position in range(25):
-        stream = PromptStream(PROMPTS, seed=3, position=position)
-        assert texts(stream.take(25 - position)) == whole[position:]
+def test_the_prompt_at_a_position_depends_on_the_seed_alone() -> None:
+    """trl#7036: resuming past the end of an epoch. Any position can be asked for first."""
+    whole = [PromptStream(PROMPTS, seed=3).at(position) for position in range(45)]
+    stream = PromptStream(PROMPTS, seed=3)
+    assert [stream.at(position) for position in reversed(range(45))] == whole[::-1]
+    assert [PromptStream(PROMPTS, seed=4).at(position) for position in range(45)] != whole
 
 
-def test_a_take_may_span_epochs() -> None:
-    stream = PromptStream(PROMPTS, seed=0)
-    assert len(stream.take(35)) == 35
-    assert stream.position == 35
+def test_a_late_group_holds_back_no_position_but_its_own() -> None:
+    """trl#7274: one group that was dropped pinned the resume position for the rest of the run."""
+    consumed = Consumed()
+    consumed.add([0, 2, 3])
+    assert (consumed.next, consumed.beyond, len(consumed)) == (1, {2, 3}, 3)
+    assert [position in consumed for position in range(5)] == [True, False, True, True, False]
+    consumed.add([1])
+    assert (consumed.next, consumed.beyond, len(consumed)) == (4, set(), 4)
+
+
+@pytest.mark.parametrize("positions", [[0], [2], [5, 3], [4, 4]])
+def test_no_position_is_consumed_twice(positions: list[int]) -> None:
+    consumed = Consumed()
+    consumed.add([0, 1, 3])
+    with pytest.raises(ValueError, match="were trained on already"):
+        consumed.add([*positions, 2])
+    assert consumed.state == ConsumedState(next=2, beyond=(3,))
+
+
+def test_what_was_consumed_survives_as_json() -> None:
+    consumed = Consumed()
+    consumed.add([0, 4, 2])
+    state = ConsumedState.model_validate_json(consumed.state.model_dump_json())
+    assert Consumed(state).state == consumed.state
+    assert consumed.state == ConsumedState(next=1, beyond=(2, 4))
 
 
 def test_the_demo_task_never_trains_on_a_held_out_prompt(encoder: PromptEncoder) -> None:

@@ -1,261 +1,293 @@
-"""Routing, failover and sync, against replicas that are played by a transport."""
+"""Discovery, admission, routing, failover and sync, against replicas that are played in memory."""
 
 from __future__ import annotations
 
 import asyncio
-import time
+import functools
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import httpx
 import pytest
 
-from services.trainer.fleet import Fleet, Requirements
-from services.trainer.policy import PublishedAdapter
+from services.trainer.fleet import Fleet
+from services.trainer.member import Requirements
 from shared.errors import (
     BaseMismatch,
+    ConformanceFailed,
+    InternalError,
     InvalidRequest,
-    Overloaded,
+    NotFound,
     RunConflict,
-    ServiceError,
     Unauthorized,
     Unavailable,
 )
+from shared.metrics import TrainerMetrics
 from shared.rollout_client import RolloutClient
 from shared.schemas import (
-    BASE_POLICY,
-    AdapterManifest,
-    BaseIdentity,
-    Completion,
-    CompletionGroup,
     GenerateRequest,
-    GenerateResponse,
     PolicyId,
-    RolloutLimits,
-    RolloutStatus,
+    ReplicaRegistration,
     SamplingParams,
-    Segment,
-    SyncReceipt,
+)
+from tests import virtual_clock
+from tests.fake_replica import (
+    BASE,
+    RUN,
+    FakeProver,
+    FakeReplica,
+    adapter_of,
+    check_groups,
+    policy_at,
 )
 
-pytestmark = pytest.mark.anyio
-BASE = BaseIdentity(weights="a" * 64, recipe=None, tokenizer="b" * 64, chat_template=None)
-VERSION_1 = PolicyId(run_id="ours", version=1)
+N, MAX_TOKENS = 2, 20
+THEIRS = PolicyId(run_id="theirs", version=4)
 
 
-class FakeReplica:
-    """A rollout service that answers at once, until told otherwise."""
+def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def run(**arguments: Any) -> None:
+        virtual_clock.run(test(**arguments))
 
-    def __init__(self, **status: Any) -> None:
-        self.is_down = False
-        self.noticed = asyncio.Event()  # that it is down
-        self.num_busy_answers = 0
-        self.refusal: ServiceError | None = None  # of every adapter
-        self.finish_reasons = ["stop"]  # of the coming answers; the last one stays
-        self.newest = BASE_POLICY
-        self.num_generated = 0
-        self.num_synced = 0
-        self.replaced_run = False
-        self.status = status
+    return run
 
-    async def generate(self, request: httpx.Request) -> GenerateResponse:
-        if self.num_busy_answers:
-            self.num_busy_answers -= 1
-            raise Overloaded("full", retry_after_s=0.01)
-        self.num_generated += 1
-        asked = GenerateRequest.model_validate_json(await request.aread())
-        reason = self.finish_reasons.pop(0) if len(self.finish_reasons) > 1 else None
-        completion = Completion(
-            token_ids=(4,),
-            logprobs=(-1.0,),
-            segments=(Segment(policy=asked.policy or self.newest, num_tokens=1),),
-            finish_reason=reason or self.finish_reasons[0],
+
+class World:
+    """Some replicas, at http://10.0.0.<number>:8000, and a fleet that knows them."""
+
+    def __init__(self, num_replicas: int = 2, **settings: Any) -> None:
+        self.replicas = [FakeReplica(f"http://10.0.0.{i}:8000") for i in range(num_replicas)]
+        self.addresses = {replica.url for replica in self.replicas}
+        self.metrics = TrainerMetrics()
+        self.fleet = Fleet(
+            settings.pop("urls", ["http://rollout:8000"]),
+            connect=self.connect,
+            metrics=self.metrics,
+            resolve=self.resolve,
+            **settings,
         )
-        groups = tuple(
-            CompletionGroup(
-                prompt_token_ids=prompt,
-                completions=(completion,) * asked.sampling.n,
-                sampling=asked.sampling,
-            )
-            for prompt in asked.prompts
-        )
-        return GenerateResponse(groups=groups, boot_id="boot")
+        self.fleet.start()
 
-    async def sync_weights(self, request: httpx.Request) -> SyncReceipt:
-        if self.refusal:
-            raise self.refusal
-        self.num_synced += 1
-        self.newest = VERSION_1
-        self.replaced_run = request.url.params["replace_run"] == "true"
-        return SyncReceipt(
-            policy=VERSION_1,
-            digest="c" * 64,
-            outcome="loaded",
-            newest=VERSION_1,
-            num_bytes=len(await request.aread()),
-            boot_id="boot",
-        )
+    def __getitem__(self, index: int) -> FakeReplica:
+        return self.replicas[index]
 
+    def connect(self, url: str) -> RolloutClient:
+        found = [replica for replica in self.replicas if replica.url == url]
+        return found[0].client() if found else FakeReplica(url, state="down").client()
 
-class _Transport(httpx.AsyncBaseTransport):
-    """The replica's answers and errors as HTTP."""
+    async def resolve(self, url: str) -> set[str] | None:
+        return set(self.addresses)
 
-    def __init__(self, replica: FakeReplica) -> None:
-        self.replica = replica
+    def add(self, **fields: Any) -> FakeReplica:
+        replica = FakeReplica(f"http://10.0.0.{len(self.replicas)}:8000", **fields)
+        self.replicas.append(replica)
+        return replica
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        replica = self.replica
-        await request.aread()
-        await asyncio.sleep(0.01)  # requests overlap, as over a network
-        if replica.is_down:
-            replica.noticed.set()
-            raise httpx.ConnectError("connection refused")
-        try:
-            match request.url.path:
-                case "/status":
-                    body: Any = _status(replica)
-                case "/generate":
-                    body = await replica.generate(request)
-                case _:
-                    body = await replica.sync_weights(request)
-        except ServiceError as error:
-            return httpx.Response(error.status, json=error.to_problem())
-        return httpx.Response(200, content=body.model_dump_json())
+    async def begin(self, *, timeout_s: float = 5.0, version: int = 0, **changes: Any) -> None:
+        fields: dict[str, Any] = {
+            "run": RUN,
+            "base": BASE,
+            "lora_rank": 16,
+            "num_context_tokens": 64,
+            "may_replace_run": lambda _: False,
+            "prover": FakeProver(self.replicas),
+            "min_ready_replicas": sum(replica.state == "ready" for replica in self.replicas),
+        }
+        adapter = adapter_of(policy_at(version)) if version else None
+        requirements = Requirements(**(fields | changes))
+        await self.fleet.begin(requirements, timeout_s=timeout_s, adapter=adapter)
 
+    async def sync(self, version: int, timeout_s: float = 5.0) -> set[PolicyId]:
+        receipts = await self.fleet.sync(adapter_of(policy_at(version)), timeout_s=timeout_s)
+        return {receipt.policy for receipt in receipts}
 
-def _status(replica: FakeReplica) -> RolloutStatus:
-    fields: dict[str, Any] = {
-        "state": "ready",
-        "detail": "",
-        "boot_id": "boot",
-        "model": "m",
-        "vllm_version": "0",
-        "kv_cache_dtype": "auto",
-        "base": BASE,
-        "limits": RolloutLimits(
-            max_model_len=64,
-            max_lora_rank=16,
-            max_live_policies=2,
-            max_num_seqs=8,
-            max_completions=64,
-            max_adapter_bytes=1000,
-            max_body_bytes=1000,
-        ),
-        "newest": replica.newest,
-        "resident": (),
-        "num_outstanding_completions": 0,
-    }
-    return RolloutStatus(**(fields | replica.status))
-
-
-def make_fleet(*replicas: FakeReplica) -> Fleet:
-    return Fleet(
-        [
-            RolloutClient(f"http://replica-{i}", transport=_Transport(replica))
-            for i, replica in enumerate(replicas)
+    def generate(
+        self, count: int, version: int = 0, timeout_s: float = 60.0
+    ) -> asyncio.Task[list[Any]]:
+        sampling = SamplingParams(n=N, max_tokens=MAX_TOKENS, seed=1)
+        requests = [
+            GenerateRequest(prompts=((3 + i,),), sampling=sampling, policy=policy_at(version))
+            for i in range(count)
         ]
-    )
+        return asyncio.ensure_future(self.fleet.generate(requests, timeout_s=timeout_s))
+
+    def states(self) -> list[str]:
+        by_url = {status.url: status.state for status in self.fleet.status()}
+        return [by_url.get(replica.url, "unknown") for replica in self.replicas]
+
+    def detail(self, index: int) -> str:
+        (detail,) = [s.detail for s in self.fleet.status() if s.url == self[index].url]
+        return detail
 
 
-def requirements(**changes: Any) -> Requirements:
-    fields: dict[str, Any] = {
-        "run_id": "ours",
-        "base": BASE,
-        "lora_rank": 16,
-        "num_context_tokens": 64,
-        "may_replace_run": lambda _: False,
-    }
-    return Requirements(**(fields | changes))
+# --- routing ------------------------------------------------------------------------------------
 
 
-def requests(count: int) -> list[GenerateRequest]:
-    sampling = SamplingParams(n=2)
-    return [GenerateRequest(prompts=((3 + i,),), sampling=sampling) for i in range(count)]
-
-
-def states(fleet: Fleet) -> list[str]:
-    return [replica.state for replica in fleet.status()]
-
-
-ADAPTER = PublishedAdapter(
-    manifest=AdapterManifest(
-        policy=VERSION_1, base=BASE, rank=16, scaling=1.0, target_modules=("q_proj",)
-    ),
-    content=b"adapter",
-    content_digest="sha-256=:AAAA:",
-)
-
-
-async def test_groups_come_back_in_order_and_load_is_spread() -> None:
-    replicas = [FakeReplica(), FakeReplica()]
-    fleet = make_fleet(*replicas)
-    await fleet.begin(requirements(), timeout_s=1)
-    await fleet.sync(ADAPTER, timeout_s=1)
-    groups = await fleet.generate(requests(20), timeout_s=5)
+@in_virtual_time
+async def test_groups_come_back_in_order_whole_and_spread_over_the_replicas() -> None:
+    world = World()
+    await world.begin()
+    assert await world.sync(1) == {policy_at(1)}
+    groups = await world.generate(20, version=1)
+    check_groups(groups, n=N, max_tokens=MAX_TOKENS)
     assert [group.prompt_token_ids for group in groups] == [(3 + i,) for i in range(20)]
-    assert [replica.num_generated for replica in replicas] == [10, 10]
+    assert [replica.num_generated for replica in world.replicas] == [10, 10]
+    assert world.fleet.num_continued == 0
 
 
-async def test_a_replica_that_is_down_loses_no_group() -> None:
-    lost, alive = FakeReplica(), FakeReplica()
-    fleet = make_fleet(lost, alive)
-    await fleet.begin(requirements(), timeout_s=1)
-    lost.is_down = True
-    assert len(await fleet.generate(requests(6), timeout_s=5)) == 6
-    assert alive.num_generated == 6
-    assert states(fleet) == ["failed", "serving"]
-    assert "ConnectError" in fleet.status()[0].detail
+@in_virtual_time
+async def test_a_faster_replica_gets_more() -> None:
+    world = World()
+    world[0].token_s /= 4
+    await world.begin()
+
+    async def one_after_another() -> None:
+        for _ in range(10):
+            await world.generate(1)
+
+    await asyncio.gather(*(one_after_another() for _ in range(6)))
+    assert world[0].num_generated > 2 * world[1].num_generated
 
 
-async def test_a_replica_that_returns_gets_the_newest_adapter_before_any_request() -> None:
-    replica = FakeReplica()
-    fleet = make_fleet(replica)
-    await fleet.begin(requirements(), timeout_s=1)
-    await fleet.sync(ADAPTER, timeout_s=1)
-    replica.is_down = True
-    waiting = asyncio.ensure_future(fleet.generate(requests(1), timeout_s=10))
-    await replica.noticed.wait()
-    replica.is_down, replica.newest = False, BASE_POLICY  # restarted: it forgot the adapter
-    await waiting
-    assert replica.num_synced == 2
-    assert fleet.status()[0].policy == VERSION_1
+@in_virtual_time
+async def test_a_full_replica_is_left_alone_until_its_retry_after() -> None:
+    world = World(1)
+    world[0].num_busy_answers = 3
+    await world.begin()
+    started = asyncio.get_running_loop().time()
+    check_groups(await world.generate(1), n=N, max_tokens=MAX_TOKENS)
+    assert 1.5 < asyncio.get_running_loop().time() - started < 2.5
+    assert world.states() == ["serving"]
 
 
-async def test_a_full_replica_is_asked_again_after_its_retry_after() -> None:
-    replica = FakeReplica()
-    replica.num_busy_answers = 3
-    fleet = make_fleet(replica)
-    await fleet.begin(requirements(), timeout_s=1)
-    assert len(await fleet.generate(requests(1), timeout_s=5)) == 1
-    assert states(fleet) == ["serving"]
+@in_virtual_time
+async def test_a_request_that_no_replica_can_serve_is_raised_and_costs_no_replica() -> None:
+    world = World()
+    await world.begin()
+    world[0].failure = world[1].failure = InvalidRequest("over the context")
+    with pytest.raises(InvalidRequest, match="over the context"):
+        await world.generate(1)
+    assert world.states() == ["serving", "serving"]
 
 
-async def test_an_interrupted_completion_is_sampled_again() -> None:
-    replica = FakeReplica()
-    replica.finish_reasons = ["interrupted", "stop"]
-    fleet = make_fleet(replica)
-    await fleet.begin(requirements(), timeout_s=1)
-    (group,) = await fleet.generate(requests(1), timeout_s=5)
-    assert {completion.finish_reason for completion in group.completions} == {"stop"}
+@in_virtual_time
+async def test_a_request_that_breaks_every_engine_ends_after_a_few() -> None:
+    world = World()
+    await world.begin()
+    world[0].failure = world[1].failure = InternalError("logprobs are not finite")
+    with pytest.raises(InternalError, match="not finite"):
+        await world.generate(1)
 
 
-async def test_waiting_for_replicas_ends_at_the_deadline_with_what_was_seen() -> None:
-    """NeMo-RL#3589: a dead engine parked rollouts for ever."""
-    replica = FakeReplica()
-    replica.is_down = True
-    started = time.monotonic()
-    with pytest.raises(Unavailable, match=r"no replica is ready .*replica-0.*ConnectError"):
-        await make_fleet(replica).begin(requirements(), timeout_s=0.2)
-    assert time.monotonic() - started < 3
+# --- failover -----------------------------------------------------------------------------------
 
 
-async def test_a_run_goes_on_with_the_replicas_that_took_the_adapter() -> None:
-    alive, lost = FakeReplica(), FakeReplica()
-    fleet = make_fleet(alive, lost)
-    await fleet.begin(requirements(), timeout_s=1)
-    lost.is_down = True
-    receipts = await fleet.sync(ADAPTER, timeout_s=5)
-    assert [receipt.policy for receipt in receipts] == [VERSION_1]
-    assert states(fleet) == ["serving", "failed"]
+@in_virtual_time
+async def test_completions_of_a_dead_replica_go_on_elsewhere_with_the_tokens_they_have() -> None:
+    """trl#7176: one failed generation killed the worker. NeMo-RL#3589: it became a reward of 0."""
+    world = World()
+    await world.begin(version=1)
+    groups = world.generate(6, version=1)
+    await asyncio.sleep(0.1)
+    world[0].crash()
+    check_groups(await groups, n=N, max_tokens=MAX_TOKENS)
+    assert world.fleet.num_continued == 3 * N
+    assert world.states() == ["discovered", "serving"]
+    assert "ReadError" in world.detail(0) or "ConnectError" in world.detail(0)
+
+
+@in_virtual_time
+async def test_a_replica_that_hangs_is_noticed_and_its_completions_go_on_elsewhere() -> None:
+    """NeMo-RL#3589: a request without a deadline parks its rollout for ever."""
+    world = World()
+    await world.begin(version=1)
+    groups = world.generate(6, version=1)
+    await asyncio.sleep(0.1)
+    world[0].hang()
+    started = asyncio.get_running_loop().time()
+    check_groups(await groups, n=N, max_tokens=MAX_TOKENS)
+    assert asyncio.get_running_loop().time() - started < 15
+    assert world.states()[0] == "discovered"
+    world[0].wake_up()
+    await asyncio.sleep(5)
+    assert world.states() == ["serving", "serving"]
+
+
+@in_virtual_time
+async def test_a_draining_replica_finishes_what_it_has_and_gets_nothing_new() -> None:
+    world = World()
+    await world.begin(version=1)
+    groups = world.generate(6, version=1)
+    await asyncio.sleep(0.1)
+    world[0].drain()
+    await asyncio.sleep(1.5)
+    assert world.states() == ["draining", "serving"]
+    num_generated = world[0].num_generated
+    check_groups(await groups + await world.generate(4, version=1), n=N, max_tokens=MAX_TOKENS)
+    assert world.fleet.num_continued == 0
+    assert world[0].num_generated == num_generated
+
+
+@in_virtual_time
+async def test_without_any_replica_a_request_waits_until_one_returns() -> None:
+    world = World(1)
+    await world.begin(version=1)
+    groups = world.generate(2, version=1)
+    await asyncio.sleep(0.1)
+    world[0].crash()
+    await asyncio.sleep(20)
+    world[0].boot()
+    check_groups(await groups, n=N, max_tokens=MAX_TOKENS)
+    assert world[0].uploads == [policy_at(1), policy_at(1)]
+
+
+@in_virtual_time
+async def test_waiting_for_a_replica_ends_at_the_deadline_with_what_was_seen() -> None:
+    """tinker-cookbook#234: "no progress made" without a diagnosis."""
+    world = World(1)
+    world[0].crash()
+    with pytest.raises(Unavailable, match=r"10\.0\.0\.0:8000 discovered: .*ConnectError"):
+        await world.begin(timeout_s=3, min_ready_replicas=1)
+
+
+@in_virtual_time
+async def test_a_version_that_nobody_has_any_more_is_continued_under_the_newest() -> None:
+    world = World()
+    await world.begin(version=1)
+    groups = world.generate(2, version=1)
+    await asyncio.sleep(0.1)
+    world[0].boot()
+    world[1].boot()
+    world.fleet._goal.adapters.clear()  # type: ignore[union-attr]  # nobody kept the old file
+    await world.sync(2)
+    for group in await groups:
+        check_groups([group], n=N, max_tokens=MAX_TOKENS)
+        for completion in group.completions:
+            assert [segment.policy.version for segment in completion.segments] == [1, 2]
+
+
+@in_virtual_time
+async def test_a_version_in_use_is_given_to_a_replica_that_joins() -> None:
+    world = World(1, urls=[])
+    world.fleet.register(ReplicaRegistration(url=world[0].url))
+    await world.begin(version=1, min_ready_replicas=1)
+    world[0].token_s = 1.0
+    groups = world.generate(1, version=1)
+    await asyncio.sleep(3)
+    await world.sync(2)
+    joiner = world.add()
+    world.fleet._goal.requirements.prover._replicas[joiner.url] = joiner  # type: ignore[union-attr]
+    world.fleet.register(ReplicaRegistration(url=joiner.url))
+    await asyncio.sleep(2)
+    assert joiner.uploads == [policy_at(1), policy_at(2)]
+    assert joiner.newest == policy_at(2)
+    world[0].crash()
+    (group,) = await groups
+    assert {s.policy.version for c in group.completions for s in c.segments} == {1}
+
+
+# --- admission ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -266,43 +298,265 @@ async def test_a_run_goes_on_with_the_replicas_that_took_the_adapter() -> None:
         ({"base": BASE.model_copy(update={"recipe": "f" * 64})}, {}, BaseMismatch, "recipe"),
         ({}, {"lora_rank": 17}, InvalidRequest, "lora.rank is 17"),
         ({}, {"num_context_tokens": 65}, InvalidRequest, "65 tokens"),
-        ({"newest": PolicyId(run_id="theirs", version=4)}, {}, RunConflict, "'theirs'"),
+        ({"newest": THEIRS}, {}, RunConflict, "'theirs'"),
     ],
 )
+@in_virtual_time
 async def test_a_replica_that_does_not_fit_the_run_is_refused_at_once(
     status: dict[str, Any], asked: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     """axolotl: models that do not match "silently produce incorrect results"."""
-    fleet = make_fleet(FakeReplica(**status))
+    world = World(1)
+    world[0].status_changes = status
     with pytest.raises(error, match=message):
-        await fleet.begin(requirements(**asked), timeout_s=60)
-    assert message.strip("'") in fleet.status()[0].detail
+        await world.begin(**asked, timeout_s=600)
+    assert asyncio.get_running_loop().time() < 10
+    assert world.states() == ["quarantined"]
+    assert message.strip("'") in world.detail(0)
 
 
+@in_virtual_time
+async def test_an_unfit_replica_does_not_hold_up_the_run_of_the_others() -> None:
+    world = World()
+    world[1].status_changes = {"base": BASE.model_copy(update={"weights": "f" * 64})}
+    await world.begin(min_ready_replicas=1)
+    assert await world.sync(1) == {policy_at(1)}
+    assert world.states() == ["serving", "quarantined"]
+
+
+@in_virtual_time
+async def test_a_replica_that_does_not_serve_what_it_says_is_quarantined_until_it_restarts() -> (
+    None
+):
+    """ms-swift#9855: rollouts kept sampling the base, and nothing said so."""
+    world = World()
+    await world.begin(min_ready_replicas=1)
+    world[1].lies = True
+    await world.sync(1)
+    assert world.states() == ["serving", "quarantined"]
+    check_groups(await world.generate(4, version=1), n=N, max_tokens=MAX_TOKENS)
+    assert world[1].num_generated == 0
+    await asyncio.sleep(30)
+    assert world.states() == ["serving", "quarantined"]
+    world[1].lies = False
+    world[1].boot()
+    await asyncio.sleep(3)
+    assert world.states() == ["serving", "serving"]
+
+
+@in_virtual_time
+async def test_a_fleet_of_liars_ends_the_run_with_the_reason() -> None:
+    world = World(1)
+    await world.begin()
+    world[0].lies = True
+    with pytest.raises(ConformanceFailed, match=r"serves base.*@0"):
+        await world.sync(1)
+
+
+@in_virtual_time
 async def test_another_run_is_replaced_only_when_that_is_allowed() -> None:
-    replica = FakeReplica(newest=PolicyId(run_id="theirs", version=4))
-    fleet = make_fleet(replica)
-    await fleet.begin(requirements(may_replace_run=lambda run: run == "theirs"), timeout_s=1)
-    await fleet.sync(ADAPTER, timeout_s=1)
-    assert replica.replaced_run
-    await fleet.sync(ADAPTER, timeout_s=1)
-    assert not replica.replaced_run
+    world = World(1)
+    world[0].newest = THEIRS
+    await world.begin(may_replace_run=lambda run: run == "theirs")
+    await world.sync(1)
+    assert world[0].replaced_run
+    await world.sync(2)
+    assert not world[0].replaced_run
 
 
-async def test_a_replica_that_refuses_the_adapter_does_not_end_the_run_of_the_others() -> None:
-    good, refusing = FakeReplica(), FakeReplica()
-    fleet = make_fleet(good, refusing)
-    await fleet.begin(requirements(), timeout_s=5)
-    refusing.refusal = BaseMismatch("restarted with another base")
-    assert len(await fleet.sync(ADAPTER, timeout_s=5)) == 1
-    assert states(fleet) == ["serving", "failed"]
+@in_virtual_time
+async def test_a_restart_between_two_looks_is_noticed_by_the_boot_id() -> None:
+    """A process that came back within a second holds nothing of what the last one was proven."""
+    world = World(1)
+    await world.begin(version=1)
+    world[0].crash()
+    world[0].boot()
+    await asyncio.sleep(3)
+    assert world[0].uploads == [policy_at(1)] * 2
+    check_groups(await world.generate(1, version=1), n=N, max_tokens=MAX_TOKENS)
 
 
+@in_virtual_time
 async def test_a_replica_that_refuses_the_key_is_named() -> None:
     async def refuse(_: httpx.Request) -> httpx.Response:
         error = Unauthorized("send the key")
         return httpx.Response(error.status, json=error.to_problem())
 
-    client = RolloutClient("http://replica-0", transport=httpx.MockTransport(refuse))
-    with pytest.raises(Unauthorized, match=r"http://replica-0 refuses the trainer's key"):
-        await Fleet([client]).begin(requirements(), timeout_s=60)
+    world = World(1)
+    world.connect = lambda url: RolloutClient(  # type: ignore[method-assign]
+        url, transport=httpx.MockTransport(refuse)
+    )
+    world.fleet._connect = world.connect
+    with pytest.raises(Unauthorized, match=r"10\.0\.0\.0:8000 refuses the trainer's key"):
+        await world.begin(timeout_s=60)
+
+
+# --- sync ---------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_a_slow_replica_is_caught_up_later_and_takes_no_traffic_for_what_it_lacks() -> None:
+    world = World()
+    await world.begin(min_ready_replicas=1)
+    world[1].upload_s = 10.0
+    started = asyncio.get_running_loop().time()
+    await world.sync(1, timeout_s=60)
+    assert asyncio.get_running_loop().time() - started < 1
+    check_groups(await world.generate(4, version=1), n=N, max_tokens=MAX_TOKENS)
+    assert [replica.num_generated for replica in world.replicas] == [4, 0]
+    await asyncio.sleep(12)
+    assert world[1].newest == policy_at(1)
+    check_groups(await world.generate(4, version=1), n=N, max_tokens=MAX_TOKENS)
+    assert world[1].num_generated == 2
+
+
+@in_virtual_time
+async def test_a_version_that_was_skipped_is_never_sent() -> None:
+    world = World()
+    await world.begin(min_ready_replicas=1)
+    world[1].upload_s = 10.0
+    for version in range(1, 6):
+        await world.sync(version)
+        await asyncio.sleep(4)
+    await asyncio.sleep(30)
+    assert world[1].newest == policy_at(5)
+    assert world[1].uploads == [policy_at(1), policy_at(3), policy_at(5)]
+
+
+@in_virtual_time
+async def test_a_replica_without_room_for_the_version_goes_on_with_those_it_has() -> None:
+    world = World()
+    await world.begin(min_ready_replicas=1)
+    world[1].refusal = Unavailable("no space for the adapter")
+    await world.sync(1)
+    await asyncio.sleep(5)
+    assert world.states() == ["serving", "serving"]
+    assert "no space" in world.detail(1)
+    world[1].refusal = None
+    await asyncio.sleep(3)
+    assert world[1].newest == policy_at(1)
+    assert world.detail(1) == ""
+
+
+@in_virtual_time
+async def test_a_replica_that_refuses_the_adapter_does_not_end_the_run_of_the_others() -> None:
+    world = World()
+    await world.begin(min_ready_replicas=1)
+    world[1].refusal = BaseMismatch("restarted with another base")
+    assert await world.sync(1) == {policy_at(1)}
+    assert world.states() == ["serving", "quarantined"]
+
+
+@in_virtual_time
+async def test_an_adapter_that_every_replica_refuses_ends_the_run_at_once() -> None:
+    world = World()
+    await world.begin()
+    world[0].refusal = world[1].refusal = BaseMismatch("NaN")
+    with pytest.raises(BaseMismatch, match="NaN"):
+        await world.sync(1, timeout_s=600)
+    assert asyncio.get_running_loop().time() < 10
+
+
+# --- membership ---------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_replicas_are_found_behind_a_name_as_they_come_and_go() -> None:
+    world = World(1)
+    await world.begin(version=1, min_ready_replicas=1)
+    joiner = world.add()
+    world.fleet._goal.requirements.prover._replicas[joiner.url] = joiner  # type: ignore[union-attr]
+    world.addresses.add(joiner.url)
+    await asyncio.sleep(3)
+    assert world.states() == ["serving", "serving"]
+    world.addresses.discard(world[0].url)
+    world[0].crash()
+    await asyncio.sleep(3)
+    assert world.states() == ["gone", "serving"]
+    await asyncio.sleep(90)
+    assert world.states() == ["unknown", "serving"]
+
+
+@in_virtual_time
+async def test_a_replica_that_left_the_name_but_still_answers_is_kept() -> None:
+    world = World()
+    await world.begin()
+    world.addresses.clear()  # the name server restarts
+    await asyncio.sleep(60)
+    assert world.states() == ["serving", "serving"]
+
+
+@in_virtual_time
+async def test_a_lease_that_is_not_renewed_ends() -> None:
+    world = World(1, urls=[])
+    registration = ReplicaRegistration(url=world[0].url, lease_s=10, boot_id=world[0].boot_id)
+    world.fleet.register(registration)
+    await world.begin(version=1)
+    for _ in range(5):
+        await asyncio.sleep(5)
+        world.fleet.register(registration)
+    assert world.states() == ["serving"]
+    world[0].crash()
+    await asyncio.sleep(5)
+    assert world.states() == ["discovered"]
+    await asyncio.sleep(10)
+    assert world.states() == ["gone"]
+
+
+@in_virtual_time
+async def test_a_removed_replica_finishes_its_requests_and_stays_out() -> None:
+    world = World()
+    await world.begin(version=1)
+    groups = world.generate(4, version=1)
+    await asyncio.sleep(0.1)
+    status = await world.fleet.remove("10.0.0.0:8000")
+    assert status.state == "draining"
+    check_groups(await groups, n=N, max_tokens=MAX_TOKENS)
+    assert world.fleet.num_continued == 0
+    await asyncio.sleep(5)
+    world.fleet.register(  # it renews its lease: that does not bring it back
+        ReplicaRegistration(url=world[0].url, lease_s=10, boot_id=world[0].boot_id)
+    )
+    await asyncio.sleep(5)
+    assert world.states() == ["gone", "serving"]
+    world.fleet.register(ReplicaRegistration(url=world[0].url))
+    await asyncio.sleep(5)
+    assert world.states() == ["serving", "serving"]
+    with pytest.raises(NotFound, match="known are: 10"):
+        await world.fleet.remove("nobody:1")
+
+
+@in_virtual_time
+async def test_a_process_with_two_addresses_is_one_replica() -> None:
+    world = World(1)
+    twin = world.add()
+    twin.boot_id = world[0].boot_id
+    await world.begin(min_ready_replicas=1)
+    world.addresses.add(twin.url)
+    await asyncio.sleep(3)
+    assert world.states() == ["serving", "discovered"]
+    assert "same process as 10.0.0.0:8000" in world.detail(1)
+
+
+@in_virtual_time
+async def test_every_transition_is_counted() -> None:
+    world = World(1)
+    await world.begin()
+    world[0].crash()
+    await asyncio.sleep(3)
+    world[0].boot()
+    await asyncio.sleep(3)
+
+    def count(state: str) -> float:
+        value = world.metrics.registry.get_sample_value(
+            "tandem_trainer_replica_transitions_total", {"state": state}
+        )
+        assert value is not None
+        return value
+
+    assert count("serving") == 2
+    assert count("discovered") >= 1
+    assert (
+        world.metrics.registry.get_sample_value("tandem_trainer_replicas", {"state": "serving"})
+        == 1
+    )

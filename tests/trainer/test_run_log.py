@@ -1,36 +1,140 @@
-"""Events in order to memory and disk, and who is in a run's folder."""
+"""Events in order to memory and disk, cut to the checkpoint when a run resumes."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]
+    event_accumulator,
+)
 
-from services.trainer.run_log import RunLog, run_has_ended
+from services.trainer.run_log import RunLog, last_state
 from shared.metrics import TrainerMetrics
-from shared.schemas import StateRecord
+from shared.schemas import EvalRecord, PolicyId, RunEvent, StateRecord
+from tests.trainer.conftest import no_file_longer_than
 
 pytestmark = pytest.mark.anyio
+
+
+def state(detail: str) -> StateRecord:
+    return StateRecord(state="running", detail=detail)
+
+
+def evaluation(step: int, reward: float) -> EvalRecord:
+    return EvalRecord(
+        step=step,
+        policy=PolicyId(run_id="r", version=step),
+        num_prompts=1,
+        sampled_reward=reward,
+        greedy_reward=reward,
+        eval_s=1.0,
+    )
 
 
 async def test_subscribers_get_every_event_from_where_they_ask_until_the_end(
     tmp_path: Path,
 ) -> None:
     log = RunLog(tmp_path, TrainerMetrics())
-    states = [StateRecord(state="running", detail=str(i)) for i in range(3)]
+    states = [state(str(i)) for i in range(3)]
     states.append(StateRecord(state="completed"))
-    for state in states:
-        await log.emit(state)
+    for event in states:
+        await log.emit(event)
     log.close()
     assert [index async for index, _ in log.events()] == [0, 1, 2, 3]
     assert [event async for _, event in log.events(2)] == states[2:]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_run_has_ended_when_no_trainer_is_in_its_folder(tmp_path: Path) -> None:
-    """Two trainers in one folder must not take each other's live runs for their own."""
-    assert not run_has_ended(tmp_path / "unknown")
+async def test_a_run_that_resumes_shows_its_whole_history_under_the_same_numbers(
+    tmp_path: Path,
+) -> None:
+    """What came after the checkpoint is gone: it is done again."""
+    first = RunLog(tmp_path, TrainerMetrics())
+    kept: list[RunEvent] = [state("a"), evaluation(1, 0.5)]
+    for event in kept:
+        await first.emit(event)
+    positions = first.positions
+    await first.emit(evaluation(2, 0.1))
+    first.close()
+
+    second = RunLog(tmp_path, TrainerMetrics(), positions=positions, first_step=1)
+    assert second.last_eval == kept[1]
+    end = StateRecord(state="completed")
+    await second.emit(end)
+    second.close()
+    assert [pair async for pair in second.events()] == list(enumerate([*kept, end]))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == [event.model_dump_json() for event in [*kept, end]]
+
+
+async def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path: Path) -> None:
+    first = RunLog(tmp_path, TrainerMetrics())
+    await first.emit(evaluation(1, 0.1))
+    positions = first.positions
+    await first.emit(evaluation(2, 0.2))
+    first.close()
+    second = RunLog(tmp_path, TrainerMetrics(), positions=positions, first_step=1)
+    await second.emit(evaluation(2, 0.4))
+    second.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    scalars = events.Scalars("eval/sampled_reward")
+    assert [(s.step, round(s.value, 3)) for s in scalars] == [(1, 0.1), (2, 0.4)]
+
+
+async def test_a_subscriber_that_saw_what_was_cut_off_gets_what_comes(tmp_path: Path) -> None:
     log = RunLog(tmp_path, TrainerMetrics())
-    assert not run_has_ended(tmp_path)
+    await log.emit(state("a"))
+
+    async def next_event() -> tuple[int, RunEvent]:
+        return await anext(log.events(17))
+
+    waiting = asyncio.create_task(next_event())
+    await asyncio.sleep(0)
+    await log.emit(state("b"))
+    assert await waiting == (1, state("b"))
     log.close()
-    assert run_has_ended(tmp_path)
+
+
+async def test_a_line_that_a_crash_cut_short_is_cut_off(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, TrainerMetrics())
+    await log.emit(state("a"))
+    positions = log.positions
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind":"ste')
+    assert last_state(tmp_path) is None
+    log = RunLog(tmp_path, TrainerMetrics(), positions=positions)
+    assert [log.state, log.detail] == ["running", "a"]
+    log.close()
+
+
+def test_a_log_that_cannot_be_read_is_named_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(state("a").model_dump_json() + "\nnonsense\n")
+    with pytest.raises(ValueError, match=f"line 2 of {path} cannot be read"):
+        RunLog(tmp_path, TrainerMetrics(), positions={"metrics.jsonl": 1000})
+
+
+async def test_the_last_state_says_whether_a_run_has_ended(tmp_path: Path) -> None:
+    assert last_state(tmp_path) is None
+    log = RunLog(tmp_path, TrainerMetrics())
+    assert last_state(tmp_path) is None
+    await log.emit(StateRecord(state="stopped"))
+    assert last_state(tmp_path) == StateRecord(state="stopped")
+    log.close()
+
+
+async def test_a_line_that_the_disk_does_not_take_leaves_no_half(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, TrainerMetrics())
+    await log.emit(state("a"))
+    whole = log.positions["metrics.jsonl"]
+    with no_file_longer_than(whole + 10), pytest.raises(OSError, match="File too large"):
+        await log.emit(state("b"))
+    assert log.positions["metrics.jsonl"] == whole
+    assert log.detail == "b"
+    await log.emit(StateRecord(state="completed"))
+    assert len([event async for event in log.events()]) == 3
+    log.close()
+    assert last_state(tmp_path) == StateRecord(state="completed")

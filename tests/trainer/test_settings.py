@@ -16,7 +16,9 @@ from services.trainer.settings import TrainerSettings
     [
         {"log_level": "loud"},
         {"port": 70000},
-        {"rollout_urls": "127.0.0.1:8000"},
+        {"rollout_urls": "ftp://host:8000"},
+        {"rollout_urls": "http://host:8000/v1"},
+        {"rollout_urls": "two hosts"},
         {"rollout_urls": "http://"},
         {"rollout_urls": "http://host:port"},
     ],
@@ -36,3 +38,16 @@ def test_a_log_level_may_be_written_small() -> None:
 def test_replicas_are_separated_by_commas() -> None:
     urls = TrainerSettings.model_validate({"model": "m", "rollout_urls": "http://a:1, http://b/"})
     assert urls.rollout_urls == ("http://a:1", "http://b/")
+
+
+def test_a_replica_may_be_named_without_scheme_and_port() -> None:
+    """As a service of a compose file or a cluster is."""
+    settings = TrainerSettings.model_validate(
+        {"model": "m", "rollout_urls": "rollout,gpu-box:8001,10.0.0.7,[::1]:8002"}
+    )
+    assert settings.rollout_urls == (
+        "http://rollout:8000",
+        "http://gpu-box:8001",
+        "http://10.0.0.7:8000",
+        "http://[::1]:8002",
+    )

@@ -3,44 +3,114 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from collections.abc import AsyncIterator, Iterator
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import load
 from starlette.types import Message
+from torch import Tensor
 
 from services.trainer.app import create_app
+from services.trainer.fleet import Fleet
 from services.trainer.policy import Policy
 from services.trainer.run_config import RunConfig
 from services.trainer.settings import TrainerSettings
 from services.trainer.trainer import Trainer
-from shared.errors import NotFound, RunConflict
+from shared.errors import InvalidRequest, NotFound, RunConflict, UnexpectedPolicy
 from shared.schemas import (
+    AdapterManifest,
     Completion,
     PolicyId,
+    RunEvent,
     SamplingParams,
     ScoredCompletion,
     ScoredGroup,
+    ScoreRequest,
+    ScoreResponse,
     Segment,
     StateRecord,
+    StepRecord,
     TrainRequest,
 )
 from shared.trainer_client import TrainerClient
-from tests.trainer.test_fleet import FakeReplica, make_fleet
+from tests.fake_replica import FakeReplica
 
 pytestmark = pytest.mark.anyio
-EXTERNAL = RunConfig.model_validate({"managed": False, "lora": {"rank": 8}})
 WAIT_S = 20.0
+
+
+def external(**changes: Any) -> RunConfig:
+    return RunConfig.model_validate({"managed": False, "lora": {"rank": 8}, **changes})
+
+
+EXTERNAL = external()
+MANAGED = RunConfig.model_validate(
+    {"num_steps": 1, "dataset": {"type": "sort_digits"}, "rewards": [{"type": "exact_match"}]}
+)
+
+
+def make_trainer(policy: Policy, runs_dir: Path) -> Trainer:
+    """Ready, with no replica."""
+    trainer = Trainer(TrainerSettings(model="tiny", runs_dir=runs_dir))
+    trainer._policy = policy
+    return trainer
 
 
 @pytest.fixture
 async def trainer(loaded_policy: Policy, tmp_path: Path) -> AsyncIterator[Trainer]:
-    """Ready, with no replica."""
-    trainer = Trainer(TrainerSettings(model="tiny", runs_dir=tmp_path))
-    trainer._policy = loaded_policy
+    trainer = make_trainer(loaded_policy, tmp_path)
     yield trainer
     await trainer.stop()
+
+
+class PlayedReplica(FakeReplica):
+    """Scores with the trainer's own model: nothing of this service is an engine."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__("http://127.0.0.1:1", status_changes={"base": policy.identity})
+        self.policy = policy
+        self.adapters: dict[PolicyId, dict[str, Tensor]] = {}
+
+    async def answer(self, request: httpx.Request) -> httpx.Response:
+        content = await request.aread()
+        if request.url.path == "/score":
+            return self._score(ScoreRequest.model_validate_json(content))
+        if request.url.path == "/sync_weights":
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            manifest = AdapterManifest.model_validate_json(
+                header["__metadata__"]["tandem_manifest"]
+            )
+            self.adapters[manifest.policy] = load(content)
+            request = httpx.Request(
+                "POST", request.url, content=manifest.policy.model_dump_json().encode()
+            )
+        return await super().answer(request)
+
+    def _score(self, asked: ScoreRequest) -> httpx.Response:
+        assert asked.policy
+        if asked.policy.is_base:
+            flat = self.policy.score(asked.sequences, base=True)
+        else:
+            with self.policy.replaced_lora(self.adapters[asked.policy]):
+                flat = self.policy.score(asked.sequences)
+        ends = accumulate((len(sequence) - 1 for sequence in asked.sequences), initial=0)
+        rows = tuple(flat[start:end] for start, end in pairwise(ends))
+        answer = ScoreResponse(policy=asked.policy, logprobs=rows, boot_id=self.boot_id)
+        return httpx.Response(200, content=answer.model_dump_json())
+
+
+async def join(trainer: Trainer) -> PlayedReplica:
+    """A replica of the trainer's fleet."""
+    replica = PlayedReplica(trainer.policy)
+    trainer._fleet = Fleet((replica.url,), connect=lambda _: replica.client())
+    await trainer.fleet.look()
+    return replica
 
 
 def train_request(policy: PolicyId, key: str = "a") -> TrainRequest:
@@ -61,10 +131,28 @@ def train_request(policy: PolicyId, key: str = "a") -> TrainRequest:
     return TrainRequest(groups=(group,), expected_policy=policy, idempotency_key=key)
 
 
-async def end_of_run(trainer: Trainer) -> str:
+async def history(trainer: Trainer) -> list[RunEvent]:
+    """Every event of the run, once it has ended."""
     async with asyncio.timeout(WAIT_S):
-        states = [e.state async for _, e in trainer.events(0) if isinstance(e, StateRecord)]
-    return states[-1]
+        return [event async for _, event in trainer.events(0)]
+
+
+async def end_of_run(trainer: Trainer) -> str:
+    last = (await history(trainer))[-1]
+    assert isinstance(last, StateRecord)
+    return last.state
+
+
+def steps(events: list[RunEvent]) -> list[int]:
+    return [event.step for event in events if isinstance(event, StepRecord)]
+
+
+async def take_steps(trainer: Trainer, count: int) -> PolicyId:
+    """Updates of an external run from its current policy on; the policy after them."""
+    for _ in range(count):
+        policy = trainer.policy.id
+        await trainer.train(train_request(policy, key=str(policy)))
+    return trainer.policy.id
 
 
 async def test_events_without_a_run_are_not_found(trainer: Trainer) -> None:
@@ -77,8 +165,7 @@ async def test_events_without_a_run_are_not_found(trainer: Trainer) -> None:
 
 async def test_a_loop_of_ones_own_fits_a_replica_of_any_context(trainer: Trainer) -> None:
     """`sampling` of the run config is not what such a loop samples with."""
-    replica = FakeReplica(base=trainer.policy.identity)
-    trainer._fleet = make_fleet(replica)
+    await join(trainer)
     policy = (await trainer.start_run(EXTERNAL)).policy
     answer = await trainer.train(train_request(policy))
     assert answer.policy == policy.next()
@@ -86,10 +173,10 @@ async def test_a_loop_of_ones_own_fits_a_replica_of_any_context(trainer: Trainer
 
 async def test_a_replica_that_refuses_the_update_costs_no_answer(trainer: Trainer) -> None:
     """The policy has moved on: a retry that were refused would lose what was learned."""
-    replica = FakeReplica(base=trainer.policy.identity)
-    trainer._fleet = make_fleet(replica)
+    replica = await join(trainer)
     policy = (await trainer.start_run(EXTERNAL)).policy
     first = train_request(policy)
+    await trainer._run().ready.wait()
     replica.refusal = RunConflict("another trainer took this replica over")
     answer = await trainer.train(first)
     assert (answer.policy, answer.receipts) == (policy.next(), ())
@@ -150,3 +237,154 @@ async def test_json_without_its_content_type_is_told_so(trainer: Trainer) -> Non
         answer = await http.post("/train", content=b'{"groups": []}')
     assert answer.status_code == 422
     assert "Content-Type: application/json" in answer.json()["detail"]
+
+
+# --- resume -------------------------------------------------------------------------------------
+
+
+async def test_a_run_that_was_stopped_goes_on_when_it_is_posted_again(trainer: Trainer) -> None:
+    first = (await trainer.start_run(external(run_id="again"))).policy
+    await take_steps(trainer, 2)
+    await trainer.stop_run()
+    assert await end_of_run(trainer) == "stopped"
+
+    again = await trainer.start_run(external(run_id="again"))
+    assert again.policy == PolicyId(run_id="again", incarnation=2, version=2)
+    assert (again.step, again.last_step.step if again.last_step else None) == (2, 2)
+    with pytest.raises(UnexpectedPolicy) as error:
+        await trainer.train(train_request(first.next().next(), key="old"))
+    assert error.value.extra["current"] == again.policy.model_dump()
+    assert await take_steps(trainer, 1) == again.policy.next()
+    await trainer.stop_run()
+    assert steps(await history(trainer)) == [1, 2, 3]
+
+
+async def test_a_run_of_a_trainer_that_was_told_to_exit_goes_on_in_the_next_one(
+    trainer: Trainer, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    """And a run that was stopped does not."""
+    await trainer.start_run(external(run_id="mine"))
+    await take_steps(trainer, 1)
+    trainer.shut_down()
+    assert await end_of_run(trainer) == "suspended"
+    await trainer.stop()
+
+    restarted = Trainer(TrainerSettings(model=str(tiny_checkpoint), runs_dir=tmp_path))
+    await restarted.boot()
+    assert restarted.policy.id == PolicyId(run_id="mine", incarnation=2, version=1)
+    assert await take_steps(restarted, 1) == PolicyId(run_id="mine", incarnation=2, version=2)
+    await restarted.stop_run()
+    assert steps(await history(restarted)) == [1, 2]
+    await restarted.stop()
+
+    idle = Trainer(TrainerSettings(model=str(tiny_checkpoint), runs_dir=tmp_path))
+    await idle.boot()
+    assert idle.status().run is None
+    await idle.stop()
+
+
+async def test_a_step_that_does_not_end_in_time_is_left_to_the_next_process(
+    loaded_policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM has a bound, however long an update takes: nothing of it was kept or published."""
+    left = []
+    trainer = Trainer(
+        TrainerSettings(model="tiny", runs_dir=tmp_path), on_stuck=lambda: left.append("exit")
+    )
+    trainer._policy = loaded_policy
+    update, go_on = loaded_policy.update, threading.Event()
+
+    def slow_update(*args: Any, **options: Any) -> Any:
+        go_on.wait(WAIT_S)
+        return update(*args, **options)
+
+    monkeypatch.setattr(loaded_policy, "update", slow_update)
+    monkeypatch.setattr("services.trainer.trainer._STOP_TIMEOUT_S", 0.1)
+    policy = (await trainer.start_run(external(run_id="slow"))).policy
+    training = asyncio.create_task(trainer.train(train_request(policy)))
+    await trainer._run().ready.wait()
+    await asyncio.sleep(0.05)
+    trainer.shut_down()
+    await trainer.stop()
+    assert left == ["exit"]
+    last = (await history(trainer))[-1]
+    assert last == StateRecord(state="suspended", detail="the trainer was stopped within a step")
+    go_on.set()
+    with pytest.raises(ValueError, match="closed file"):  # the real process is gone by now
+        await training
+
+
+async def test_a_run_that_says_never_ends_with_its_trainer(trainer: Trainer) -> None:
+    await trainer.start_run(external(resume="never"))
+    trainer.shut_down()
+    assert await end_of_run(trainer) == "stopped"
+
+
+async def test_a_stop_that_was_asked_for_stays_one_when_the_trainer_exits(trainer: Trainer) -> None:
+    await trainer.start_run(EXTERNAL)
+    await trainer.stop_run()
+    trainer.shut_down()
+    assert await end_of_run(trainer) == "stopped"
+
+
+async def test_a_run_is_not_executed_twice(
+    trainer: Trainer, loaded_policy: Policy, tmp_path: Path
+) -> None:
+    """Nor does a trainer that boots beside the one that executes it take it up."""
+    policy = (await trainer.start_run(external(run_id="mine"))).policy
+    other = make_trainer(loaded_policy, tmp_path)
+    with pytest.raises(RunConflict, match="another trainer executes run 'mine'"):
+        await other.start_run(external(run_id="mine"))
+    await other._take_up_unfinished()
+    assert other.status().run is None
+    assert trainer.policy.id == policy
+    await other.stop()
+
+
+async def test_another_config_under_the_same_run_id_is_refused(trainer: Trainer) -> None:
+    await trainer.start_run(external(run_id="mine"))
+    await trainer.stop_run()
+    await end_of_run(trainer)
+    with pytest.raises(InvalidRequest, match=r"lora\.rank is 4, run 'mine' began with 8"):
+        await trainer.start_run(external(run_id="mine", lora={"rank": 4}))
+    assert (await trainer.start_run(external(run_id="mine"))).policy.incarnation == 2
+
+
+async def test_a_run_that_cannot_be_taken_up_does_not_keep_the_trainer_from_another(
+    trainer: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await trainer.start_run(external(run_id="mine", checkpoint={"every_steps": 1, "keep": 1}))
+    await take_steps(trainer, 1)
+    trainer.shut_down()
+    await history(trainer)
+    await trainer.stop()
+    (tmp_path / "mine/checkpoints/step-000001/optimizer.pt").write_bytes(b"")
+    restarted = make_trainer(trainer.policy, tmp_path)
+    await restarted._take_up_unfinished()
+    assert "the unfinished run is not taken up: no checkpoint in" in caplog.records[-1].message
+    assert (await restarted.start_run(external(run_id="other"))).policy.incarnation == 1
+    await restarted.stop()
+
+
+# --- fleet --------------------------------------------------------------------------------------
+
+
+async def test_a_run_without_any_replica_waits_and_says_how_to_get_one(trainer: Trainer) -> None:
+    status = await trainer.start_run(MANAGED)
+    assert status.state == "running"
+    assert "set TRAINER_ROLLOUT_URLS, or start one with ROLLOUT_TRAINER_URL" in status.detail
+    await trainer.stop_run()
+    assert await end_of_run(trainer) == "stopped"
+
+
+async def test_a_replica_is_registered_and_removed_over_http(trainer: Trainer) -> None:
+    transport = httpx.ASGITransport(app=create_app(trainer))
+    async with httpx.AsyncClient(transport=transport, base_url="http://trainer") as http:
+        answer = await http.post("/replicas", json={"url": "http://127.0.0.1:9"})
+        assert (answer.status_code, answer.json()["id"]) == (201, "127.0.0.1:9")
+        (listed,) = (await http.get("/replicas")).json()["replicas"]
+        assert (listed["url"], listed["source"]) == ("http://127.0.0.1:9", "registered")
+        assert (await http.delete("/replicas/127.0.0.1:9")).status_code == 200
+        answer = await http.delete("/replicas/10.0.0.1:9")
+        assert answer.status_code == 404
+        assert "there is no replica '10.0.0.1:9'" in answer.json()["detail"]

@@ -1,0 +1,198 @@
+"""The folder of a run: whose it is now, which life of the run, and the config it began with.
+
+config.json       RunConfig
+life.json         Life; of a higher incarnation before anything of that life is published
+lock              held by the trainer that executes the run
+checkpoints/      checkpoints.py
+metrics.jsonl, groups.jsonl, tensorboard/      run_log.py
+adapter/          the last adapter, in PEFT's format
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from services.trainer.durable import new_folder, write_file
+from services.trainer.run_config import RunConfig
+from services.trainer.run_log import FINAL_STATES, last_state
+from shared.checkpoints import identity_difference
+from shared.errors import BaseMismatch, Conflict, InvalidRequest, RunConflict
+from shared.schemas import BaseIdentity
+
+_MAY_CHANGE = frozenset(
+    {
+        "num_steps",
+        "resume",
+        "replace_run",
+        "eval",
+        "checkpoint",
+        "conformance",
+        "max_staleness",
+        "in_flight",
+        "min_ready_replicas",
+        "max_tokens_per_micro_batch",
+        "generate_timeout_s",
+        "sync_timeout_s",
+        "timeout_s",  # of a reward
+    }
+)
+
+
+class Life(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    incarnation: int = Field(ge=1)
+    base: BaseIdentity  # what the run trains on, in every life
+
+
+class RunFolder:
+    """Locked by this process until `close`; a lock dies with its process."""
+
+    def __init__(self, path: Path, life: Life, lock: IO[str]) -> None:
+        self.path = path
+        self.life = life
+        self._lock = lock
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig, base: BaseIdentity) -> RunFolder:
+        """The folder of a run that begins."""
+        life = Life(incarnation=1, base=base)
+        with new_folder(path) as folder:
+            lock = _lock(folder)
+            (folder / "config.json").write_text(_json(config))
+            (folder / "life.json").write_text(_json(life))
+        return cls(path, life, lock)
+
+    @classmethod
+    def reopen(cls, path: Path, config: RunConfig, base: BaseIdentity) -> RunFolder:
+        """The folder of a run that exists, to go on with `config`.
+
+        Raises Conflict for a run that cannot go on, RunConflict while a trainer executes it,
+        InvalidRequest for a config that would make another run of it.
+        """
+        if config.resume == "never":
+            raise Conflict(f"run {path.name!r} exists in {path}: choose another run_id")
+        try:
+            lock = _lock(path)
+        except BlockingIOError as error:
+            raise RunConflict(
+                f"another trainer executes run {path.name!r} in {path}: stop it there first"
+            ) from error
+        try:
+            saved, life = read_config(path), _read_life(path)
+            if difference := identity_difference(base, life.base):
+                raise BaseMismatch(
+                    f"run {path.name!r} trains another base than this trainer has ({difference}): "
+                    "start the trainer with the TRAINER_MODEL of the run"
+                )
+            _refuse_changes(saved, config)
+            _refuse_completed(path, saved, config)
+        except BaseException:
+            lock.close()
+            raise
+        return cls(path, life, lock)
+
+    def begin_life(self, config: RunConfig) -> None:
+        """The next incarnation, under `config`."""
+        self.life = self.life.model_copy(update={"incarnation": self.life.incarnation + 1})
+        write_file(self.path / "life.json", _json(self.life).encode())
+        write_file(self.path / "config.json", _json(config).encode())
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def read_config(path: Path) -> RunConfig:
+    """The config of the run in the folder `path`. Raises Conflict when it has none."""
+    try:
+        return RunConfig.model_validate_json((path / "config.json").read_bytes())
+    except (OSError, ValidationError) as error:
+        raise _unusable(path, "config.json") from error
+
+
+def newest_unfinished(runs_dir: Path) -> Path | None:
+    """The run that a trainer which starts takes up: nobody executes it, no last event ended it."""
+    lives = sorted(
+        runs_dir.glob("*/life.json"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
+    for folder in (life.parent for life in lives):
+        state = last_state(folder)
+        is_final = state is not None and state.state in FINAL_STATES
+        if not is_final and is_unattended(folder) and read_config(folder).resume == "auto":
+            return folder
+    return None
+
+
+def is_unattended(path: Path) -> bool:
+    """True for the folder of a run that no living trainer is in."""
+    if not (path / "lock").is_file():
+        return False
+    try:
+        _lock(path).close()
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock(path: Path) -> IO[str]:
+    """Raises BlockingIOError while another holds it."""
+    lock = (path / "lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise
+    return lock
+
+
+def _json(record: BaseModel) -> str:
+    return record.model_dump_json(indent=2) + "\n"
+
+
+def _read_life(path: Path) -> Life:
+    try:
+        return Life.model_validate_json((path / "life.json").read_bytes())
+    except (OSError, ValidationError) as error:
+        raise _unusable(path, "life.json") from error
+
+
+def _unusable(path: Path, name: str) -> Conflict:
+    return Conflict(
+        f"{path} has no usable {name}: it is not a run that can go on; choose another run_id"
+    )
+
+
+def _refuse_changes(saved: RunConfig, config: RunConfig) -> None:
+    for name, before, now in _differences(saved.model_dump(), config.model_dump()):
+        raise InvalidRequest(
+            f"{name} is {now!r}, run {saved.run_id!r} began with {before!r}: leave it, or choose "
+            "another run_id"
+        )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Fields that differ and may not: dotted name, both values."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping) and before.keys() == now.keys():
+        for key in before.keys() - _MAY_CHANGE:
+            yield from _differences(before[key], now[key], f"{name}.{key}".lstrip("."))
+    elif isinstance(before, tuple) and isinstance(now, tuple) and len(before) == len(now):
+        for index, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(*pair, f"{name}.{index}")
+    elif before != now:
+        yield name, before, now
+
+
+def _refuse_completed(path: Path, saved: RunConfig, config: RunConfig) -> None:
+    state = last_state(path)
+    if state is None or state.state != "completed":
+        return
+    if (config.num_steps or 0) <= (saved.num_steps or 0):
+        raise Conflict(
+            f"run {path.name!r} has completed its {saved.num_steps} steps: set num_steps to more "
+            "to go on with it, or choose another run_id"
+        )
