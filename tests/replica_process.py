@@ -80,7 +80,12 @@ class ReplicaProcess:
 
 
 def start_replica(
-    root: Path, checkpoint: Path, cache_dir: Path, **settings: object
+    root: Path,
+    checkpoint: Path,
+    cache_dir: Path,
+    *,
+    module: str = "services.rollout",
+    **settings: object,
 ) -> ReplicaProcess:
     """Start a service; `settings` are those of RolloutSettings. Wait with `wait_until_ready`."""
     root.mkdir(parents=True, exist_ok=True)
@@ -100,7 +105,7 @@ def start_replica(
     log = root / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.rollout"],
+            [sys.executable, "-m", module],
             stdout=output,
             stderr=output,
             env=environment | {"HF_HUB_OFFLINE": "1"},

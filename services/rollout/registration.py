@@ -43,11 +43,11 @@ class Registration:
         self._id: str | None = None  # the trainer's name of this replica
         self._said = ""
 
-    async def keep(self) -> None:
+    async def keep(self, boot_id: str) -> None:
         """Register, and again three times per lease, until cancelled."""
         while True:
             try:
-                await self._renew()
+                await self._renew(boot_id)
             except ServiceError as error:
                 self._say(logging.WARNING, f"not registered with {self._trainer.url}: {error}")
             await asyncio.sleep(self._lease_s / 3)
@@ -63,9 +63,11 @@ class Registration:
         finally:
             await self._trainer.aclose()
 
-    async def _renew(self) -> None:
+    async def _renew(self, boot_id: str) -> None:
         url = self._advertise_url or await self._own_url()
-        status = await self._trainer.register(ReplicaRegistration(url=url, lease_s=self._lease_s))
+        status = await self._trainer.register(
+            ReplicaRegistration(url=url, lease_s=self._lease_s, boot_id=boot_id)
+        )
         self._id = status.id
         if status.state == "quarantined":
             self._say(logging.ERROR, f"{self._trainer.url} quarantines {url}: {status.detail}")

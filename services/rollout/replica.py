@@ -115,7 +115,7 @@ class Replica:
             self._die(f"boot failed: {error}", trace)
             return
         if self._registration:
-            self._renewing = asyncio.create_task(self._registration.keep())
+            self._renewing = asyncio.create_task(self._registration.keep(self.boot_id))
             self._tasks.append(self._renewing)
         await self._watch()
 

@@ -35,15 +35,15 @@ from shared.schemas import PolicyId, ScoreRequest
 
 Logprobs = Sequence[float]
 
-# Honest replicas: 1,320 adapters on two CPU models, exact and original base, bfloat16 and FP8 KV
+# Honest replicas: 1,440 adapters on two CPU models, exact and original base, bfloat16 and FP8 KV
 # cache, effects of 0 to 9 nats.
 MIN_FLOOR = 1e-3  # nats; no two kernels agree better on every adapter
 RESOLVABLE = 3.0  # floors; a distance that noise does not make
 MAX_GAP = 3.0  # floors; honest ones up to 1.3 while the effect is small
 MAX_GAP_OF_EFFECT = 0.1  # more per nat of effect, a sharper policy is noisier; honest up to 0.06
-MIN_COSINE = 0.7  # of the effects, where they are resolvable; honest from 0.86
+MIN_COSINE = 0.9  # of the effects, far above the noise; honest from 0.97
+COSINE_NOISE = 3.0  # it may miss 1 by so many (floor / effect)²; noise on both effects makes 1
 SLOPES = (0.67, 1.5)  # of the replica's effect on the trainer's, there; honest 0.81 to 1.13
-MIN_SYNTHETIC_COSINE = 0.93  # honest from 0.97, over FP8 KV; gate and up swapped up to 0.91
 SYNTHETIC_NOISE = 0.5  # of the gap under the synthetic adapter; it is 1 to 2 floors
 
 _KEPT_VERSIONS = 8
@@ -96,17 +96,19 @@ def fault(
     if gaps and (nearest := min(gaps)) < gap / 2:  # not between the two
         return f"it serves {gaps[nearest]} ({nearest:.3g} nats off) in its place ({gap:.3g})"
     size = distance(trainer.policy, trainer.base)
-    if size > RESOLVABLE * floor and (reason := effect_fault(trainer.effect, replica.effect)):
-        return reason
+    if size > RESOLVABLE * floor:
+        reason = effect_fault(trainer.effect, replica.effect, floor=floor)
+        if reason:
+            return reason
     if gap > (limit := MAX_GAP * floor + MAX_GAP_OF_EFFECT * size):
         return f"it is {gap:.3g} nats off, over the limit of {limit:.3g}"
     return None
 
 
-def effect_fault(
-    trainer: Logprobs, replica: Logprobs, *, min_cosine: float = MIN_COSINE
-) -> str | None:
+def effect_fault(trainer: Logprobs, replica: Logprobs, *, floor: float) -> str | None:
     """What contradicts that both have the effect of the same adapter, or None."""
+    size = fmean(map(abs, trainer))
+    min_cosine = min(MIN_COSINE, 1 - COSINE_NOISE * (floor / size) ** 2)
     product = sum(a * b for a, b in zip(trainer, replica, strict=True))
     norms = math.hypot(*trainer), math.hypot(*replica)
     slope = product / norms[0] ** 2
@@ -255,7 +257,7 @@ class Conformance:
         replica = Scores(base, logprobs)
         reason = fault(
             trainer, replica, floor=floor, others={"the base": trainer.base}
-        ) or effect_fault(trainer.effect, replica.effect, min_cosine=MIN_SYNTHETIC_COSINE)
+        ) or effect_fault(trainer.effect, replica.effect, floor=floor)
         if reason:
             raise ConformanceFailed(
                 f"{client.url} does not apply adapters as the trainer does: scored under a "

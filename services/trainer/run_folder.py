@@ -77,6 +77,7 @@ class RunFolder:
         """
         if config.resume == "never":
             raise Conflict(f"run {path.name!r} exists in {path}: choose another run_id")
+        read_config(path)  # else a folder that is no run would get a lock
         try:
             lock = _lock(path)
         except BlockingIOError as error:

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from services.trainer.checkpoints import Checkpoints, write_adapter
-from services.trainer.conformance import Conformance, make_probe
+from services.trainer.conformance import Conformance, Probe, make_probe
 from services.trainer.data import Consumed, Prompt, PromptStream, load_prompts
 from services.trainer.durable import new_folder
 from services.trainer.external_updates import ExternalUpdates
@@ -65,6 +65,7 @@ _STOP_TIMEOUT_S = 60.0
 class _CurrentRun:
     run: Run
     folder: RunFolder
+    probe: Probe
     state_if_stopped: RunState = "stopped"
     ready: asyncio.Event = field(default_factory=asyncio.Event)  # a replica serves it
     task: asyncio.Task[None] | None = None
@@ -258,6 +259,10 @@ class Trainer:
             await asyncio.to_thread(
                 policy.start, begin, config.lora, config.optimizer, seed=config.seed
             )
+            probe = await asyncio.to_thread(
+                make_probe, policy, [*prompts, *held_out], config.conformance, seed=config.seed
+            )
+            policy.set_probe(probe.sequences)
             if folder is None:
                 folder = await asyncio.to_thread(RunFolder.create, path, config, policy.identity)
             else:
@@ -290,14 +295,14 @@ class Trainer:
             if isinstance(error, ValueError):
                 raise InvalidRequest(str(error)) from error
             raise
-        return _CurrentRun(run, folder)
+        return _CurrentRun(run, folder, probe)
 
     async def _execute(self, current: _CurrentRun) -> None:
         """The task of a run: whatever ends it is its last event."""
         run = current.run
         try:
             log.info("run %s goes on from %s", run.log.run_dir, run.policy.id)
-            requirements = await self._requirements(run)
+            requirements = self._requirements(current)
             adapter = None
             if not run.policy.id.is_base:  # what replicas hold may be of the life before
                 adapter = await asyncio.to_thread(run.policy.publish)
@@ -348,16 +353,11 @@ class Trainer:
         except OSError as error:  # who listens knows; the next process will take the run up
             log.error("the end of the run could not be written in %s: %s", run.log.run_dir, error)
 
-    async def _requirements(self, run: Run) -> Requirements:
-        config = run.config
-        prompts = [*run.prompts.rows, *run.held_out]
-        probe = await asyncio.to_thread(
-            make_probe, run.policy, prompts, config.conformance, seed=config.seed
-        )
-        run.policy.set_probe(probe.sequences)
-        num_context_tokens = probe.longest + 1
+    def _requirements(self, current: _CurrentRun) -> Requirements:
+        run, config = current.run, current.run.config
+        num_context_tokens = current.probe.longest + 1
         if config.managed:  # a loop of the user's own samples as it likes
-            longest = max(len(prompt.token_ids) for prompt in prompts)
+            longest = max(len(p.token_ids) for p in (*run.prompts.rows, *run.held_out))
             num_context_tokens = max(
                 num_context_tokens, longest + (config.sampling.max_tokens or 1)
             )
@@ -371,7 +371,7 @@ class Trainer:
             may_replace_run=lambda run_id: (
                 config.replace_run or is_unattended(self.settings.runs_dir / run_id)
             ),
-            prover=Conformance(probe, config.conformance),
+            prover=Conformance(current.probe, config.conformance),
             min_ready_replicas=0 if needs_none else config.min_ready_replicas,
             in_flight=config.in_flight,
             sync_timeout_s=config.sync_timeout_s,

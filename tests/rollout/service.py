@@ -64,16 +64,20 @@ class Service:
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[RolloutClient]:
         """A client over a real socket: an in-process one buffers whole answers."""
-        config = uvicorn.Config(self.app, lifespan="off", log_level="warning")
+        config = uvicorn.Config(
+            self.app, lifespan="off", log_level="warning", timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             serving = asyncio.ensure_future(server._serve([listener]))
-            port = listener.getsockname()[1]
             await until(lambda: server.started)
-            async with RolloutClient(f"http://127.0.0.1:{port}", timeout_s=30) as client:
-                yield client
-            server.should_exit = True
-            await serving
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            try:
+                async with RolloutClient(url, timeout_s=30) as client:
+                    yield client
+            finally:
+                server.should_exit = True
+                await serving
 
     async def get(self, path: str, **headers: str) -> httpx.Response:
         transport = httpx.ASGITransport(app=self.app)

@@ -103,7 +103,7 @@ def trainer() -> FakeTrainer:
 
 async def kept(registration: Registration, until_true: Callable[[], bool]) -> None:
     """Keep the registration until the condition holds."""
-    task = asyncio.ensure_future(registration.keep())
+    task = asyncio.ensure_future(registration.keep("boot"))
     try:
         await until(until_true)
     finally:
@@ -118,7 +118,7 @@ async def test_a_replica_registers_and_renews_three_times_per_lease(trainer: Fak
     await kept(trainer.registration(lease_s=0.3), lambda: len(trainer.registered) == 4)
     assert 0.3 <= asyncio.get_running_loop().time() - started < 0.6
     assert set(trainer.registered) == {
-        ReplicaRegistration(url="http://127.0.0.1:8000", lease_s=0.3)
+        ReplicaRegistration(url="http://127.0.0.1:8000", lease_s=0.3, boot_id="boot")
     }
 
 
@@ -147,7 +147,7 @@ async def test_a_trainer_that_is_away_is_asked_again_and_logged_once(
     caplog.set_level(logging.INFO)
     trainer.away = True
     registration = trainer.registration(lease_s=0.03)
-    task = asyncio.ensure_future(registration.keep())
+    task = asyncio.ensure_future(registration.keep("boot"))
     await asyncio.sleep(0.2)
     trainer.away = False
     await until(lambda: len(trainer.registered) > 3)
@@ -198,6 +198,7 @@ async def test_a_replica_registers_once_it_is_ready_and_leaves_before_it_refuses
     assert trainer.registered == []
     await service.started()
     await until(lambda: bool(trainer.registered))
+    assert trainer.registered[0].boot_id == service.replica.boot_id
     await service.client.drain()
     await until(lambda: bool(trainer.removed))
     assert service.replica.status().state == "draining"

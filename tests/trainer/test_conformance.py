@@ -170,8 +170,8 @@ def test_base_requests_that_get_an_adapter_are_found() -> None:
 
 
 def test_an_effect_that_is_constant_or_absent_has_a_verdict() -> None:
-    assert effect_fault([1.0, 1.0], [1.0, 1.0]) is None
-    assert effect_fault([1.0, 2.0], [0.0, 0.0]) is not None
+    assert effect_fault([1.0, 1.0], [1.0, 1.0], floor=0.01) is None
+    assert effect_fault([1.0, 2.0], [0.0, 0.0], floor=0.01) is not None
 
 
 def test_the_floor_is_the_gap_and_more_on_a_short_probe() -> None:

@@ -115,7 +115,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "r/thesis.tex").write_text("")
     with pytest.raises(Conflict, match=r"has no usable config\.json"):
         RunFolder.reopen(tmp_path / "r", config(), BASE)
-    assert (tmp_path / "r/thesis.tex").exists()
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["thesis.tex"]
 
 
 async def leave(
