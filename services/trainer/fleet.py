@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 _WAIT_S = 1.0  # a waiter looks again this often, whatever it is told
 _GONE_SHOWN_S = 60.0
 _MAX_ENGINE_FAILURES = 3  # of one request, before it counts as the request's fault
-_SAY_STALLED_EVERY_S = 10.0
+_SAY_STALLED_EVERY_S = 30.0
 _MIN_GRACE_S = 0.1  # stragglers of a sync get at least this, and as long as the others took
 
 

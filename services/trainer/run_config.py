@@ -130,6 +130,15 @@ class ConformanceConfig(Config):
     num_tokens: int = Field(ge=8, le=512, default=48)  # of each, at most
     max_base_gap: float = Field(gt=0, default=0.5)  # replica to trainer, without an adapter
 
+    @model_validator(mode="after")
+    def _is_long_enough_to_judge(self) -> ConformanceConfig:
+        if self.num_sequences * self.num_tokens < 96:
+            raise ValueError(
+                f"{self.num_sequences} sequences of {self.num_tokens} tokens are too few to tell "
+                "noise from a wrong policy: make them 96 tokens or more"
+            )
+        return self
+
 
 class CheckpointConfig(Config):
     """What `<run_dir>/checkpoints` holds; a run resumes from the newest one."""
