@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 LONG_SUITES := gpu or faults or learning
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format rollout trainer requirements clean
+.PHONY: help setup demo test test-faults check format rollout trainer requirements clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,11 +18,14 @@ $(INSTALLED): deploy/requirements/cpu.txt
 	@deploy/scripts/install.sh $(VENV) $(PYTHON) $(TORCH_INDEX)
 	@touch $@
 
-demo: $(INSTALLED) ## Train the demo policy: a trainer and a rollout service on this machine's CPU
-	@$(BIN)/python -m examples.demo
+demo: $(INSTALLED) ## Train the demo policy on this machine (ARGS="--replicas 2 --chaos" adds faults)
+	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(INSTALLED) ## Run the test suite, with the real engine (ARGS="-k sync" picks tests)
 	@$(BIN)/python -m pytest -m "not ($(LONG_SUITES))" $(ARGS)
+
+test-faults: $(INSTALLED) ## Kill, freeze, cut and fill what can be: the fault tests, minutes long
+	@$(BIN)/python -m pytest -m faults $(ARGS)
 
 check: $(INSTALLED) ## Lint, format check, types and import rules
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Self
 
 from rich.console import Console, Group, RenderableType
@@ -25,8 +26,21 @@ _COLUMNS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """The fleet in one line."""
+
+    num_serving: int
+    num_replicas: int
+    num_faults: int | None  # injected so far; None without chaos
+
+    def __str__(self) -> str:
+        faults = "" if self.num_faults is None else f" · faults injected: {self.num_faults}"
+        return f"fleet: {self.num_serving} of {self.num_replicas} serving{faults}"
+
+
 class RunDisplay:
-    """Shows `history` whenever `update` says that it grew. Use as a context manager."""
+    """Shows `history` and the fleet as they change. Use as a context manager."""
 
     def __init__(self, console: Console, history: History, *, num_steps: int | None) -> None:
         self._console = console
@@ -34,6 +48,7 @@ class RunDisplay:
         self._progress = progress(console)
         self._task = self._progress.add_task("training", total=num_steps)
         self._rows: list[tuple[str, ...]] = []
+        self._fleet: FleetView | None = None
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=8)
 
     def __enter__(self) -> Self:
@@ -54,17 +69,25 @@ class RunDisplay:
                 flush=True,
             )
 
+    def set_fleet(self, fleet: FleetView) -> None:
+        if fleet == self._fleet:
+            return
+        self._fleet = fleet
+        if not self._console.is_terminal:
+            print(fleet, flush=True)
+
     def _render(self) -> RenderableType:
         table = Table(*_COLUMNS, box=None, padding=(0, 2))
         for column in table.columns:
             column.justify = "right"
         for row in self._rows[-_NUM_ROWS:]:
             table.add_row(*row)
-        return Group(self._progress, table)
+        fleet = "" if self._fleet is None else str(self._fleet)
+        return Group(self._progress, fleet, table)
 
 
 class WaitDisplay:
-    """What both services still do before they are ready. Use as a context manager."""
+    """What the services still do before they are ready. Use as a context manager."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -72,7 +95,7 @@ class WaitDisplay:
         self._shown = ""
 
     def __enter__(self) -> Self:
-        self.show("both services start")
+        self.show("the services start")
         self._status.start()
         return self
 

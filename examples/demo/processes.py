@@ -1,4 +1,4 @@
-"""The two services as child processes: start, wait until ready, notice an exit, stop."""
+"""A service as a child process: start, wait until ready, notice an exit, hurt, stop."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Literal
 
 import httpx
 
@@ -29,14 +30,21 @@ class DemoError(Exception):
 
 
 class ServiceProcess:
-    """`python -m services.<name>` in a session of its own, so that Ctrl-C reaches only the demo."""
+    """`python -m services.<kind>` in a session of its own, so that Ctrl-C reaches only the demo."""
 
-    def __init__(self, name: str, port: int, log_path: Path, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        kind: Literal["rollout", "trainer"],
+        name: str,
+        port: int,
+        log_path: Path,
+        settings: Mapping[str, str],
+    ) -> None:
         self.name = name
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = log_path
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_OWN_PREFIXES)}
-        command = ("-m", "examples.demo.child", str(os.getpid()), f"services.{name}")
+        command = ("-m", "examples.demo.child", str(os.getpid()), f"services.{kind}")
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(
@@ -49,13 +57,18 @@ class ServiceProcess:
                 start_new_session=True,
             )
 
-    def check_alive(self) -> None:
-        """Raise DemoError, with the end of the log, if the process has exited."""
+    @property
+    def ending(self) -> str | None:
+        """How the process ended, None while it lives."""
         code = self._process.poll()
         if code is None:
-            return
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        raise DemoError(f"the {self.name} service {how}; {self.log_tail()}")
+            return None
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+
+    def check_alive(self) -> None:
+        """Raise DemoError, with the end of the log, if the process has exited."""
+        if ending := self.ending:
+            raise DemoError(f"the {self.name} service {ending}; {self.log_tail()}")
 
     async def obstacle(self, http: httpx.AsyncClient) -> str | None:
         """Why the service is not ready, in its own words; None once it is."""
@@ -66,11 +79,42 @@ class ServiceProcess:
             return "starting the process"  # it does not listen yet
         return None if response.is_success else _problem_detail(response)
 
+    def kill(self) -> None:
+        """SIGKILL the service alone: what it started must notice by itself."""
+        self._process.kill()
+
+    def freeze(self) -> None:
+        """Stop the service and what it started, as a suspended machine does."""
+        self._signal_session(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal_session(signal.SIGCONT)
+
+    def kill_engine(self) -> bool:
+        """SIGKILL the engine core under a rollout service; whether there was one."""
+        pid = self._engine_pid()
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+        return pid is not None
+
+    def _engine_pid(self) -> int | None:
+        with suppress(FileNotFoundError):  # the process, or one of its threads, has just ended
+            for task in Path(f"/proc/{self._process.pid}/task").iterdir():
+                for pid in (task / "children").read_text().split():
+                    if "EngineCor" in Path(f"/proc/{pid}/comm").read_text():
+                        return int(pid)
+        return None
+
+    def _signal_session(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, number)
+
     def stop(self, *, timeout_s: float) -> None:
         """SIGTERM, and SIGKILL for the whole session if that is not enough. Does not raise."""
         if self._process.poll() is not None:
             return
         self._process.terminate()
+        self.thaw()
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -80,7 +124,7 @@ class ServiceProcess:
     def log_tail(self) -> str:
         with self.log_path.open(errors="replace") as log:
             lines = "".join(f"  {line}" for line in deque(log, _NUM_LOG_LINES)).rstrip()
-        return f"the end of {self.log_path.relative_to(ROOT)}:\n{lines}"
+        return f"the end of {os.path.relpath(self.log_path)}:\n{lines}"
 
 
 async def wait_until_ready(
