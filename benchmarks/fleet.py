@@ -216,7 +216,8 @@ def _report(arguments: argparse.Namespace, measured: Sequence[Measured]) -> Repo
             f"of them and the fleet. An engine takes {NUM_SLOTS} requests at once, "
             f"{SECONDS_PER_REQUEST:g} s each, {_NUM_COMPLETIONS} × {_NUM_TOKENS} tokens streamed, "
             f"{_NUM_ROUNDS} rounds of groups sent at once; a load takes {LOAD_S:g} s. Sync: until "
-            f"every replica serves the version, median of {arguments.syncs}; bytes are those of all request bodies."
+            f"every replica serves the version, median of {arguments.syncs}; bytes are those of "
+            "all request bodies."
         ),
         header=(
             "replicas",

@@ -177,6 +177,6 @@ def from_problem(problem: Mapping[str, Any], status: int) -> ServiceError:
     retry_after_s = problem.get("retry_after_s")
     return cls(
         str(problem.get("detail") or f"HTTP {status}"),
-        retry_after_s=float(retry_after_s) if retry_after_s is not None else None,
+        retry_after_s=float(retry_after_s) if isinstance(retry_after_s, int | float) else None,
         extra={key: value for key, value in problem.items() if key not in fields},
     )

@@ -77,7 +77,7 @@ class ServiceClient:
             raise DeadlineExceeded(
                 f"{method} {self.url}{path} gave no answer within {deadline_s:g} s"
             ) from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise Unavailable(
                 f"{method} {self.url}{path} failed: {type(error).__name__} {error}".rstrip()
             ) from error

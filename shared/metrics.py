@@ -78,6 +78,11 @@ class TrainerMetrics:
             ["outcome"],
             registry=self.registry,
         )
+        self.log_failures = Counter(
+            "tandem_trainer_log_failures",
+            "Writes of metrics.jsonl, groups.jsonl or TensorBoard that failed",
+            registry=self.registry,
+        )
         self.syncs = Histogram(
             "tandem_trainer_sync_seconds",
             "Upload, load and proof of one version on one replica",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from typing import Literal
 
 import httpx
@@ -46,15 +46,18 @@ class RolloutClient(ServiceClient):
     ) -> AsyncGenerator[StreamStart | StreamTokens]:
         """The tokens of a request as they come; returns after the service said that it is done.
 
-        Raises what the service answers or says on the way, Unavailable when the stream is cut, and
-        DeadlineExceeded after `timeout_s`, or `silence_s` without a sign of life. Closing the
-        generator closes the connection, and with it the work there.
+        Raises what the service answers or says on the way, Unavailable when the stream is cut or
+        silent for `silence_s`, and DeadlineExceeded after `timeout_s`. Closing the generator closes
+        the connection, and with it the work there.
         """
         lines = self._lines(request, timeout_s or self.timeout_s, silence_s)
         async with aclosing(lines):
             async for line in lines:
                 match self._record(line):
                     case StreamEnd():
+                        with suppress(ServiceError):  # all has come; the rest is for the connection
+                            async for _ in lines:
+                                pass
                         return
                     case StreamError(problem=problem):
                         raise from_problem(problem, 500)
@@ -98,13 +101,14 @@ class RolloutClient(ServiceClient):
                     for line in lines:
                         yield line
             except TimeoutError as error:
-                said = (
-                    f"did not end its stream within {timeout_s:g} s"
-                    if clock() >= deadline
-                    else f"gave no sign of life for {silence_s:g} s"
-                )
-                raise DeadlineExceeded(f"{where} {said}") from error
-            except httpx.TransportError as error:
+                if clock() < deadline:
+                    raise Unavailable(
+                        f"{where} gave no sign of life for {silence_s:g} s"
+                    ) from error
+                raise DeadlineExceeded(
+                    f"{where} did not end its stream within {timeout_s:g} s"
+                ) from error
+            except httpx.RequestError as error:
                 raise Unavailable(
                     f"{where} broke: {type(error).__name__} {error}".rstrip()
                 ) from error

@@ -247,6 +247,7 @@ class StreamStart(Wire):
     prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)
     sampling: SamplingParams  # as applied
     policy: PolicyId  # samples every token of the group
+    boot_id: str
 
 
 class StreamTokens(Wire):
@@ -450,7 +451,7 @@ class StepRecord(Wire):
     update_s: float = 0.0
     publish_s: float = 0.0
     sync_s: float = 0.0
-    step_s: float = 0.0  # wall time since the step before ended
+    step_s: float = 0.0  # wall time of the step: wait, update, publish and sync
     trainer_idle_fraction: float = 0.0  # of step_s, waiting for groups
     rollout_idle_fraction: float = 0.0  # of step_s, replicas without a request; mean of the fleet
     num_serving_replicas: int = 0  # that hold the version this step made
@@ -486,10 +487,14 @@ RunEvent = Annotated[StepRecord | EvalRecord | StateRecord, Field(discriminator=
 # --- fleet --------------------------------------------------------------------------------------
 
 
+_HOST = r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)"
+_REPLICA_URL = rf"^https?://{_HOST}(:([1-9]\d{{0,3}}|[1-5]\d{{4}}|6[0-4]\d{{3}}|65[0-4]\d\d|655[0-2]\d|6553[0-5]))?/?$"
+
+
 class ReplicaRegistration(Wire):
     """`POST /replicas`: a replica at `url` may serve; with a lease it says so again in time."""
 
-    url: str = Field(pattern=r"^https?://[^/?#]+/?$", max_length=300)
+    url: str = Field(pattern=_REPLICA_URL, max_length=300)
     lease_s: float | None = Field(gt=0, le=86400, default=None)  # None: until it is removed
     boot_id: str | None = None  # of the process; a new one ends an earlier removal
 

@@ -63,6 +63,7 @@ def replica(
         max_body_bytes=1 << 20,
         max_completions=64,
         max_num_seqs=8,
+        max_num_batched_tokens=512,  # one context: prefills queue up
     )
     try:
         wait_until_ready(replica)

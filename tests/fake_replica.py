@@ -74,6 +74,7 @@ class FakeReplica:
     num_busy_answers: int = 0
     refusal: ServiceError | None = None  # of every adapter
     failure: ServiceError | None = None  # of every request to generate
+    only_interrupts: bool = False
     lies: bool = False  # acks a version and serves what it served before
     state: Literal["down", "ready", "draining"] = "ready"
     boot_id: str = ""
@@ -197,9 +198,18 @@ class FakeReplica:
                     prompt_token_ids=tuple(prompt),
                     sampling=sampling,
                     policy=policy,
+                    boot_id=boot_id,
+                )
+            for completion in range(sampling.n if self.only_interrupts else 0):
+                yield StreamTokens(
+                    group=0,
+                    completion=completion,
+                    token_ids=(),
+                    logprobs=(),
+                    finish_reason="interrupted",
                 )
             assert sampling.max_tokens
-            for index in range(sampling.max_tokens):
+            for index in range(0 if self.only_interrupts else sampling.max_tokens):
                 await asyncio.sleep(self.token_s)
                 await self._alive(boot_id)
                 place = len(asked.completion_prefix) + index
@@ -263,6 +273,9 @@ class FakeProver:
 
     def __init__(self, replicas: Sequence[FakeReplica]) -> None:
         self._replicas = {replica.url: replica for replica in replicas}
+
+    def add(self, replica: FakeReplica) -> None:
+        self._replicas[replica.url] = replica
 
     def remember(self, adapter: PublishedAdapter) -> None:
         pass

@@ -113,7 +113,7 @@ class Sampler:
         last: StreamEnd | StreamError = StreamEnd(boot_id=self._boot_id)
         with self._admitted_work(request) as work, self._metrics.open_streams.track_inprogress():
             try:
-                yield [_start(item) for item in work]
+                yield [self._start(item) for item in work]
                 records = merged(
                     [self._records(item) for item in work],
                     pause_s=_ALIVE_S,
@@ -169,6 +169,15 @@ class Sampler:
         request_id = self._next_id()
         lease = self._policies.lease(policy, request_id, interruptible=interruptible)
         return request_id, leases.enter_context(lease)
+
+    def _start(self, work: _Work) -> StreamStart:
+        return StreamStart(
+            group=work.group,
+            prompt_token_ids=work.prompt,
+            sampling=work.sampling,
+            policy=work.lease.policy,
+            boot_id=self._boot_id,
+        )
 
     async def _group(self, work: _Work) -> CompletionGroup:
         parts: list[list[SampledDelta]] = [[] for _ in range(work.sampling.n)]
@@ -343,15 +352,6 @@ def _refuse_biased_sampling(sampling: SamplingParams) -> None:
             f"{', '.join(obstacles)} in a training request: a policy gradient needs logprobs of "
             "the full softmax, so only the temperature may change; with purpose 'eval' it is served"
         )
-
-
-def _start(work: _Work) -> StreamStart:
-    return StreamStart(
-        group=work.group,
-        prompt_token_ids=work.prompt,
-        sampling=work.sampling,
-        policy=work.lease.policy,
-    )
 
 
 def _completion(deltas: Sequence[SampledDelta], policy: PolicyId) -> Completion:

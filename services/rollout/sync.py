@@ -17,7 +17,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -82,7 +82,8 @@ class AdapterReceiver:
     ) -> SyncReceipt:
         """Take one adapter in. Raises the errors of shared/errors.py; then nothing has changed."""
         announced = parse_content_digest(content_digest)
-        path = Path(tempfile.mkdtemp(dir=self._dir))
+        with self._full_disk():
+            path = Path(tempfile.mkdtemp(dir=self._dir))
         started = time.perf_counter()
         try:
             num_bytes = await self._store(body, path / "adapter_model.safetensors", announced)
@@ -139,21 +140,13 @@ class AdapterReceiver:
     async def _store(self, body: AsyncIterator[bytes], path: Path, announced: str) -> int:
         """Write the body to `path` as it comes, hashing it; the number of bytes."""
         sha256, num_bytes = hashlib.sha256(), 0
-        try:
-            with path.open("xb") as file:
-                async for chunk in body:
-                    num_bytes += len(chunk)
-                    if num_bytes > self._limits.max_adapter_bytes:
-                        raise too_large(self._limits.max_adapter_bytes)
-                    sha256.update(chunk)
-                    file.write(chunk)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise Unavailable(
-                f"no space for the adapter in {self._dir} after {num_bytes} bytes: give it more "
-                "(shm_size of the container), or set ROLLOUT_ADAPTER_DIR"
-            ) from error
+        with self._full_disk(), path.open("xb") as file:
+            async for chunk in body:
+                num_bytes += len(chunk)
+                if num_bytes > self._limits.max_adapter_bytes:
+                    raise too_large(self._limits.max_adapter_bytes)
+                sha256.update(chunk)
+                file.write(chunk)
         check_digest(announced=announced, received=sha256.hexdigest(), num_bytes=num_bytes)
         return num_bytes
 
@@ -172,8 +165,22 @@ class AdapterReceiver:
             check_tensors(header, self._base.linear_shapes)
             _check_values(file, header.manifest)
         config = peft_config(header.manifest, str(self._base.path))
-        (path / "adapter_config.json").write_text(json.dumps(config))
+        with self._full_disk():
+            (path / "adapter_config.json").write_text(json.dumps(config))
         return adapter
+
+    @contextlib.contextmanager
+    def _full_disk(self) -> Iterator[None]:
+        """Inside, a disk that takes no more is an Unavailable: there may be space later."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise Unavailable(
+                f"no space for the adapter in {self._dir}: give it more (shm_size of the "
+                "container), or set ROLLOUT_ADAPTER_DIR"
+            ) from error
 
     def _check_base_and_rank(self, header: AdapterHeader) -> None:
         manifest = header.manifest

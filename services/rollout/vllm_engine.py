@@ -56,8 +56,11 @@ class VllmEngine:
         options: dict[str, Any] = {}
         # Without target modules vLLM adapts the head too, and its CPU kernels for that fail, with
         # the whole engine, when prompt logprobs are asked for in a batch of several sequences.
+        # Nor can its CPU runner rewind the generator of a seeded request whose prefill it cut in
+        # parts: the engine dies of it.
         if on_cpu:
             options |= {
+                "enable_chunked_prefill": False,
                 "distributed_executor_backend": "uni",
                 "enforce_eager": True,
                 "lora_target_modules": [*LINEAR_MODULES, "qkv_proj", "gate_up_proj"],

@@ -41,6 +41,8 @@ async def addresses(url: str) -> set[str] | None:
         return None
     except socket.gaierror as error:  # no such name: no replica runs
         return None if error.errno in _TEMPORARY else set()
+    except UnicodeError:  # what can be no name
+        return set()
     hosts = {str(address[0]) for *_, address in found}
     return {f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host in hosts}
 

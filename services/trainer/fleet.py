@@ -18,10 +18,12 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from services.trainer.discovery import addresses, replica_id
 from services.trainer.generation import Draft, Part
-from services.trainer.member import Goal, Load, Member, Requirements, now
+from services.trainer.member import Goal, Load, Member, Requirements, now, pause_s
 from services.trainer.policy import PublishedAdapter
 from shared.errors import (
+    DeadlineExceeded,
     InternalError,
+    InvalidRequest,
     NotFound,
     Overloaded,
     ServiceError,
@@ -43,7 +45,8 @@ from shared.schemas import (
 log = logging.getLogger(__name__)
 _WAIT_S = 1.0  # a waiter looks again this often, whatever it is told
 _GONE_SHOWN_S = 60.0
-_MAX_ENGINE_FAILURES = 3  # of one request, before it counts as the request's fault
+_MAX_FAULTS = 3  # errors of one request that may be its own, before they count as that
+_NO_PROGRESS_PAUSE_S = 0.05
 _SAY_STALLED_EVERY_S = 30.0
 _MIN_GRACE_S = 0.1  # stragglers of a sync get at least this, and as long as the others took
 
@@ -104,7 +107,10 @@ class Fleet:
 
     async def _look_again_and_again(self) -> None:
         while True:
-            await self.look()
+            try:
+                await self.look()
+            except Exception as error:  # whatever it is: looking does not end
+                log.error("looking for replicas failed", exc_info=error)
             await asyncio.sleep(self._interval_s)
 
     async def look(self) -> None:
@@ -115,13 +121,10 @@ class Fleet:
             for url in listed:
                 self._join(url, "configured")
             for member in self._members.values():
-                if member.source == "configured":
-                    member.is_listed = member.client.url in listed
+                member.is_configured = member.client.url in listed
         for member in list(self._members.values()):
-            if member.lease_until is not None and member.lease_until < now():
-                member.is_listed = False
             is_past = member.gone_at is not None and now() - member.gone_at > _GONE_SHOWN_S
-            if is_past and not member.is_listed:
+            if is_past and not member.is_listed and not member.num_outstanding:
                 await self._forget(member)
 
     def _join(self, url: str, source: str) -> Member:
@@ -130,7 +133,6 @@ class Fleet:
             return member
         member = self._members[identity] = Member(
             self._connect(url),
-            source="configured" if source == "configured" else "registered",
             interval_s=self._interval_s,
             probe_timeout_s=self._probe_timeout_s,
             on_change=self._on_change,
@@ -150,9 +152,7 @@ class Fleet:
         """A replica, or an operator for it, says that it may serve; with a lease, for so long."""
         url = registration.url.rstrip("/")
         member = self._join(url, "registered")
-        member.is_listed = True
-        if registration.lease_s is not None and member.source == "registered":
-            member.lease_until = now() + registration.lease_s
+        member.lease_until = now() + (registration.lease_s or math.inf)
         # A renewal of the same process is no reason to trust it again.
         if registration.lease_s is None or registration.boot_id != member.boot_id:
             member.welcome()
@@ -295,21 +295,22 @@ class Fleet:
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _generate(self, request: GenerateRequest, deadline: float) -> list[CompletionGroup]:
         assert self._goal, "begin() was not called"
         draft, policy = Draft(request), request.policy or self._goal.newest
-        num_engine_failures = 0
+        faults: list[ServiceError] = []  # that may be the request's own
         with self._goal.using(policy):
             while not draft.is_complete:
                 member, policy = await self._route(policy, deadline)
+                num_tokens = draft.num_tokens
                 errors = await self._attempt(member, draft, policy, deadline)
-                if any(isinstance(error, InternalError) for error in errors):
-                    num_engine_failures += 1
                 for error in errors:
-                    self._learn_from(member, policy, error)
-                    if num_engine_failures == _MAX_ENGINE_FAILURES:
-                        raise error
+                    if self._learn_from(member, policy, error):
+                        faults.append(error)
+                if len(faults) >= _MAX_FAULTS:
+                    raise faults[-1]
                 if not errors:
                     member.num_failures = 0
                     if not draft.is_complete:  # interrupted: by a newer version, or by a drain
@@ -317,7 +318,8 @@ class Fleet:
                         member.wake()
                         if self._goal.requirements.in_flight == "continue":
                             policy = self._goal.newest
-                        await asyncio.sleep(0)
+                if draft.num_tokens == num_tokens:
+                    await asyncio.sleep(_NO_PROGRESS_PAUSE_S)
         self.num_continued += draft.num_continued
         return draft.groups()
 
@@ -327,6 +329,11 @@ class Fleet:
         assert self._goal
         started = now()
         while True:
+            if now() > deadline:
+                raise Unavailable(
+                    f"a request for policy {policy} was not completed in time ({self._details()}): "
+                    "start more replicas, or raise generate_timeout_s"
+                )
             for wanted in (policy, self._goal.newest):
                 serving = [m for m in self._members.values() if m.serves(wanted)]
                 free = [m for m in serving if m.busy_until <= now()]
@@ -334,11 +341,6 @@ class Fleet:
                     return min(free, key=lambda m: m.num_outstanding_tokens), wanted
                 if serving:
                     break  # busy ones become free again
-            if now() > deadline:
-                raise Unavailable(
-                    f"no replica took a request for policy {policy} in time ({self._details()}): "
-                    "start one, or raise generate_timeout_s"
-                )
             if serving:
                 await self._change(min(deadline, *(m.busy_until for m in serving)))
             else:
@@ -348,44 +350,51 @@ class Fleet:
         self, member: Member, draft: Draft, policy: PolicyId, deadline: float
     ) -> list[ServiceError]:
         """Stream what the draft lacks from one member; the errors that ended streams early."""
-        parts = draft.parts(policy)
+        parts, boot_id = draft.parts(policy), member.boot_id
         num_completions = sum(part.num_completions for part in parts)
         num_tokens = sum(part.num_tokens for part in parts)
+
+        async def stream(part: Part, load: Load) -> None:
+            records = member.client.stream(
+                part.request,
+                timeout_s=max(0.1, deadline - now()),
+                silence_s=2 * self._probe_timeout_s,
+            )
+            async with contextlib.aclosing(records):
+                async for record in records:
+                    if record.kind == "tokens":
+                        member.received(load, len(record.token_ids))
+                    elif record.boot_id != boot_id:  # nothing is proven of this process
+                        raise Unavailable(f"{member.client.url} restarted")
+                    draft.add(part, record)
+
         with member.carrying(num_completions, num_tokens) as load:
             outcomes = await asyncio.gather(
-                *(self._stream(member, draft, part, load, deadline) for part in parts),
-                return_exceptions=True,
+                *(stream(part, load) for part in parts), return_exceptions=True
             )
-        errors = [outcome for outcome in outcomes if outcome is not None]
-        for error in errors:
-            if not isinstance(error, ServiceError):
-                raise error
-        return [error for error in errors if isinstance(error, ServiceError)]
+        errors = []
+        for outcome in outcomes:
+            if isinstance(outcome, ServiceError):
+                errors.append(outcome)
+            elif outcome is not None:
+                raise outcome
+        return errors
 
-    async def _stream(
-        self, member: Member, draft: Draft, part: Part, load: Load, deadline: float
-    ) -> None:
-        records = member.client.stream(
-            part.request,
-            timeout_s=max(0.1, deadline - now()),
-            silence_s=2 * self._probe_timeout_s,
-        )
-        async with contextlib.aclosing(records):
-            async for record in records:
-                draft.add(part, record)
-                if record.kind == "tokens":
-                    member.received(load, len(record.token_ids))
-
-    def _learn_from(self, member: Member, policy: PolicyId, error: ServiceError) -> None:
-        """What an error says about the member; raises what is the request's own fault."""
+    def _learn_from(self, member: Member, policy: PolicyId, error: ServiceError) -> bool:
+        """What an error says about the member; True when it may say something of the request."""
         match error:
             case Overloaded():
-                member.busy_until = now() + (error.retry_after_s or _WAIT_S)
-            case UnknownPolicy():
+                member.busy_until = now() + pause_s(error, _WAIT_S)
+            case DeadlineExceeded():
+                pass  # the request took long, ours or the replica's limit: the rest goes on
+            case UnknownPolicy() if not policy.is_base:
                 member.lacks(policy)
-            case Unavailable() | InternalError():
+            case InvalidRequest():
+                member.wake()
+                return True
+            case InternalError():
                 member.fail(error)
-            case ServiceError() if type(error) is ServiceError:  # it answers nonsense
-                member.fail(error)
+                return True
             case _:
-                raise error
+                member.fail(error)
+        return False

@@ -81,6 +81,11 @@ class Draft:
         """Completions that took more than one stream and kept tokens of an earlier one."""
         return sum(partial.was_continued for partials in self._partials for partial in partials)
 
+    @property
+    def num_tokens(self) -> int:
+        """That have come so far."""
+        return sum(len(partial.token_ids) for group in self._partials for partial in group)
+
     def _unfinished(self) -> Iterator[tuple[int, int, _Partial]]:
         for group, partials in enumerate(self._partials):
             for index, partial in enumerate(partials):
@@ -90,11 +95,11 @@ class Draft:
     # --- ask ------------------------------------------------------------------------------------
 
     def parts(self, policy: PolicyId) -> list[Part]:
-        """The requests that would complete the draft under `policy`.
+        """The requests of the next attempt, which would complete the draft under `policy`.
 
         The whole one as long as no token has come, then one per unfinished completion.
         """
-        if not any(partial.token_ids for group in self._partials for partial in group):
+        if not self.num_tokens:
             request = self.request.model_copy(update={"policy": policy, "stream": True})
             num_completions = len(request.prompts) * request.sampling.n
             limit = request.sampling.max_tokens or 1
@@ -141,6 +146,8 @@ class Draft:
         if isinstance(record, StreamStart):
             if record.policy != part.request.policy:
                 raise ServiceError(f"asked for {part.request.policy}, served {record.policy}")
+            if record.sampling.max_tokens is None:
+                raise ServiceError("a stream does not say how many tokens a completion may have")
             self._starts[group] = self._starts[group] or record
             return
         index, start = part.completion + record.completion, self._starts[group]
@@ -152,8 +159,12 @@ class Draft:
         if partial.finish_reason is not None:
             raise ServiceError("a stream has tokens of a completion that was complete")
         assert part.request.policy
+        assert start.sampling.max_tokens
+        num_left = start.sampling.max_tokens - len(partial.token_ids) - len(record.token_ids)
+        if num_left < 0:
+            raise ServiceError(f"a completion has {-num_left} tokens more than were asked for")
         partial.extend(part.request.policy, record)
-        if len(partial.token_ids) == start.sampling.max_tokens:
+        if num_left == 0:
             partial.finish_reason = partial.finish_reason or "length"
 
     def groups(self) -> list[CompletionGroup]:

@@ -87,7 +87,9 @@ async def train(run: Run) -> None:
                 return
             learned = await learn(run.policy, config, batch.scored, step=step, clock=clock)
             with clock.measure("sync_s"):
-                await run.fleet.sync(learned.adapter, timeout_s=config.sync_timeout_s)
+                # One upload is bounded by sync_timeout_s; a replica may first have to come back.
+                timeout_s = max(config.generate_timeout_s, config.sync_timeout_s)
+                await run.fleet.sync(learned.adapter, timeout_s=timeout_s)
             ahead.release(learned.adapter.policy)
             await run.log.emit_groups(step, batch.groups)
             await run.log.emit(step_record(learned, clock, meter, batch))
@@ -127,6 +129,7 @@ async def unless_stopped(run: Run, work: Coroutine[Any, Any, Result]) -> Result 
     finally:
         task.cancel()
         stopped.cancel()
+        await asyncio.gather(task, stopped, return_exceptions=True)
 
 
 async def learn(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,10 @@ from services.trainer.policy import PublishedAdapter
 from shared.checkpoints import identity_difference
 from shared.errors import (
     BaseMismatch,
+    Conflict,
     DeadlineExceeded,
+    InternalError,
+    InvalidAdapter,
     InvalidRequest,
     NoFreeSlot,
     NotReady,
@@ -95,6 +99,13 @@ class Goal:
             yield
         finally:
             self.in_use[policy] -= 1
+            if not self.in_use[policy]:
+                del self.in_use[policy]
+
+
+def pause_s(error: ServiceError, default_s: float) -> float:
+    """How long to leave the service alone that sent the error; bounded, whatever it asks for."""
+    return min(error.retry_after_s or default_s, _MAX_BACKOFF_S)
 
 
 def now() -> float:
@@ -130,7 +141,6 @@ class Member:
         self,
         client: RolloutClient,
         *,
-        source: Literal["configured", "registered"],
         interval_s: float,
         probe_timeout_s: float,
         on_change: Callable[[Member, ReplicaState], None],
@@ -138,20 +148,19 @@ class Member:
     ) -> None:
         self.client = client
         self.id = replica_id(client.url)
-        self.source = source
         self.state: ReplicaState = "discovered"
         self.detail = "not asked yet"
         self.boot_id: str | None = None
         self.error: ServiceError | None = None  # why it is quarantined
-        self.is_listed = True  # configured or registered now
-        self.lease_until: float | None = None  # by now()
+        self.is_configured = False  # its address is one of the configured ones now
+        self.lease_until = -math.inf  # of its registration; by now()
         self.is_removed = False  # by an operator; until it restarts or is registered again
         self.gone_at: float | None = None
         self.num_failures = 0
         self.num_outstanding = 0  # completions
         self.num_outstanding_tokens = 0
         self.busy_until = 0.0  # it said 429; by now()
-        self.receipts: dict[PolicyId, SyncReceipt] = {}  # of proven versions
+        self.receipts: dict[PolicyId, SyncReceipt] = {}  # of versions that were pushed
         self._proven: dict[PolicyId, float] = {}  # version -> gap
         self._floor: float | None = None  # None: not admitted to this run
         self._last_sync_s: float | None = None
@@ -167,6 +176,11 @@ class Member:
 
     # --- views ----------------------------------------------------------------------------------
 
+    @property
+    def is_listed(self) -> bool:
+        """Somebody says that it may serve."""
+        return self.is_configured or now() < self.lease_until
+
     def serves(self, policy: PolicyId) -> bool:
         """True when requests pinned to `policy` may be sent here."""
         return self.state == "serving" and not self.is_removed and policy in self._proven
@@ -180,7 +194,7 @@ class Member:
         return ReplicaStatus(
             id=self.id,
             url=self.client.url,
-            source=self.source,
+            source="configured" if self.is_configured else "registered",
             state=self.state,
             detail=self.detail,
             boot_id=self.boot_id,
@@ -218,7 +232,7 @@ class Member:
     def welcome(self) -> None:
         """It was registered (again): an earlier removal or quarantine is over."""
         if self.is_removed or self.state in ("quarantined", "gone"):
-            self.is_removed, self.gone_at = False, None
+            self.is_removed = False
             self._revoke()
             self._move("discovered", "registered")
             self.close_circuit()
@@ -295,13 +309,19 @@ class Member:
                     "same TANDEM_API_KEY"
                 )
             )
-        except Unavailable as error:
-            if self.state in ("serving", "admitting"):
-                self.fail(error)
-            else:
-                self._lose(error)
-        except ServiceError as error:
+        except (Conflict, InvalidAdapter, InvalidRequest) as error:
             self._quarantine(error)
+        except ServiceError as error:
+            self._fail_or_lose(error)
+        except Exception as error:  # whatever it is: the task of a member does not end
+            log.error("looking at replica %s failed", self.id, exc_info=error)
+            self._fail_or_lose(InternalError(f"{type(error).__name__}: {error}"))
+
+    def _fail_or_lose(self, error: ServiceError) -> None:
+        if self.state in ("serving", "admitting"):
+            self.fail(error)
+        else:
+            self._lose(error)
 
     async def _probe(self) -> RolloutStatus | None:
         """What the replica says of itself; None when it is slow to answer for the first time."""
@@ -369,53 +389,58 @@ class Member:
             self._move("admitting", f"getting policy {goal.newest}")
             self._proven.setdefault(goal.requirements.run, self._floor or 0.0)  # the base
             for policy in sorted(goal.adapters, key=lambda policy: policy.age_key):
-                if policy != goal.newest and policy not in self._proven:
-                    await self._give_older(goal, policy)
+                older = goal.adapters.get(policy)  # it may have been dropped meanwhile
+                if older and policy != goal.newest and policy not in self._proven:
+                    await self._give_older(goal, older)
         else:
             self._drop_retired(status)
-        if goal.newest in self._proven:
+        newest = goal.adapters.get(goal.newest)
+        if newest is None or goal.newest in self._proven:
             return
         try:
-            await self._give(goal, goal.newest, activate=True)
+            await self._give(goal, newest, activate=True)
         except Unavailable as error:
             if self.state != "serving":
                 raise
             # It goes on with the versions it has, and takes nothing for the one it lacks.
-            self._not_before = now() + (error.retry_after_s or self._interval_s)
-            self._move("serving", f"has not policy {goal.newest} yet: {error.detail}")
+            self._not_before = now() + pause_s(error, self._interval_s)
+            self._move("serving", f"has not policy {newest.policy} yet: {error.detail}")
         else:
             if self.state == "serving":
                 self._move("serving", "")
 
-    async def _give_older(self, goal: Goal, policy: PolicyId) -> None:
+    async def _give_older(self, goal: Goal, adapter: PublishedAdapter) -> None:
         try:
-            await self._give(goal, policy, activate=False)
+            await self._give(goal, adapter, activate=False)
         except NoFreeSlot:
-            log.info("replica %s has no slot for policy %s, still in use", self.id, policy)
+            log.info("replica %s has no slot for policy %s, still in use", self.id, adapter.policy)
 
-    async def _give(self, goal: Goal, policy: PolicyId, *, activate: bool) -> None:
+    async def _give(self, goal: Goal, adapter: PublishedAdapter, *, activate: bool) -> None:
         """Push one version and prove that it is served."""
-        adapter, wanted = goal.adapters[policy], goal.requirements
-        started = now()
-        receipt = await self.client.sync_weights(
-            adapter.content,
-            digest=adapter.content_digest,
-            activate=activate,
-            replace_run=all(known.is_base for known in self._proven),  # as the admission allowed
-            in_flight=wanted.in_flight,
-            timeout_s=wanted.sync_timeout_s,
-        )
+        policy, wanted, floor, started = adapter.policy, goal.requirements, self._floor, now()
+        if floor is None:  # admission was revoked meanwhile
+            return
+        if policy not in self.receipts:  # else only its proof failed
+            receipt = await self.client.sync_weights(
+                adapter.content,
+                digest=adapter.content_digest,
+                activate=activate,
+                replace_run=all(known.is_base for known in self._proven),  # as admission allowed
+                in_flight=wanted.in_flight,
+                timeout_s=wanted.sync_timeout_s,
+            )
+            if goal is not self._goal or receipt.boot_id != self.boot_id:
+                return
+            self.receipts[policy] = receipt
         gap = 0.0
         if wanted.prover:
-            assert self._floor is not None
             gap = await wanted.prover.check(
-                self.client, adapter, floor=self._floor, timeout_s=wanted.sync_timeout_s
+                self.client, adapter, floor=floor, timeout_s=wanted.sync_timeout_s
             )
-        if goal is not self._goal or receipt.boot_id != self.boot_id:
+        if goal is not self._goal or policy not in self.receipts:
             return
         self._last_sync_s = now() - started
         self._proven[policy] = gap
-        self.receipts[policy] = receipt
         log.info(
             "replica %s serves policy %s after %.3f s, gap %.4f nats",
             self.id,
@@ -437,7 +462,7 @@ class Member:
         """Another process answers: what was proven of the last one says nothing about it."""
         if self.boot_id is not None:
             log.warning("replica %s restarted: it is admitted again", self.id)
-            self.is_removed, self.gone_at = False, None
+            self.is_removed = False
         self.boot_id = boot_id
         self._revoke()
         if self.state != "discovered":
@@ -476,14 +501,17 @@ class Member:
             self._serving.start()
         else:
             self._serving.stop()
-        if state == "gone" and old != "gone":
+        if state != "gone":
+            self.gone_at = None
+        elif old != "gone":
             self.gone_at = now()
         self._on_change(self, old)
 
 
 def check_fit(status: RolloutStatus, wanted: Requirements) -> None:
     """Refuse a replica that cannot serve the run, before anything is sent to it."""
-    assert status.base, "a ready replica knows its base"
+    if status.base is None:
+        raise NotReady("it says that it is ready, and names no base")
     if difference := identity_difference(status.base, wanted.base):
         raise BaseMismatch(
             f"the replica serves another base than the trainer trains ({difference}): set "

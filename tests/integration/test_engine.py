@@ -350,3 +350,12 @@ async def test_status_names_base_limits_and_versions(
     assert (status.newest, [item.policy for item in status.resident]) == (policy, [policy])
     assert status.num_outstanding_completions == 0
     assert replica.metric("tandem_rollout_policy_version") == 2
+
+
+async def test_seeded_prompts_that_are_too_many_for_one_prefill_are_all_served(
+    publisher: Publisher,
+) -> None:
+    """vLLM's CPU runner dies when it cuts the prefill of a seeded request in parts."""
+    prompts = [[1, *(3 + (7 * i + j) % 12 for j in range(150))] for i in range(8)]
+    answer = await publisher.generate(*prompts, max_tokens=4, seed=1, ignore_eos=True)
+    assert [len(group.completions[0].token_ids) for group in answer.groups] == [4] * 8

@@ -162,6 +162,46 @@ async def test_a_step_that_is_kept_is_not_written_again(run: Run, samples: list[
     assert (run.checkpoints.dir / "step-000002").stat().st_ino == before
 
 
+async def test_damaged_checkpoints_go_with_those_of_their_age(
+    run: Run, samples: list[Sample]
+) -> None:
+    for name in ("step-000001.damaged", "step-000005.damaged"):
+        (run.checkpoints.dir / name).mkdir(parents=True)
+    for _ in range(6):
+        await take_step(run, samples)
+    assert names(run) == ["step-000004", "step-000005.damaged", "step-000006"]
+
+
+async def test_a_checkpoint_counts_although_an_old_one_cannot_be_removed(
+    run: Run, samples: list[Sample], caplog: pytest.LogCaptureFixture
+) -> None:
+    run.checkpoints.dir.mkdir()
+    (run.checkpoints.dir / "step-000001").touch()  # rmtree takes no file
+    for _ in range(4):
+        await take_step(run, samples)
+    assert names(run) == ["step-000001", "step-000002", "step-000004"]
+    saved = run.checkpoints._metrics.registry.get_sample_value(
+        "tandem_trainer_checkpoints_total", {"outcome": "saved"}
+    )
+    assert saved == 2
+    assert "old checkpoints in" in caplog.records[-1].message
+
+
+async def test_no_checkpoint_is_saved_while_the_log_lacks_lines(
+    run: Run, samples: list[Sample]
+) -> None:
+    """A run that resumes would miss them."""
+    await take_step(run, samples)
+    with no_file_longer_than(run.log.positions["metrics.jsonl"]):
+        await run.log.emit(StateRecord(state="running", detail="a line that waits"))
+        train_a_little(run.policy, samples)
+        await run.checkpoints.save(run, 2)
+    assert not run.checkpoints.dir.exists()
+    await run.checkpoints.save(run, 2)
+    assert names(run) == ["step-000002"]
+    assert "a line that waits" in (run.log.run_dir / "metrics.jsonl").read_text()
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

@@ -18,6 +18,7 @@ from shared.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    Overloaded,
     RunConflict,
     Unauthorized,
     Unavailable,
@@ -83,6 +84,13 @@ class World:
         replica = FakeReplica(f"http://10.0.0.{len(self.replicas)}:8000", **fields)
         self.replicas.append(replica)
         return replica
+
+    def prover(self, joiner: FakeReplica) -> None:
+        """Let the prover of the run know a replica that came after its begin."""
+        assert self.fleet._goal
+        prover = self.fleet._goal.requirements.prover
+        assert isinstance(prover, FakeProver)
+        prover.add(joiner)
 
     async def begin(self, *, timeout_s: float = 5.0, version: int = 0, **changes: Any) -> None:
         fields: dict[str, Any] = {
@@ -277,7 +285,7 @@ async def test_a_version_in_use_is_given_to_a_replica_that_joins() -> None:
     await asyncio.sleep(3)
     await world.sync(2)
     joiner = world.add()
-    world.fleet._goal.requirements.prover._replicas[joiner.url] = joiner  # type: ignore[union-attr]
+    world.prover(joiner)
     world.fleet.register(ReplicaRegistration(url=joiner.url))
     await asyncio.sleep(2)
     assert joiner.uploads == [policy_at(1), policy_at(2)]
@@ -285,6 +293,51 @@ async def test_a_version_in_use_is_given_to_a_replica_that_joins() -> None:
     world[0].crash()
     (group,) = await groups
     assert {s.policy.version for c in group.completions for s in c.segments} == {1}
+
+
+@in_virtual_time
+async def test_one_request_that_takes_too_long_ends_alone() -> None:
+    """Its deadline says nothing about the replica: the requests of others go on there."""
+    world = World()
+    await world.begin(version=1)
+    patient = world.generate(4, version=1)
+    world[0].token_s = world[1].token_s = 1.0
+    with pytest.raises(Unavailable, match="not completed in time"):
+        await world.generate(1, version=1, timeout_s=2.5)
+    assert world.states() == ["serving", "serving"]
+    check_groups(await patient, n=N, max_tokens=MAX_TOKENS)
+    assert world.fleet.num_continued == 0
+
+
+@in_virtual_time
+async def test_a_replica_that_only_interrupts_is_not_asked_for_ever() -> None:
+    world = World(1)
+    await world.begin(version=1, in_flight="continue")
+    world[0].only_interrupts = True
+    with pytest.raises(Unavailable, match="not completed in time"):
+        await world.generate(1, version=1, timeout_s=5)
+    assert world[0].num_generated < 120
+
+
+@in_virtual_time
+async def test_a_process_that_took_the_place_of_a_proven_one_is_not_trusted() -> None:
+    """Between two looks at it: version 0 needs no adapter, so any process would serve it."""
+    world = World(1)
+    await world.begin()
+    world[0].crash()
+    world[0].boot()
+    world[0].status_changes = {"base": BASE.model_copy(update={"weights": "f" * 64})}
+    with pytest.raises(Unavailable):
+        await world.generate(1, timeout_s=5)
+    assert world.states() == ["quarantined"]
+
+
+@in_virtual_time
+async def test_a_key_that_one_replica_refuses_does_not_end_the_run() -> None:
+    world = World()
+    await world.begin()
+    world[0].failure = Unauthorized("another key")
+    check_groups(await world.generate(4), n=N, max_tokens=MAX_TOKENS)
 
 
 # --- admission ----------------------------------------------------------------------------------
@@ -457,6 +510,67 @@ async def test_an_adapter_that_every_replica_refuses_ends_the_run_at_once() -> N
     assert asyncio.get_running_loop().time() < 10
 
 
+@in_virtual_time
+async def test_a_run_that_begins_while_a_replica_still_takes_the_last_one_s_adapter() -> None:
+    world = World()
+    await world.begin(min_ready_replicas=1)
+    world[1].upload_s = 5.0
+    await world.sync(1)
+    again = RUN.model_copy(update={"incarnation": 2})
+    await world.begin(run=again, min_ready_replicas=2, timeout_s=30)
+    assert world.states() == ["serving", "serving"]
+
+
+@in_virtual_time
+async def test_a_version_that_is_dropped_while_a_joiner_takes_another_is_left_out() -> None:
+    world = World(1, urls=[])
+    world.fleet.register(ReplicaRegistration(url=world[0].url))
+    await world.begin(version=1, min_ready_replicas=1)
+    world[0].token_s = 1.0
+    groups = [world.generate(1, version=1)]
+    await asyncio.sleep(1)
+    await world.sync(2)
+    joiner = world.add(upload_s=4.0)
+    world.prover(joiner)
+    world.fleet.register(ReplicaRegistration(url=joiner.url))
+    await asyncio.sleep(2)
+    await world.sync(3)
+    await asyncio.sleep(15)
+    assert joiner.uploads == [policy_at(1), policy_at(3)]
+    assert world.states() == ["serving", "serving"]
+    check_groups(await groups[0], n=N, max_tokens=MAX_TOKENS)
+
+
+@in_virtual_time
+async def test_a_replica_is_looked_at_again_whatever_looking_at_it_raised() -> None:
+    class Broken(FakeProver):
+        async def admit(self, client: RolloutClient, *, run: PolicyId, timeout_s: float) -> float:
+            if asyncio.get_running_loop().time() < 10:
+                raise ZeroDivisionError
+            return await super().admit(client, run=run, timeout_s=timeout_s)
+
+    world = World(1)
+    await world.begin(prover=Broken(world.replicas), timeout_s=60)
+    assert world.states() == ["serving"]
+
+
+@in_virtual_time
+async def test_an_upload_whose_proof_failed_for_the_moment_is_not_sent_again() -> None:
+    class Busy(FakeProver):
+        num_refused = 0
+
+        async def check(self, *arguments: Any, **options: Any) -> float:
+            if self.num_refused < 3:
+                self.num_refused += 1
+                raise Overloaded("full", retry_after_s=3600)
+            return await super().check(*arguments, **options)
+
+    world = World(1)
+    await world.begin(prover=Busy(world.replicas))
+    await world.sync(1, timeout_s=300)
+    assert world[0].uploads == [policy_at(1)]
+
+
 # --- membership ---------------------------------------------------------------------------------
 
 
@@ -465,7 +579,7 @@ async def test_replicas_are_found_behind_a_name_as_they_come_and_go() -> None:
     world = World(1)
     await world.begin(version=1, min_ready_replicas=1)
     joiner = world.add()
-    world.fleet._goal.requirements.prover._replicas[joiner.url] = joiner  # type: ignore[union-attr]
+    world.prover(joiner)
     world.addresses.add(joiner.url)
     await asyncio.sleep(3)
     assert world.states() == ["serving", "serving"]

@@ -46,6 +46,7 @@ def serve(draft: Draft, part: Part, num_tokens: int) -> None:
                 prompt_token_ids=tuple(prompt),
                 sampling=asked.sampling,
                 policy=asked.policy,
+                boot_id="boot",
             ),
         )
     for index in range(min(num_tokens, asked.sampling.max_tokens)):
@@ -161,7 +162,11 @@ def test_records_out_of_place_are_refused() -> None:
     with pytest.raises(ServiceError, match="out of place"):
         draft.add(whole, early)
     other = StreamStart(
-        group=0, prompt_token_ids=(3,), sampling=whole.request.sampling, policy=policy_at(2)
+        group=0,
+        prompt_token_ids=(3,),
+        sampling=whole.request.sampling,
+        policy=policy_at(2),
+        boot_id="boot",
     )
     with pytest.raises(ServiceError, match=r"asked for .*@1, served .*@2"):
         draft.add(whole, other)

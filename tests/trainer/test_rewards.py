@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -53,6 +54,16 @@ def forgets_to_return(**_: object) -> None:
 async def asleep(**_: object) -> list[float]:
     await asyncio.sleep(60)
     return []
+
+
+_running = threading.Lock()
+
+
+def alone(completions: list[str], **_: object) -> list[float]:
+    assert _running.acquire(blocking=False), "it runs twice"
+    time.sleep(0.05)
+    _running.release()
+    return [1.0] * len(completions)
 
 
 def one_short(completions: list[str], **_: object) -> list[float]:
@@ -127,6 +138,12 @@ async def test_a_function_that_hangs_ends_at_its_deadline() -> None:
     config = FunctionReward(path=f"{__name__}:asleep", timeout_s=0.05)
     with pytest.raises(RewardFailed, match=r"asleep gave no rewards within 0\.05 s"):
         await build_reward(config)(BATCH)
+
+
+async def test_a_reward_function_never_runs_twice_at_once(tiny_checkpoint: Path) -> None:
+    """An evaluation scores while groups ahead are scored."""
+    scorer = Scorer([function("alone")], PromptEncoder.load(tiny_checkpoint))
+    await asyncio.gather(scorer.score(PROMPTS, GROUPS), scorer.score(PROMPTS, GROUPS))
 
 
 async def test_scores_are_weighted_sums_in_the_order_of_the_completions(

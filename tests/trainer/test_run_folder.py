@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
+from services.trainer.data import Prompt
 from services.trainer.run_config import RunConfig
-from services.trainer.run_folder import RunFolder, is_unattended, newest_unfinished
+from services.trainer.run_folder import (
+    RunFolder,
+    dataset_digest,
+    is_unattended,
+    newest_unfinished,
+)
 from services.trainer.run_log import RunLog
 from shared.errors import BaseMismatch, Conflict, InvalidRequest, RunConflict
 from shared.metrics import TrainerMetrics
@@ -132,21 +138,62 @@ async def leave(
 
 
 @pytest.mark.anyio
-async def test_the_newest_run_that_nobody_executes_and_nothing_ended_is_taken_up(
+async def test_the_newest_run_is_taken_up_when_nobody_executes_it_and_nothing_ended_it(
     tmp_path: Path,
 ) -> None:
     assert newest_unfinished(tmp_path / "nowhere") is None
     (tmp_path / "notes").mkdir()
     await leave(tmp_path, "oldest", "running", age_s=60)
     await leave(tmp_path, "suspended", "suspended", age_s=50)
-    await leave(tmp_path, "not-again", "running", age_s=40, resume="never")
-    await leave(tmp_path, "completed", "completed", age_s=30)
-    await leave(tmp_path, "stopped", "stopped", age_s=20)
-    await leave(tmp_path, "failed", "failed", age_s=10)
-    living = RunFolder.create(tmp_path / "living", config(), BASE)
     assert newest_unfinished(tmp_path) == tmp_path / "suspended"
+    living = RunFolder.create(tmp_path / "living", config(), BASE)
+    assert newest_unfinished(tmp_path) is None
     living.close()
     assert newest_unfinished(tmp_path) == tmp_path / "living"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("state", "changes"),
+    [("running", {"resume": "never"}), ("completed", {}), ("stopped", {}), ("failed", {})],
+)
+async def test_a_run_that_another_one_came_after_is_not_taken_up(
+    tmp_path: Path, state: RunState, changes: dict[str, Any]
+) -> None:
+    await leave(tmp_path, "suspended", "suspended", age_s=50)
+    await leave(tmp_path, "newest", state, age_s=0, **changes)
+    assert newest_unfinished(tmp_path) is None
+
+
+@pytest.mark.anyio
+async def test_a_run_whose_config_cannot_be_read_is_named_and_not_taken_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await leave(tmp_path, "r", "suspended", age_s=0)
+    (tmp_path / "r/config.json").write_text("{}")
+    assert newest_unfinished(tmp_path) is None
+    assert "r has no usable config.json" in caplog.records[-1].message
+
+
+def test_a_run_goes_on_with_the_prompts_that_it_began_with(tmp_path: Path) -> None:
+    """A checkpoint counts positions: of other prompts, some came twice and others never."""
+    prompts = [Prompt("1", (1,), {"answer": "a"}), Prompt("2", (2,), {"answer": "b"})]
+    digest = dataset_digest(prompts)
+    RunFolder.create(tmp_path / "r", config(), BASE, dataset=digest).close()
+    folder = RunFolder.reopen(tmp_path / "r", config(), BASE)
+    folder.refuse_other_dataset(config(), digest)
+    others = [prompts[::-1], prompts[:1], [prompts[0], Prompt("2", (2,), {"answer": "c"})]]
+    for other in others:
+        with pytest.raises(Conflict, match="dataset sort_digits is not the one that run 'r' began"):
+            folder.refuse_other_dataset(config(), dataset_digest(other))
+    folder.close()
+
+
+def test_a_run_that_cannot_be_written_is_not_locked(tmp_path: Path) -> None:
+    (tmp_path / "r/things").mkdir(parents=True)
+    with pytest.raises(OSError, match="not empty"):
+        RunFolder.create(tmp_path / "r", config(), BASE)
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
 @pytest.mark.anyio

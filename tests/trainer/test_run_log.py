@@ -126,15 +126,60 @@ async def test_the_last_state_says_whether_a_run_has_ended(tmp_path: Path) -> No
     log.close()
 
 
-async def test_a_line_that_the_disk_does_not_take_leaves_no_half(tmp_path: Path) -> None:
+async def test_a_line_that_the_disk_does_not_take_waits_for_the_next_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No half of it is on disk, subscribers have it, and an outage is said once."""
+    metrics = TrainerMetrics()
+    log = RunLog(tmp_path, metrics)
+    states = [state("a"), state("b"), state("c"), StateRecord(state="completed")]
+    await log.emit(states[0])
+    whole = log.positions["metrics.jsonl"]
+    with no_file_longer_than(whole + 10):
+        for event in states[1:3]:
+            await log.emit(event)
+        with pytest.raises(OSError, match="File too large"):
+            log.write_waiting()
+    assert (tmp_path / "metrics.jsonl").stat().st_size == log.positions["metrics.jsonl"] == whole
+    assert log.detail == "c"
+    assert metrics.registry.get_sample_value("tandem_trainer_log_failures_total") == 2
+    (record,) = caplog.records
+    assert "metrics.jsonl takes no more lines: File too large" in record.message
+    assert "free space there" in record.message
+    await log.emit(states[3])
+    assert [event async for _, event in log.events()] == states
+    log.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == [event.model_dump_json() for event in states]
+
+
+async def test_a_log_that_closes_on_a_full_disk_says_what_is_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     log = RunLog(tmp_path, TrainerMetrics())
     await log.emit(state("a"))
-    whole = log.positions["metrics.jsonl"]
-    with no_file_longer_than(whole + 10), pytest.raises(OSError, match="File too large"):
-        await log.emit(state("b"))
-    assert log.positions["metrics.jsonl"] == whole
-    assert log.detail == "b"
+    with no_file_longer_than(log.positions["metrics.jsonl"]):
+        await log.emit(StateRecord(state="completed"))
+        log.close()
+    assert "metrics.jsonl lacks its last 1 lines: File too large" in caplog.records[-1].message
+    assert last_state(tmp_path) == state("a")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_tensorboard_that_died_costs_no_event(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = RunLog(tmp_path, TrainerMetrics())
+    (curves,) = (tmp_path / "tensorboard").iterdir()
+    with no_file_longer_than(curves.stat().st_size):
+        for step in range(100):
+            await log.emit(evaluation(step, 0.5))
+            await asyncio.sleep(0.001)
+            if log._tensorboard is None:
+                break
+    await log.emit(evaluation(101, 0.5))
     await log.emit(StateRecord(state="completed"))
-    assert len([event async for event in log.events()]) == 3
     log.close()
+    told = [r.message for r in caplog.records if "tensorboard takes no more" in r.message]
+    assert len(told) == 1
     assert last_state(tmp_path) == StateRecord(state="completed")

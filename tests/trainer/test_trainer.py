@@ -20,6 +20,7 @@ from services.trainer.app import create_app
 from services.trainer.fleet import Fleet
 from services.trainer.policy import Policy
 from services.trainer.run_config import RunConfig
+from services.trainer.run_log import RunLog
 from services.trainer.settings import TrainerSettings
 from services.trainer.trainer import Trainer
 from shared.errors import InvalidRequest, NotFound, RunConflict, UnexpectedPolicy
@@ -40,6 +41,7 @@ from shared.schemas import (
 )
 from shared.trainer_client import TrainerClient
 from tests.fake_replica import FakeReplica
+from tests.trainer.conftest import no_file_longer_than
 
 pytestmark = pytest.mark.anyio
 WAIT_S = 20.0
@@ -364,6 +366,120 @@ async def test_a_run_that_cannot_be_taken_up_does_not_keep_the_trainer_from_anot
     assert "the unfinished run is not taken up: no checkpoint in" in caplog.records[-1].message
     assert (await restarted.start_run(external(run_id="other"))).policy.incarnation == 1
     await restarted.stop()
+
+
+# --- what breaks --------------------------------------------------------------------------------
+
+
+def broken_device(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("CUDA error: an illegal memory access")
+
+
+async def test_a_run_whose_device_breaks_ends_and_leaves_the_trainer_to_the_next(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await trainer.start_run(external(run_id="broken"))
+    await take_steps(trainer, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.policy, "snapshot", broken_device)
+        patch.setattr(trainer.policy, "publish", broken_device)
+        await trainer.stop_run()
+        assert await end_of_run(trainer) == "failed"
+    detail = trainer.run_status().detail
+    assert "illegal memory access; see the trainer's log, then post the run again" in detail
+    assert (await trainer.start_run(EXTERNAL)).policy.incarnation == 1
+
+
+async def test_a_run_that_cannot_be_taken_up_for_want_of_memory_does_not_keep_the_trainer_starting(
+    trainer: Trainer,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    await trainer.start_run(external(run_id="mine"))
+    trainer.shut_down()
+    await history(trainer)
+    await trainer.stop()
+    restarted = Trainer(TrainerSettings(model=str(tiny_checkpoint), runs_dir=tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "start", broken_device)
+        await restarted.boot()
+    restarted.check_ready()
+    (record,) = [r for r in caplog.records if "is not taken up" in r.message]
+    assert record.exc_info
+    assert (await restarted.start_run(external(run_id="mine"))).policy.incarnation == 2
+    await restarted.stop()
+
+
+async def test_a_run_that_cannot_begin_is_no_run(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "emit", broken_device)
+        with pytest.raises(RuntimeError):
+            await trainer.start_run(external(run_id="mine"))
+    assert trainer.status().run is None
+    assert (await trainer.start_run(external(run_id="mine"))).policy.incarnation == 2
+
+
+async def test_a_full_disk_costs_no_update_and_no_answer(trainer: Trainer) -> None:
+    policy = (await trainer.start_run(EXTERNAL)).policy
+    request = train_request(policy)
+    with no_file_longer_than(100):
+        answer = await trainer.train(request)
+    assert await trainer.train(request) == answer
+    await trainer.stop_run()
+    assert steps(await history(trainer)) == [1]
+    metrics = Path(trainer.run_status().run_dir) / "metrics.jsonl"
+    assert len(metrics.read_text().splitlines()) == len(await history(trainer))
+
+
+async def test_an_update_is_answered_again_although_its_checkpoint_failed(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = (await trainer.start_run(external(checkpoint={"every_steps": 1, "keep": 1}))).policy
+    request = train_request(policy)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.policy, "snapshot", broken_device)
+        with pytest.raises(RuntimeError):
+            await trainer.train(request)
+    assert (await trainer.train(request)).policy == policy.next()
+
+
+async def test_the_step_is_the_version_although_an_adapter_could_not_be_published(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = (await trainer.start_run(EXTERNAL)).policy
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.policy, "publish", broken_device)
+        with pytest.raises(RuntimeError):
+            await trainer.train(train_request(policy))
+    answer = await trainer.train(train_request(policy.next(), key="b"))
+    assert (answer.step.step, answer.policy.version) == (2, 2)
+
+
+async def test_a_run_that_ended_keeps_its_policy_when_the_next_one_cannot_begin(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await trainer.start_run(external(run_id="old"))
+    last = await take_steps(trainer, 1)
+    await trainer.stop_run()
+    await end_of_run(trainer)
+    monkeypatch.setattr("services.trainer.trainer.make_probe", broken_device)
+    with pytest.raises(RuntimeError):
+        await trainer.start_run(external(run_id="new"))
+    status = trainer.run_status()
+    assert (status.run_id, status.policy, status.step) == ("old", last, 1)
+
+
+async def test_a_run_that_is_stopped_before_a_replica_came_never_waits_for_updates(
+    trainer: Trainer,
+) -> None:
+    await trainer.start_run(EXTERNAL)
+    await trainer.stop_run()
+    states = [event.state for event in await history(trainer) if isinstance(event, StateRecord)]
+    assert states == ["running", "stopping", "stopped"]
 
 
 # --- fleet --------------------------------------------------------------------------------------
