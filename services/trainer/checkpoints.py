@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _STATE = "state.json"
+_DAMAGED = ".damaged"
 _WEIGHTS = "adapter_model.safetensors"
 _OPTIMIZER = "optimizer.pt"
 _PACKAGES = ("torch", "peft", "transformers", "bitsandbytes")
@@ -92,15 +93,16 @@ class Checkpoints:
         """
         if step == self._newest_step:
             return
-        consumed, positions = run.consumed.state, run.log.positions
-        snapshot = await asyncio.to_thread(run.policy.snapshot)
+        consumed = run.consumed.state
 
         def write() -> None:
             run.log.sync()
             self._write(step, snapshot, consumed, positions)
-            self._remove_old()
 
         try:
+            run.log.write_waiting()  # a run that resumes has every line up to its step
+            positions = run.log.positions
+            snapshot = await asyncio.to_thread(run.policy.snapshot)
             await asyncio.to_thread(write)
         except OSError as error:
             self._metrics.checkpoints.labels("failed").inc()
@@ -115,6 +117,15 @@ class Checkpoints:
             return
         self._newest_step = step
         self._metrics.checkpoints.labels("saved").inc()
+        try:
+            await asyncio.to_thread(self._remove_old)
+        except OSError as error:
+            log.error(
+                "old checkpoints in %s could not be removed: %s; the next one that is saved tries "
+                "again: look whether the folder is writable",
+                self.dir,
+                error,
+            )
 
     def _write(
         self,
@@ -143,16 +154,19 @@ class Checkpoints:
             _write(folder / _STATE, state.model_dump_json(indent=2).encode())
 
     def _remove_old(self) -> None:
-        for folder in self._folders()[self._config.keep :]:
-            shutil.rmtree(folder)
+        """Damaged ones go with those of their age."""
+        oldest = _step(self._folders()[: self._config.keep][-1])
+        for folder in (*self._folders(), *self._folders(_DAMAGED)):
+            if _step(folder) < oldest:
+                shutil.rmtree(folder)
 
     def _folder(self, step: int) -> Path:
         return self.dir / f"step-{step:06d}"
 
-    def _folders(self) -> list[Path]:
+    def _folders(self, suffix: str = "") -> list[Path]:
         """Newest first."""
-        found = [p for p in self.dir.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+        found = [p for p in self.dir.glob(f"step-*{suffix}") if _digits(p, suffix).isdigit()]
+        return sorted(found, key=_step, reverse=True)
 
     # --- load -----------------------------------------------------------------------------------
 
@@ -173,7 +187,7 @@ class Checkpoints:
                 damaged[folder] = error
                 continue
             for bad in damaged:
-                aside = bad.with_name(bad.name + ".damaged")
+                aside = bad.with_name(bad.name + _DAMAGED)
                 shutil.rmtree(aside, ignore_errors=True)
                 bad.rename(aside)
             self._newest_step = checkpoint.state.step
@@ -184,6 +198,14 @@ class Checkpoints:
                 "restore one from a copy, or start a run with another run_id"
             )
         return None
+
+
+def _digits(folder: Path, suffix: str) -> str:
+    return folder.name.removeprefix("step-").removesuffix(suffix)
+
+
+def _step(folder: Path) -> int:
+    return int(_digits(folder, _DAMAGED))
 
 
 def write_adapter(

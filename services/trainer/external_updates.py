@@ -32,7 +32,6 @@ class ExternalUpdates:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._step = run.first_step
         self.lock = asyncio.Lock()  # held while the policy changes
         self._answers: dict[str, tuple[str, TrainResponse]] = {}  # key -> request digest, answer
 
@@ -44,20 +43,16 @@ class ExternalUpdates:
                 return answer
             await ready.wait()
             self._check(request)
-            answer = await self._update(request)
-            self._answers[request.idempotency_key] = digest, answer
-            for key in list(self._answers)[:-_KEPT_ANSWERS]:
-                del self._answers[key]
-            return answer
+            return await self._update(request, digest)
 
-    async def _update(self, request: TrainRequest) -> TrainResponse:
-        run, step = self._run, self._step + 1
+    async def _update(self, request: TrainRequest, digest: str) -> TrainResponse:
+        run = self._run
+        step = run.policy.id.version + 1  # every update of a run makes one version
         clock, meter = Clock(), Meter(run.fleet)
         try:
             learned = await learn(run.policy, run.config, request.groups, step=step, clock=clock)
         except FloatingPointError as error:
             raise InternalError(str(error)) from error
-        self._step = step
         receipts: tuple[SyncReceipt, ...] = ()
         with clock.measure("sync_s"):
             try:
@@ -67,11 +62,18 @@ class ExternalUpdates:
             except ServiceError as error:  # the update stands; replicas get it when they return
                 log.error("no replica has policy %s yet: %s", run.policy.id, error.detail)
         record = step_record(learned, clock, meter)
-        await run.log.emit(record)
-        await run.checkpoints.save_if_due(run, step)
-        return TrainResponse(
+        answer = TrainResponse(
             policy=run.policy.id, step=record, receipts=receipts, replicas=run.fleet.status()
         )
+        self._keep(request.idempotency_key, digest, answer)  # whatever becomes of what follows
+        await run.log.emit(record)
+        await run.checkpoints.save_if_due(run, step)
+        return answer
+
+    def _keep(self, key: str, digest: str, answer: TrainResponse) -> None:
+        self._answers[key] = digest, answer
+        for old in list(self._answers)[:-_KEPT_ANSWERS]:
+            del self._answers[old]
 
     def _earlier_answer(self, key: str, digest: str) -> TrainResponse | None:
         if key not in self._answers:
@@ -89,7 +91,7 @@ class ExternalUpdates:
         if run.log.state != "external" or run.stop.is_set():
             state = f"{run.log.state} {run.log.detail}".rstrip()
             raise RunConflict(
-                f"run {run.policy.id.run_id!r} is {state}: POST /train needs a run that was "
+                f"run {run.config.run_id!r} is {state}: POST /train needs a run that was "
                 'started with {"managed": false} and goes on'
             )
         if request.expected_policy != run.policy.id:

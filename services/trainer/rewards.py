@@ -51,6 +51,7 @@ class Scorer:
     def __init__(self, configs: Sequence[RewardConfig], encoder: PromptEncoder) -> None:
         self._rewards = [(config, build_reward(config)) for config in configs]
         self._encoder = encoder
+        self._lock = asyncio.Lock()  # a reward function of the user's never runs twice at once
 
     async def score(
         self, prompts: Sequence[Prompt], groups: Sequence[CompletionGroup]
@@ -70,7 +71,8 @@ class Scorer:
         totals = [0.0] * len(pairs)
         for config, reward in self._rewards:
             name = config.path if isinstance(config, FunctionReward) else config.type
-            values = _checked(await reward(batch), len(pairs), name)
+            async with self._lock:
+                values = _checked(await reward(batch), len(pairs), name)
             totals = [t + config.weight * v for t, v in zip(totals, values, strict=True)]
         remaining = iter(totals)
         return [

@@ -10,20 +10,26 @@ adapter/          the last adapter, in PEFT's format
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from services.trainer.data import Prompt
 from services.trainer.durable import new_folder, write_file
 from services.trainer.run_config import RunConfig
 from services.trainer.run_log import FINAL_STATES, last_state
 from shared.checkpoints import identity_difference
 from shared.errors import BaseMismatch, Conflict, InvalidRequest, RunConflict
-from shared.schemas import BaseIdentity
+from shared.schemas import BaseIdentity, Digest
 
+log = logging.getLogger(__name__)
 _MAY_CHANGE = frozenset(
     {
         "num_steps",
@@ -47,7 +53,8 @@ class Life(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     incarnation: int = Field(ge=1)
-    base: BaseIdentity  # what the run trains on, in every life
+    base: BaseIdentity  # what the run trains, in every life
+    dataset: Digest | None = None  # of the prompts it trains on; None for an external run
 
 
 class RunFolder:
@@ -59,13 +66,17 @@ class RunFolder:
         self._lock = lock
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig, base: BaseIdentity) -> RunFolder:
-        """The folder of a run that begins."""
-        life = Life(incarnation=1, base=base)
-        with new_folder(path) as folder:
-            lock = _lock(folder)
-            (folder / "config.json").write_text(_json(config))
-            (folder / "life.json").write_text(_json(life))
+    def create(
+        cls, path: Path, config: RunConfig, base: BaseIdentity, *, dataset: str | None = None
+    ) -> RunFolder:
+        """The folder of a run that begins; `dataset`: see `dataset_digest`."""
+        life = Life(incarnation=1, base=base, dataset=dataset)
+        with contextlib.ExitStack() as undo:
+            with new_folder(path) as folder:
+                lock = undo.enter_context(_lock(folder))
+                (folder / "config.json").write_text(_json(config))
+                (folder / "life.json").write_text(_json(life))
+            undo.pop_all()
         return cls(path, life, lock)
 
     @classmethod
@@ -98,6 +109,16 @@ class RunFolder:
             raise
         return cls(path, life, lock)
 
+    def refuse_other_dataset(self, config: RunConfig, digest: str | None) -> None:
+        """Raises Conflict for other prompts: what a checkpoint consumed are positions in them."""
+        if self.life.dataset not in (None, digest):
+            assert config.dataset, "it is managed, as it was"
+            name = getattr(config.dataset, "path", config.dataset.type)
+            raise Conflict(
+                f"dataset {name} is not the one that run {self.path.name!r} began with: restore "
+                "its rows as they were, or choose another run_id"
+            )
+
     def begin_life(self, config: RunConfig) -> None:
         """The next incarnation, under `config`."""
         self.life = self.life.model_copy(update={"incarnation": self.life.incarnation + 1})
@@ -106,6 +127,17 @@ class RunFolder:
 
     def close(self) -> None:
         self._lock.close()
+
+
+def dataset_digest(prompts: Sequence[Prompt]) -> str | None:
+    """SHA-256 of tokens and columns in their order; None for none."""
+    if not prompts:
+        return None
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        row = [prompt.token_ids, prompt.columns]
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def read_config(path: Path) -> RunConfig:
@@ -117,16 +149,21 @@ def read_config(path: Path) -> RunConfig:
 
 
 def newest_unfinished(runs_dir: Path) -> Path | None:
-    """The run that a trainer which starts takes up: nobody executes it, no last event ended it."""
-    lives = sorted(
-        runs_dir.glob("*/life.json"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    for folder in (life.parent for life in lives):
-        state = last_state(folder)
-        is_final = state is not None and state.state in FINAL_STATES
-        if not is_final and is_unattended(folder) and read_config(folder).resume == "auto":
-            return folder
-    return None
+    """The run that a trainer which starts takes up: the one whose life began last, if nobody
+    executes it and no last event ended it. An older one was left for it.
+    """
+    lives = list(runs_dir.glob("*/life.json"))
+    if not lives:
+        return None
+    folder = max(lives, key=lambda path: path.stat().st_mtime).parent
+    state = last_state(folder)
+    if (state is not None and state.state in FINAL_STATES) or not is_unattended(folder):
+        return None
+    try:
+        return folder if read_config(folder).resume == "auto" else None
+    except Conflict as error:
+        log.error("the newest run is not taken up: %s", error.detail)
+        return None
 
 
 def is_unattended(path: Path) -> bool:

@@ -1,14 +1,16 @@
 """What happened in a run: to memory and subscribers, metrics.jsonl, TensorBoard and Prometheus.
 
 A run that resumes has its files cut to where its checkpoint was; the numbers of the events before
-that stay.
+that stay. A full disk ends no run: lines wait in memory until it takes them, in their order.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,32 +20,45 @@ from services.trainer.pacing import AheadGroup
 from shared.metrics import TrainerMetrics, scalars
 from shared.schemas import EvalRecord, RunEvent, RunState, StateRecord, StepRecord
 
+log = logging.getLogger(__name__)
 EVENTS_FILE = "metrics.jsonl"
 GROUPS_FILE = "groups.jsonl"
 FINAL_STATES: tuple[RunState, ...] = ("completed", "stopped", "failed")
 _EVENT: TypeAdapter[RunEvent] = TypeAdapter(RunEvent)
+_TAIL_BYTES = 1 << 20  # longer than any line
 
 
 class LineFile:
-    """A file that grows by whole lines."""
+    """A file that grows by whole lines; those that the disk does not take wait for the next."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("ab", buffering=0)
+        self.position = os.fstat(self._file.fileno()).st_size  # bytes of whole lines
+        self._waiting: deque[bytes] = deque()
 
     @property
-    def position(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     def append(self, line: str) -> None:
-        """Write the whole line, or, with an OSError, none of it."""
-        start, rest = self.position, line.encode() + b"\n"
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        except OSError:
-            self._file.truncate(start)
-            raise
+        """Raises OSError when the disk takes no more; the line waits then."""
+        self._waiting.append(line.encode() + b"\n")
+        self.write_waiting()
+
+    def write_waiting(self) -> None:
+        """Write each line that waits whole, or, with an OSError, none of it."""
+        while self._waiting:
+            rest = line = self._waiting[0]
+            try:
+                self._file.truncate(self.position)  # a truncation below may have failed
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(self.position)
+                raise
+            self.position += len(line)
+            self._waiting.popleft()
 
     def sync(self) -> None:
         """Have on disk what was written."""
@@ -84,7 +99,7 @@ class RunLog:
             self._note(event)
         self._lines = LineFile(run_dir / EVENTS_FILE)
         self._groups = LineFile(run_dir / GROUPS_FILE)
-        self._tensorboard = SummaryWriter(
+        self._tensorboard: SummaryWriter | None = SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=first_step + 1 if self._events else None
         )
 
@@ -98,22 +113,64 @@ class RunLog:
         """The length of each file in bytes, by name."""
         return {file.path.name: file.position for file in (self._lines, self._groups)}
 
+    def write_waiting(self) -> None:
+        """Write what the disk did not take so far. Raises OSError when it takes no more."""
+        for file in (self._lines, self._groups):
+            file.write_waiting()
+
     def sync(self) -> None:
-        """Have on disk what was logged; blocks."""
+        """Have on disk what was written; blocks."""
         self._lines.sync()
         self._groups.sync()
 
     async def emit(self, event: RunEvent) -> None:
-        """Raises OSError when the disk takes no more; subscribers have the event then."""
+        """Subscribers have the event whatever the disk does."""
         self._note(event)
-        if not isinstance(event, StateRecord):
-            self._metrics.record(event)
-            for name, value in scalars(event).items():
-                self._tensorboard.add_scalar(f"{event.kind}/{name}", value, event.step)
         self._events.append(event)
+        self._write(self._lines, event.model_dump_json())
         async with self._changed:
             self._changed.notify_all()
-        self._lines.append(event.model_dump_json())
+        if not isinstance(event, StateRecord):
+            self._metrics.record(event)
+            self._plot(event)
+
+    def _write(self, file: LineFile, line: str) -> None:
+        """Append, or have the line wait: a full disk is said once, until lines are written."""
+        num_waiting = file.num_waiting
+        try:
+            file.append(line)
+        except OSError as error:
+            self._metrics.log_failures.inc()
+            if not num_waiting:
+                log.error(
+                    "%s takes no more lines: %s; the run goes on, keeps them in memory and saves "
+                    "no checkpoint until they are written: free space there",
+                    file.path,
+                    error.strerror or error,
+                )
+            return
+        if num_waiting:
+            log.info("%s has the %d lines that waited", file.path, num_waiting)
+
+    def _plot(self, event: StepRecord | EvalRecord) -> None:
+        if self._tensorboard is None:
+            return
+        try:
+            for name, value in scalars(event).items():
+                self._tensorboard.add_scalar(f"{event.kind}/{name}", value, event.step)
+        except Exception as error:  # whatever its thread died of, once and for all
+            self._give_up_tensorboard(error)
+
+    def _give_up_tensorboard(self, error: Exception) -> None:
+        self._tensorboard = None
+        self._metrics.log_failures.inc()
+        log.error(
+            "%s takes no more: %s; the curves end here, %s has all numbers: free space there, stop "
+            "the run and post it again for new curves",
+            self.run_dir / "tensorboard",
+            error,
+            EVENTS_FILE,
+        )
 
     async def emit_groups(self, step: int, groups: Sequence[AheadGroup]) -> None:
         """What `step` was trained on, one line per group."""
@@ -130,7 +187,7 @@ class RunLog:
                 ],
                 "finish_reasons": [scored.completion.finish_reason for scored in completions],
             }
-            self._groups.append(json.dumps(line))
+            self._write(self._groups, json.dumps(line))
 
     def _note(self, event: RunEvent) -> None:
         if isinstance(event, StateRecord):
@@ -157,9 +214,27 @@ class RunLog:
                     await self._changed.wait()
 
     def close(self) -> None:
-        self._lines.close()
-        self._groups.close()
-        self._tensorboard.close()
+        """Write what waits, and let go of the files; what cannot be written is lost, and said."""
+        for file in (self._lines, self._groups):
+            try:
+                try:
+                    file.write_waiting()
+                finally:
+                    file.close()
+            except OSError as error:
+                self._metrics.log_failures.inc()
+                log.error(
+                    "%s lacks its last %d lines: %s; free space there: a run that goes on does so "
+                    "from its last checkpoint",
+                    file.path,
+                    file.num_waiting,
+                    error.strerror or error,
+                )
+        if self._tensorboard is not None:
+            try:
+                self._tensorboard.close()
+            except Exception as error:  # whatever its thread died of
+                self._give_up_tensorboard(error)
 
 
 def _cut(path: Path, num_bytes: int) -> None:
@@ -185,8 +260,9 @@ def _read_events(path: Path) -> list[RunEvent]:
 def last_state(run_dir: Path) -> StateRecord | None:
     """The state record that is the last event of a run; None when another event is."""
     try:
-        lines = (run_dir / EVENTS_FILE).read_bytes().splitlines()
-        event = _EVENT.validate_json(lines[-1])
+        with (run_dir / EVENTS_FILE).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            event = _EVENT.validate_json(file.read().splitlines()[-1])
     except (FileNotFoundError, IndexError, ValidationError):  # killed early, or within a line
         return None
     return event if isinstance(event, StateRecord) else None

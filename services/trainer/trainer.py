@@ -29,6 +29,7 @@ from services.trainer.rewards import Scorer
 from services.trainer.run_config import RunConfig
 from services.trainer.run_folder import (
     RunFolder,
+    dataset_digest,
     is_unattended,
     newest_unfinished,
     read_config,
@@ -57,7 +58,6 @@ from shared.schemas import (
 )
 
 log = logging.getLogger(__name__)
-_KEPT_ANSWERS = 64
 _STOP_TIMEOUT_S = 60.0
 
 
@@ -69,15 +69,26 @@ class _CurrentRun:
     state_if_stopped: RunState = "stopped"
     ready: asyncio.Event = field(default_factory=asyncio.Event)  # a replica serves it
     task: asyncio.Task[None] | None = None
+    last_policy: PolicyId | None = None  # once it has ended: the policy is the next run's then
     updates: ExternalUpdates = field(init=False)
 
     def __post_init__(self) -> None:
         self.updates = ExternalUpdates(self.run)
 
     @property
+    def policy(self) -> PolicyId:
+        return self.last_policy or self.run.policy.id
+
+    @property
     def state_if_failed(self) -> RunState:
         """When everything is told to exit at once, replicas may be gone before the trainer is."""
         return "suspended" if self.state_if_stopped == "suspended" else "failed"
+
+    def close(self) -> None:
+        try:
+            self.run.log.close()
+        finally:
+            self.folder.close()
 
 
 class Trainer:
@@ -144,10 +155,12 @@ class Trainer:
                 return
             log.info("run %s in %s is unfinished: it is taken up", path.name, path)
             await self._start(read_config(path))
-        except (ServiceError, OSError) as error:
+        except Exception as error:  # whatever it is, the trainer serves another run
+            trace = None if isinstance(error, ServiceError | OSError) else error
             log.error(
                 "the unfinished run is not taken up: %s",
                 error.detail if isinstance(error, ServiceError) else error,
+                exc_info=trace,
             )
 
     def _load_policy(self) -> Policy:
@@ -220,14 +233,14 @@ class Trainer:
         if current := self._current:
             if not current.run.log.has_ended:
                 raise RunConflict(
-                    f"run {current.run.policy.id.run_id!r} is {current.run.log.state}: stop it "
+                    f"run {current.run.config.run_id!r} is {current.run.log.state}: stop it "
                     "with POST /runs/current/stop first"
                 )
             assert current.task
             await asyncio.wait({current.task})  # it leaves its folder
         run_id = config.run_id or time.strftime("run-%Y%m%d-%H%M%S-") + secrets.token_hex(2)
         config = config.model_copy(update={"run_id": run_id})
-        self._current = current = await self._prepare(config)
+        current = await self._prepare(config)
         run = current.run
         detail = "waiting for a replica"
         if config.managed and self._knows_no_replica:
@@ -237,8 +250,13 @@ class Trainer:
             )
         if current.folder.life.incarnation > 1:
             detail = f"resumed after step {run.first_step}; {detail}"
-        await run.log.emit(StateRecord(state="running", detail=detail))
+        try:
+            await run.log.emit(StateRecord(state="running", detail=detail))
+        except BaseException:
+            current.close()
+            raise
         current.task = asyncio.create_task(self._execute(current))
+        self._current = current
         return self.run_status()
 
     async def _prepare(self, config: RunConfig) -> _CurrentRun:
@@ -253,6 +271,9 @@ class Trainer:
             )
             saved = await asyncio.to_thread(checkpoints.load)
             prompts, held_out = await asyncio.to_thread(_load_data, config, policy)
+            dataset = await asyncio.to_thread(dataset_digest, prompts)
+            if folder:
+                folder.refuse_other_dataset(config, dataset)
             scorer = Scorer(config.rewards, policy.encoder)
             incarnation = folder.life.incarnation + 1 if folder else 1
             begin = PolicyId(run_id=config.run_id, incarnation=incarnation, version=0)
@@ -264,7 +285,9 @@ class Trainer:
             )
             policy.set_probe(probe.sequences)
             if folder is None:
-                folder = await asyncio.to_thread(RunFolder.create, path, config, policy.identity)
+                folder = await asyncio.to_thread(
+                    RunFolder.create, path, config, policy.identity, dataset=dataset
+                )
             else:
                 await asyncio.to_thread(folder.begin_life, config)
             if saved:
@@ -313,45 +336,56 @@ class Trainer:
                 ),
             )
             current.ready.set()
-            if not run.config.managed:
-                await run.log.emit(StateRecord(state="external", detail="waiting for POST /train"))
-                await run.stop.wait()
-                async with current.updates.lock:  # an update that runs is finished and answered
-                    pass
-            elif not run.stop.is_set():
-                await run.log.emit(StateRecord(state="running"))
-                await train(run)
+            if not run.stop.is_set():
+                if run.config.managed:
+                    await run.log.emit(StateRecord(state="running"))
+                    await train(run)
+                else:
+                    await run.log.emit(
+                        StateRecord(state="external", detail="waiting for POST /train")
+                    )
+                    await run.stop.wait()
+            async with current.updates.lock:  # an update that runs is finished and answered
+                pass
             await run.checkpoints.save(run, run.policy.id.version)
-            state = current.state_if_stopped if run.stop.is_set() else "completed"
+            num_steps = run.config.num_steps
+            is_complete = num_steps is not None and run.policy.id.version >= num_steps
+            state = "completed" if is_complete else current.state_if_stopped
             await self._end(run, StateRecord(state=state))
         except ServiceError as error:
-            log.error("run %s failed: %s", run.policy.id.run_id, error.detail)
+            log.error("run %s failed: %s", run.config.run_id, error.detail)
             await self._end(run, StateRecord(state=current.state_if_failed, detail=error.detail))
         except asyncio.CancelledError:
             detail = "the trainer was stopped within a step"
             await run.log.emit(StateRecord(state=current.state_if_failed, detail=detail))
             raise
         except Exception as error:  # the run ends; the trainer and what it knows stay
-            log.error("run %s failed", run.policy.id.run_id, exc_info=error)
-            detail = f"{type(error).__name__}: {error}"
+            log.error("run %s failed", run.config.run_id, exc_info=error)
+            detail = (
+                f"{type(error).__name__}: {error}; see the trainer's log, then post the run again: "
+                "it goes on from its last checkpoint."
+            )
             await self._end(run, StateRecord(state="failed", detail=detail))
         finally:
+            current.last_policy = run.policy.id
             current.ready.set()
-            run.log.close()
-            current.folder.close()
+            current.close()
 
     async def _end(self, run: Run, last: StateRecord) -> None:
         """Save what was learned, however the run ended, and emit its last event."""
         try:
             await asyncio.to_thread(save_adapter, run)
-        except OSError as error:
-            detail = f"{last.detail} The adapter could not be saved: {error}".strip()
-            last = StateRecord(state="failed", detail=detail)
-        log.info("run %s ended at policy %s: %s", run.policy.id.run_id, run.policy.id, last.state)
-        try:
+        except Exception as error:  # a device that is broken, a disk that is full: it ends anyway
+            log.error("the adapter of run %s is not saved", run.config.run_id, exc_info=error)
+            detail = (
+                f"{last.detail} The adapter could not be saved in {run.log.run_dir}: {error}; see "
+                "the trainer's log, then post the run again."
+            )
+            state = last.state if last.state == "suspended" else "failed"  # its next life saves it
+            last = StateRecord(state=state, detail=detail.strip())
+        finally:
+            log.info("run %s ended at policy %s: %s", run.config.run_id, run.policy.id, last.state)
             await run.log.emit(last)
-        except OSError as error:  # who listens knows; the next process will take the run up
-            log.error("the end of the run could not be written in %s: %s", run.log.run_dir, error)
 
     def _requirements(self, current: _CurrentRun) -> Requirements:
         run, config = current.run, current.run.config
@@ -387,15 +421,15 @@ class Trainer:
         return self._current
 
     def run_status(self) -> RunStatus:
-        run = self._run().run
-        last_step = run.log.last_step
+        current = self._run()
+        run, last_step = current.run, current.run.log.last_step
         return RunStatus(
-            run_id=run.policy.id.run_id,
+            run_id=current.policy.run_id,
             state=run.log.state,
             detail=run.log.detail,
             step=last_step.step if last_step else run.first_step,
             num_steps=run.config.num_steps,
-            policy=run.policy.id,
+            policy=current.policy,
             last_step=last_step,
             last_eval=run.log.last_eval,
             run_dir=str(run.log.run_dir),

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from services.trainer.app import create_app
 from services.trainer.fleet import Fleet
+from services.trainer.loop import Run
 from services.trainer.policy import Policy
 from services.trainer.run_config import RunConfig
 from services.trainer.run_log import RunLog
+from services.trainer.samples import Sample
 from services.trainer.settings import TrainerSettings
 from services.trainer.trainer import Trainer
-from shared.errors import InvalidRequest, NotFound, RunConflict, UnexpectedPolicy
+from shared.errors import Conflict, InvalidRequest, NotFound, RunConflict, UnexpectedPolicy
 from shared.schemas import (
     AdapterManifest,
     Completion,
@@ -42,6 +44,7 @@ from shared.schemas import (
 from shared.trainer_client import TrainerClient
 from tests.fake_replica import FakeReplica
 from tests.trainer.conftest import no_file_longer_than
+from tests.trainer.test_policy import train_a_little
 
 pytestmark = pytest.mark.anyio
 WAIT_S = 20.0
@@ -368,6 +371,43 @@ async def test_a_run_that_cannot_be_taken_up_does_not_keep_the_trainer_from_anot
     await restarted.stop()
 
 
+async def test_a_run_whose_dataset_was_edited_does_not_go_on(
+    trainer: Trainer, tmp_path: Path
+) -> None:
+    dataset = tmp_path / "prompts.jsonl"
+    rows = [json.dumps({"prompt": f"s{i}=", "answer": str(i)}) for i in range(4)]
+    dataset.write_text("\n".join(rows))
+    config = RunConfig.model_validate(
+        {
+            "run_id": "mine",
+            "num_steps": 1,
+            "dataset": {"type": "jsonl", "path": str(dataset)},
+            "rewards": [{"type": "exact_match"}],
+        }
+    )
+    for _ in range(2):
+        await trainer.start_run(config)
+        await trainer.stop_run()
+        assert await end_of_run(trainer) == "stopped"
+    dataset.write_text("\n".join(rows[1:]))
+    with pytest.raises(Conflict, match=r"prompts\.jsonl is not the one that run 'mine' began with"):
+        await trainer.start_run(config)
+
+
+async def test_a_run_that_is_stopped_within_its_last_step_is_completed(
+    trainer: Trainer, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def last_step(run: Run) -> None:
+        train_a_little(run.policy, samples)
+        await trainer.stop_run()
+
+    monkeypatch.setattr("services.trainer.trainer.train", last_step)
+    await join(trainer)
+    small = {"lora": EXTERNAL.lora, "sampling": SamplingParams(n=2, max_tokens=4)}
+    await trainer.start_run(MANAGED.model_copy(update=small))
+    assert await end_of_run(trainer) == "completed"
+
+
 # --- what breaks --------------------------------------------------------------------------------
 
 
@@ -423,6 +463,7 @@ async def test_a_run_that_cannot_begin_is_no_run(
     assert (await trainer.start_run(external(run_id="mine"))).policy.incarnation == 2
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_a_full_disk_costs_no_update_and_no_answer(trainer: Trainer) -> None:
     policy = (await trainer.start_run(EXTERNAL)).policy
     request = train_request(policy)
