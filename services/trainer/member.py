@@ -249,7 +249,8 @@ class Member:
         if self.state not in ("serving", "admitting"):
             return
         self.num_failures += 1
-        backoff_s = min(self._interval_s * 2.0 ** (self.num_failures - 1) / 2, _MAX_BACKOFF_S)
+        doublings = min(self.num_failures - 1, 10)
+        backoff_s = min(self._interval_s / 2 * 2.0**doublings, _MAX_BACKOFF_S)
         self._not_before = now() + backoff_s
         self._lose(error)
         self.wake()
