@@ -7,15 +7,17 @@ it has to do: the losses of a run that was interrupted are those of one that was
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from shared.schemas import PolicyId
+from tests.faulty_proxy import FaultyProxy
 from tests.replica_process import ReplicaProcess, eventually, start_replica, wait_until_ready
 from tests.trainer_process import TrainerProcess, lines, start_trainer
 
@@ -162,6 +164,32 @@ def wait_for_a_write(folder: Path, trainer: TrainerProcess) -> None:
             if any(name.endswith(".writing") for name in os.listdir(folder)):
                 return
         assert trainer.run().state == "running", "every write was too fast to be caught"
+
+
+@pytest.mark.faults
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("direction", "after_bytes"),
+    [("up", 0), ("up", 50_000), ("down", 0)],
+    ids=["published-not-sent", "half-sent", "loaded-not-acknowledged"],
+)
+async def test_a_trainer_that_is_killed_while_it_pushes_a_version_publishes_another_in_its_place(
+    place: Place,
+    whole_run: list[dict[str, Any]],
+    direction: Literal["up", "down"],
+    after_bytes: int,
+) -> None:
+    """The replica may hold the version that the next life trains again: in its own incarnation."""
+    run_id = f"pushing-{direction}-{after_bytes}"
+    place.end()
+    async with FaultyProxy(place.replica.url) as proxy:
+        trainer = await asyncio.to_thread(start_trainer, place.root, place.checkpoint, proxy.url)
+        await asyncio.to_thread(trainer.start_run, **CONFIG, run_id=run_id)
+        await asyncio.to_thread(until, lambda: len(place.steps(run_id)) >= CHECKPOINT_EVERY)
+        cut = proxy.cut(direction, after_bytes=after_bytes, match="POST /sync_weights")
+        await asyncio.wait_for(cut.made.wait(), WAIT_S)
+        trainer.kill()
+    await asyncio.to_thread(check_run, place, run_id, incarnation=2, whole_run=whole_run)
 
 
 @pytest.mark.faults
