@@ -76,8 +76,8 @@ async def train(run: Run) -> None:
     """All steps of a managed run. Once `stop` is set, it returns without another update."""
     config, num_steps = run.config, run.config.num_steps
     assert num_steps
-    if run.first_step == 0:
-        await unless_stopped(run, evaluate(run, step=0))
+    if needs_eval(config, run.first_step, run.log.last_eval):  # a stop may have cut it short
+        await unless_stopped(run, evaluate(run, run.first_step))
     async with groups_ahead(run) as ahead:
         for step in range(run.first_step + 1, num_steps + 1):
             clock, meter = Clock(), Meter(run.fleet)
@@ -93,9 +93,16 @@ async def train(run: Run) -> None:
             ahead.release(learned.adapter.policy)
             await run.log.emit_groups(step, batch.groups)
             await run.log.emit(step_record(learned, clock, meter, batch))
-            if config.eval and (step % config.eval.every_steps == 0 or step == num_steps):
+            if needs_eval(config, step, run.log.last_eval):
                 await unless_stopped(run, evaluate(run, step))
             await run.checkpoints.save_if_due(run, step)
+
+
+def needs_eval(config: RunConfig, step: int, last: EvalRecord | None) -> bool:
+    """True when an evaluation after `step` is due and has not been made."""
+    if config.eval is None or (last and last.step == step):
+        return False
+    return step % config.eval.every_steps == 0 or step == config.num_steps
 
 
 def groups_ahead(run: Run) -> Ahead:
