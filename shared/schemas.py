@@ -14,6 +14,7 @@ was accepted cannot change. `logprobs` are natural logarithms; `_s` is seconds, 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -487,16 +488,23 @@ RunEvent = Annotated[StepRecord | EvalRecord | StateRecord, Field(discriminator=
 # --- fleet --------------------------------------------------------------------------------------
 
 
-_HOST = r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)"
-_REPLICA_URL = rf"^https?://{_HOST}(:([1-9]\d{{0,3}}|[1-5]\d{{4}}|6[0-4]\d{{3}}|65[0-4]\d\d|655[0-2]\d|6553[0-5]))?/?$"
+_REPLICA_URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[\w-]+(\.[\w-]+)*):(\d{1,5})/?", re.ASCII)
 
 
 class ReplicaRegistration(Wire):
     """`POST /replicas`: a replica at `url` may serve; with a lease it says so again in time."""
 
-    url: str = Field(pattern=_REPLICA_URL, max_length=300)
+    url: str = Field(max_length=300)
     lease_s: float | None = Field(gt=0, le=86400, default=None)  # None: until it is removed
     boot_id: str | None = None  # of the process; a new one ends an earlier removal
+
+    @field_validator("url")
+    @classmethod
+    def _names_one_address(cls, url: str) -> str:
+        match = _REPLICA_URL.fullmatch(url)
+        if match is None or not 0 < int(match[3]) < 65536:
+            raise ValueError("write http://host:port, without a path")
+        return url
 
 
 ReplicaState = Literal["discovered", "admitting", "serving", "draining", "quarantined", "gone"]

@@ -68,7 +68,9 @@ def parse_options() -> tuple[argparse.Namespace, RunConfig]:
     )
     options = parser.parse_args()
     if options.replicas < (2 if options.chaos else 1):
-        parser.error(f"--replicas is {options.replicas}: ask for at least 1, with --chaos 2")
+        parser.error(
+            "--chaos needs --replicas 2 or more" if options.chaos else "--replicas is at least 1"
+        )
     changes = {"num_steps": options.steps, "seed": options.seed}
     try:
         return options, demo_config(**{k: v for k, v in changes.items() if v is not None})

@@ -14,7 +14,7 @@ import logging
 import socket
 from urllib.parse import urlsplit
 
-from shared.errors import ServiceError, Unavailable
+from shared.errors import ServiceError, Unauthorized, Unavailable
 from shared.schemas import ReplicaRegistration
 from shared.trainer_client import TrainerClient
 
@@ -48,8 +48,17 @@ class Registration:
         while True:
             try:
                 await self._renew(boot_id)
+            except Unauthorized:
+                self._say(
+                    logging.WARNING,
+                    f"not registered: {self._trainer.url} refuses this replica's key: start both "
+                    "with the same TANDEM_API_KEY",
+                )
             except ServiceError as error:
-                self._say(logging.WARNING, f"not registered with {self._trainer.url}: {error}")
+                self._say(
+                    logging.WARNING,
+                    f"not registered with {self._trainer.url}, asking again: {error}",
+                )
             await asyncio.sleep(self._lease_s / 3)
 
     async def end(self) -> None:

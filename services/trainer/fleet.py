@@ -71,6 +71,7 @@ class Fleet:
         self._members: dict[str, Member] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._looking: asyncio.Task[None] | None = None
+        self._nowhere: list[str] = []  # configured names without an address
         self._goal: Goal | None = None
         self._changed = asyncio.Event()
         self._said_stalled_at = -math.inf  # by now()
@@ -116,6 +117,11 @@ class Fleet:
     async def look(self) -> None:
         """Find out which addresses are configured now, and which leases have ended."""
         found = await asyncio.gather(*map(self._resolve, self._urls))
+        nowhere = [url for url, urls in zip(self._urls, found, strict=True) if urls == set()]
+        if nowhere != self._nowhere:
+            self._nowhere = nowhere
+            if nowhere:
+                log.warning("no address is known for %s: is the name right?", ", ".join(nowhere))
         if None not in found:  # else the resolver is away: who is known stays
             listed = {url for urls in found if urls for url in urls}
             for url in listed:
@@ -154,7 +160,9 @@ class Fleet:
         member = self._join(url, "registered")
         member.lease_until = now() + (registration.lease_s or math.inf)
         # A renewal of the same process is no reason to trust it again.
-        if registration.lease_s is None or registration.boot_id != member.boot_id:
+        known = (member.boot_id, member.announced_boot_id)
+        member.announced_boot_id = registration.boot_id
+        if registration.lease_s is None or registration.boot_id not in known:
             member.welcome()
         return member.status()
 
@@ -193,19 +201,26 @@ class Fleet:
                 await self._changed.wait()
 
     async def _stalled(self, policy: PolicyId, *, since: float, deadline: float) -> None:
-        """Wait for a replica that serves `policy`, and say so when it takes long."""
+        """Wait for replicas that serve `policy`, and say so when it takes long."""
         if now() - max(since, self._said_stalled_at) > _SAY_STALLED_EVERY_S:
             self._said_stalled_at = now()
-            log.warning("no replica serves policy %s now: %s", policy, self._details())
+            log.warning("waiting: %s", self._serving_report(policy))
         await self._change(deadline)
 
+    def _serving_report(self, policy: PolicyId) -> str:
+        assert self._goal
+        num_needed = self._goal.requirements.min_ready_replicas
+        return (
+            f"{self.num_serving(policy)} of {num_needed} replicas that must serve policy {policy} "
+            f"do ({self._details()})"
+        )
+
     def _details(self) -> str:
-        if not self._members:
-            return (
-                "no replica is known: set TRAINER_ROLLOUT_URLS, or start one with "
-                "ROLLOUT_TRAINER_URL"
-            )
-        return "; ".join(f"{m.client.url} {m.state}: {m.detail}" for m in self._members.values())
+        known = [f"{m.client.url} {m.state} {m.detail}".rstrip() for m in self._members.values()]
+        known += [f"{url} has no address: is the name right?" for url in self._nowhere]
+        return "; ".join(known) or (
+            "no replica is known: set TRAINER_ROLLOUT_URLS, or start one with ROLLOUT_TRAINER_URL"
+        )
 
     # --- a run ----------------------------------------------------------------------------------
 
@@ -261,10 +276,7 @@ class Fleet:
             if errors and all(errors) and errors[0]:
                 raise errors[0]
             if now() > deadline:
-                raise Unavailable(
-                    f"{self.num_serving(goal.newest)} of {num_replicas} replicas serve policy "
-                    f"{goal.newest} ({self._details()}): start one, or see its log"
-                )
+                raise Unavailable(f"{self._serving_report(goal.newest)}: start one, or see its log")
             await self._stalled(goal.newest, since=started, deadline=deadline)
         grace_until = now() + max(_MIN_GRACE_S, now() - started)
         while now() < grace_until and any(

@@ -151,6 +151,7 @@ class Member:
         self.state: ReplicaState = "discovered"
         self.detail = "not asked yet"
         self.boot_id: str | None = None
+        self.announced_boot_id: str | None = None  # by its last registration
         self.error: ServiceError | None = None  # why it is quarantined
         self.is_configured = False  # its address is one of the configured ones now
         self.lease_until = -math.inf  # of its registration; by now()

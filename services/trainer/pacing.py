@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 from services.trainer.data import Consumed, Prompt, PromptStream
@@ -108,7 +109,7 @@ class Ahead:
     _error: Exception | None = None
 
     async def __aenter__(self) -> Self:
-        self._spawn(self._score_what_comes())
+        self._spawn(self._score_what_comes)
         self._start_groups()
         return self
 
@@ -153,7 +154,7 @@ class Ahead:
 
     def _start_groups(self) -> None:
         num_places = self.batch_size * (self.max_staleness + 1)
-        while self.num_groups and len(self._groups) + len(self._taken) < num_places:
+        while self.num_groups > 0 and len(self._groups) + len(self._taken) < num_places:
             while self._next_position in self.consumed:
                 self._next_position += 1
             position = self._next_position
@@ -162,12 +163,12 @@ class Ahead:
             prompt = self.prompts.at(position)
             group = AheadGroup(position, prompt, self.policy, time.perf_counter())
             self._groups.append(group)
-            self._spawn(self._sample(group))
+            self._spawn(partial(self._sample, group))
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> None:
         async def work_or_fail() -> None:
             try:
-                await work
+                await work()
             except Exception as error:  # whatever it is: `take` raises it
                 self._error = error
                 self._changed.set()

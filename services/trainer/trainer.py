@@ -270,6 +270,11 @@ class Trainer:
                 path, config.checkpoint, source=policy.source, metrics=self.metrics
             )
             saved = await asyncio.to_thread(checkpoints.load)
+            if saved and config.num_steps and config.num_steps < saved.state.step:
+                raise InvalidRequest(
+                    f"num_steps is {config.num_steps}, run {config.run_id!r} has taken "
+                    f"{saved.state.step} already: set it to more"
+                )
             prompts, held_out = await asyncio.to_thread(_load_data, config, policy)
             dataset = await asyncio.to_thread(dataset_digest, prompts)
             if folder:

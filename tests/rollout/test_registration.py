@@ -167,7 +167,7 @@ async def test_a_trainer_whose_name_does_not_resolve_is_asked_again(
 
 
 async def test_a_wrong_key_is_said(trainer: FakeTrainer, caplog: pytest.LogCaptureFixture) -> None:
-    await kept(trainer.registration(api_key="other"), lambda: "send the key" in caplog.text)
+    await kept(trainer.registration(api_key="other"), lambda: "same TANDEM_API_KEY" in caplog.text)
 
 
 async def test_a_quarantine_is_said(trainer: FakeTrainer, caplog: pytest.LogCaptureFixture) -> None:

@@ -255,7 +255,7 @@ async def test_waiting_for_a_replica_ends_at_the_deadline_with_what_was_seen() -
     """tinker-cookbook#234: "no progress made" without a diagnosis."""
     world = World(1)
     world[0].crash()
-    with pytest.raises(Unavailable, match=r"10\.0\.0\.0:8000 discovered: .*ConnectError"):
+    with pytest.raises(Unavailable, match=r"10\.0\.0\.0:8000 discovered .*ConnectError"):
         await world.begin(timeout_s=3, min_ready_replicas=1)
 
 
@@ -615,6 +615,29 @@ async def test_a_lease_that_is_not_renewed_ends() -> None:
     assert world.states() == ["discovered"]
     await asyncio.sleep(10)
     assert world.states() == ["gone"]
+
+
+@in_virtual_time
+async def test_a_configured_name_without_an_address_is_named() -> None:
+    world = World(0)
+    with pytest.raises(Unavailable, match="http://rollout:8000 has no address"):
+        await world.begin(timeout_s=3, min_ready_replicas=1)
+
+
+@in_virtual_time
+async def test_a_renewal_does_not_end_the_quarantine_of_a_process_that_refuses_the_key() -> None:
+    async def refuse(_: httpx.Request) -> httpx.Response:
+        error = Unauthorized("send the key")
+        return httpx.Response(error.status, json=error.to_problem())
+
+    world = World(1, urls=[])
+    world.fleet._connect = lambda url: RolloutClient(url, transport=httpx.MockTransport(refuse))
+    registration = ReplicaRegistration(url=world[0].url, lease_s=10, boot_id="its own")
+    world.fleet.register(registration)
+    await asyncio.sleep(3)
+    for _ in range(3):
+        assert world.fleet.register(registration).state == "quarantined"
+        await asyncio.sleep(3)
 
 
 @in_virtual_time
