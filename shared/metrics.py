@@ -98,6 +98,12 @@ class TrainerMetrics:
             ["state"],
             registry=self.registry,
         )
+        self.request_errors = Counter(
+            "tandem_trainer_request_errors",
+            "What ended streams of replicas early, by type of error",
+            ["type"],
+            registry=self.registry,
+        )
         self._replica_states: dict[str, str] = {}
 
     def record_replica(self, id: str, old_state: str, new_state: str) -> None:

@@ -104,7 +104,7 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.delete("/replicas/{id}")
     async def remove(id: str) -> ReplicaStatus:
-        return await trainer.fleet.remove(id)
+        return trainer.fleet.remove(id)
 
     @app.get("/status")
     async def status() -> TrainerStatus:

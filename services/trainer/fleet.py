@@ -145,6 +145,8 @@ class Fleet:
             find_twin=self._find_twin,
         )
         log.info("replica %s is known: %s", identity, source)
+        if self._metrics:
+            self._metrics.record_replica(identity, member.state, member.state)
         member.assign(self._goal)
         self._keepers[identity] = asyncio.create_task(member.keep())
         return member
@@ -166,7 +168,7 @@ class Fleet:
             member.welcome()
         return member.status()
 
-    async def remove(self, identity: str) -> ReplicaStatus:
+    def remove(self, identity: str) -> ReplicaStatus:
         """Take a replica out: it finishes what it has. Raises NotFound."""
         if identity not in self._members:
             known = ", ".join(self._members) or "none"
@@ -212,10 +214,11 @@ class Fleet:
         num_needed = self._goal.requirements.min_ready_replicas
         return (
             f"{self.num_serving(policy)} of {num_needed} replicas that must serve policy {policy} "
-            f"do ({self._details()})"
+            f"do ({self.details()})"
         )
 
-    def _details(self) -> str:
+    def details(self) -> str:
+        """Each replica with its state and why, and the names behind which there is none."""
         known = [f"{m.client.url} {m.state} {m.detail}".rstrip() for m in self._members.values()]
         known += [f"{url} has no address: is the name right?" for url in self._nowhere]
         return "; ".join(known) or (
@@ -343,7 +346,7 @@ class Fleet:
         while True:
             if now() > deadline:
                 raise Unavailable(
-                    f"a request for policy {policy} was not completed in time ({self._details()}): "
+                    f"a request for policy {policy} was not completed in time ({self.details()}): "
                     "start more replicas, or raise generate_timeout_s"
                 )
             for wanted in (policy, self._goal.newest):
@@ -394,6 +397,9 @@ class Fleet:
 
     def _learn_from(self, member: Member, policy: PolicyId, error: ServiceError) -> bool:
         """What an error says about the member; True when it may say something of the request."""
+        log.info("replica %s ended a request early: %s", member.id, error.detail)
+        if self._metrics:
+            self._metrics.request_errors.labels(type(error).__name__).inc()
         match error:
             case Overloaded():
                 member.busy_until = now() + pause_s(error, _WAIT_S)

@@ -91,7 +91,7 @@ async def train(run: Run) -> None:
                 timeout_s = max(config.generate_timeout_s, config.sync_timeout_s)
                 await run.fleet.sync(learned.adapter, timeout_s=timeout_s)
             ahead.release(learned.adapter.policy)
-            await run.log.emit_groups(step, batch.groups)
+            run.log.emit_groups(step, batch.groups)
             await run.log.emit(step_record(learned, clock, meter, batch))
             if needs_eval(config, step, run.log.last_eval):
                 await unless_stopped(run, evaluate(run, step))

@@ -16,7 +16,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -290,11 +290,9 @@ class Member:
         while True:
             self._wake.clear()
             await self.advance()
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(self._interval_s):
                     await self._wake.wait()
-            except TimeoutError:
-                pass  # nobody asked: time to look again
 
     async def advance(self) -> None:
         """One look at the replica, and what follows from it."""

@@ -172,7 +172,7 @@ class RunLog:
             EVENTS_FILE,
         )
 
-    async def emit_groups(self, step: int, groups: Sequence[AheadGroup]) -> None:
+    def emit_groups(self, step: int, groups: Sequence[AheadGroup]) -> None:
         """What `step` was trained on, one line per group."""
         for group in groups:
             assert group.scored, "it was trained on"

@@ -244,10 +244,7 @@ class Trainer:
         run = current.run
         detail = "waiting for a replica"
         if config.managed and self._knows_no_replica:
-            detail = (
-                "no replica is known: set TRAINER_ROLLOUT_URLS, or start one with "
-                "ROLLOUT_TRAINER_URL"
-            )
+            detail = self._fleet.details()
         if current.folder.life.incarnation > 1:
             detail = f"resumed after step {run.first_step}; {detail}"
         try:

@@ -646,7 +646,7 @@ async def test_a_removed_replica_finishes_its_requests_and_stays_out() -> None:
     await world.begin(version=1)
     groups = world.generate(4, version=1)
     await asyncio.sleep(0.1)
-    status = await world.fleet.remove("10.0.0.0:8000")
+    status = world.fleet.remove("10.0.0.0:8000")
     assert status.state == "draining"
     check_groups(await groups, n=N, max_tokens=MAX_TOKENS)
     assert world.fleet.num_continued == 0
@@ -660,7 +660,7 @@ async def test_a_removed_replica_finishes_its_requests_and_stays_out() -> None:
     await asyncio.sleep(5)
     assert world.states() == ["serving", "serving"]
     with pytest.raises(NotFound, match="known are: 10"):
-        await world.fleet.remove("nobody:1")
+        world.fleet.remove("nobody:1")
 
 
 @in_virtual_time

@@ -85,7 +85,7 @@ class World:
             case "register":
                 self.register(index)
             case "remove":
-                await self.fleet.remove(f"10.0.0.{index}:8000")
+                self.fleet.remove(f"10.0.0.{index}:8000")
             case "sync":
                 self.version += 1
                 # It may fail now: the goal stays, and replicas get it when they can.
