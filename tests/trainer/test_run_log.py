@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -169,7 +170,9 @@ async def test_a_log_that_closes_on_a_full_disk_says_what_is_lost(
 async def test_tensorboard_that_died_costs_no_event(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    threads = set(threading.enumerate())
     log = RunLog(tmp_path, TrainerMetrics())
+    (writer,) = set(threading.enumerate()) - threads
     (curves,) = (tmp_path / "tensorboard").iterdir()
     with no_file_longer_than(curves.stat().st_size):
         for step in range(100):
@@ -177,6 +180,7 @@ async def test_tensorboard_that_died_costs_no_event(
             await asyncio.sleep(0.001)
             if log._tensorboard is None:
                 break
+    writer.join(timeout=10)  # or its last words land in the test that follows
     await log.emit(evaluation(101, 0.5))
     await log.emit(StateRecord(state="completed"))
     log.close()
