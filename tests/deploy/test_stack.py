@@ -1,0 +1,307 @@
+"""The CPU stack at work: a run, requests from outside, swaps, kills, scaling, and the end of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shared.adapters import content_digest
+from shared.errors import Unauthorized
+from shared.schemas import GenerateRequest, RunStatus, SamplingParams
+from tests.deploy.stack import ROOT, Stack, address, inspect, run, wait_for
+
+pytestmark = [pytest.mark.compose, pytest.mark.anyio, pytest.mark.timeout(600)]
+
+PROMPT = GenerateRequest(prompts=("s53812=",), sampling=SamplingParams(n=2, max_tokens=8, seed=7))
+
+
+def run_config(num_steps: int) -> dict[str, Any]:
+    config = yaml.safe_load((ROOT / "examples/demo/run.yaml").read_text())
+    del config["eval"]
+    return {**config, "num_steps": num_steps, "replace_run": True}
+
+
+async def wait_for_run(stack: Stack, *, step: int) -> RunStatus:
+    """Until the run is there, or has ended."""
+    async with asyncio.timeout(240), stack.trainer() as trainer:
+        while True:
+            status = await trainer.run()
+            if status.step >= step or status.state not in ("starting", "running"):
+                return status
+            await asyncio.sleep(0.5)
+
+
+@contextlib.asynccontextmanager
+async def running(stack: Stack) -> AsyncIterator[None]:
+    """A run that goes on during the block, is at work when it begins, and stopped after it."""
+    async with stack.trainer() as trainer:
+        await trainer.start_run(run_config(10_000))
+        assert (await wait_for_run(stack, step=1)).state == "running"
+        yield
+        await trainer.stop_run()
+
+
+async def serving(stack: Stack) -> dict[str, int]:
+    """The version of every replica that serves the run, by address."""
+    async with stack.trainer() as trainer:
+        replicas = (await trainer.replicas()).replicas
+    return {r.id: r.policy.version for r in replicas if r.state == "serving" and r.policy}
+
+
+async def wait_until_serving(stack: Stack, *addresses: str) -> None:
+    async with asyncio.timeout(180):
+        while set(addresses) - set(await serving(stack)):
+            await asyncio.sleep(0.5)
+
+
+@pytest.fixture
+def load(stack: Stack) -> Iterator[subprocess.Popen[str]]:
+    """Four clients that send requests to the replicas, from inside the network."""
+    stack.must_compose("exec", "-T", "trainer", "rm", "-f", "/tmp/stop")
+    process = subprocess.Popen(
+        ["docker", "compose", "exec", "-T", "trainer", "python", "-", "/tmp/stop"],
+        cwd=stack.folder,
+        env=stack.environment,
+        stdin=(ROOT / "tests/deploy/load.py").open(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def end_of(load: subprocess.Popen[str], stack: Stack) -> dict[str, int]:
+    stack.must_compose("exec", "-T", "trainer", "touch", "/tmp/stop")
+    output, errors = load.communicate(timeout=60)
+    assert load.returncode == 0, errors
+    results: dict[str, int] = json.loads(output)
+    return results
+
+
+# --- at work -------------------------------------------------------------------------------------
+
+
+async def test_a_run_started_by_rest_learns_on_both_replicas(stack: Stack) -> None:
+    async with stack.trainer() as trainer:
+        started = await trainer.start_run(run_config(5))
+        ended = await wait_for_run(stack, step=5)
+        assert ended.policy.version == 5
+        assert (ended.run_id, started.step) == (started.run_id, 0)
+        async with asyncio.timeout(60):
+            while (await trainer.run()).state != "completed":
+                await asyncio.sleep(0.2)
+    assert set((await serving(stack)).values()) == {5}
+    assert len(await serving(stack)) == 2
+    kept = stack.must_compose("exec", "-T", "trainer", "ls", ended.run_dir).split()
+    assert {"config.json", "metrics.jsonl", "adapter"} <= set(kept)
+
+
+async def test_generate_and_sync_from_outside_want_the_key(stack: Stack) -> None:
+    """As a loop on the host would use them; runs after a run that left version 5."""
+    key = stack.settings["TANDEM_API_KEY"]
+    async with stack.trainer() as trainer:
+        version = (await trainer.policy()).policy.version
+        adapter = await trainer.adapter(version)
+    async with stack.rollout(0, api_key=key) as replica:
+        (group,) = (await replica.generate(PROMPT)).groups
+        assert len(group.completions) == 2
+        receipt = await replica.sync_weights(adapter)
+        assert (receipt.outcome, receipt.content_digest) == ("unchanged", content_digest(adapter))
+    for wrong in (None, "not-the-key"):
+        async with stack.rollout(0, api_key=wrong) as replica:
+            with pytest.raises(Unauthorized):
+                await replica.generate(PROMPT)
+            with pytest.raises(Unauthorized):
+                await replica.sync_weights(adapter)
+
+
+async def test_prometheus_finds_the_trainer_and_every_replica(
+    stack: Stack, prometheus: str
+) -> None:
+    stack.write_env(PROMETHEUS_IMAGE=prometheus)
+    stack.must_compose("--profile", "observability", "up", "--detach", "--wait", "prometheus")
+    url = f"http://127.0.0.1:{stack.settings['PROMETHEUS_PORT']}/api/v1"
+
+    def get(path: str) -> Any:
+        with urllib.request.urlopen(url + path, timeout=5) as answer:
+            return json.load(answer)["data"]
+
+    def up() -> list[str]:
+        targets = get("/targets?state=active")["activeTargets"]
+        return sorted(t["labels"]["job"] for t in targets if t["health"] == "up")
+
+    wait_for(lambda: up() == ["rollout", "rollout", "trainer"], "three targets are up", 60)
+    groups = get("/rules")["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert len(rules) > 5
+    assert all(rule["health"] in ("ok", "unknown") for rule in rules)
+    stack.must_compose("--profile", "observability", "rm", "--stop", "--force", "prometheus")
+
+
+# --- swapped, killed ------------------------------------------------------------------------------
+
+
+async def test_a_replica_is_swapped_under_load_without_a_failed_request(
+    stack: Stack, load: subprocess.Popen[str]
+) -> None:
+    before = stack.inspect("rollout-1")["Id"]
+    image = "tandem-rollout:0.1.0-swapped"
+    assert run("docker", "tag", "tandem-rollout:0.1.0-cpu", image).returncode == 0
+    async with running(stack):
+        first = (await wait_for_run(stack, step=2)).step
+        swap = ["deploy/scripts/swap-replica.sh", "rollout-1", image]
+        swapped = await asyncio.to_thread(stack.run, *swap)
+        assert swapped.returncode == 0, swapped.stdout + swapped.stderr
+        assert "rollout-1: serves policy version" in swapped.stdout
+        after = stack.inspect("rollout-1")
+        assert after["Id"] != before
+        assert after["Config"]["Image"] == image
+        assert address(after) in await serving(stack)
+        assert f"ROLLOUT_1_IMAGE={image}\n" in (stack.folder / ".env").read_text()
+        assert (await wait_for_run(stack, step=first + 2)).state == "running"
+    results = end_of(load, stack)
+    print(f"requests during the swap: {results}")
+    assert results.pop("answered") > 100
+    results.pop("refused there", 0)
+    assert results == {}, "failed"
+
+
+async def test_a_swap_to_an_image_that_does_not_start_comes_back(stack: Stack) -> None:
+    """The trainer's image ends at once in that place, with its reason."""
+    old = stack.inspect("rollout-1")["Config"]["Image"]
+    swap = ["deploy/scripts/swap-replica.sh", "rollout-1", "tandem-trainer:0.1.0-cpu"]
+    async with running(stack):
+        swapped = await asyncio.to_thread(stack.run, *swap)
+        assert swapped.returncode == 1
+        last = swapped.stderr.strip().splitlines()[-1]
+        assert last == (
+            "swap-replica: rollout-1 did not come up with tandem-trainer:0.1.0-cpu: its last words "
+            f"are above; {old} serves again"
+        )
+        assert "TRAINER_MODEL: Field required" in swapped.stderr
+        assert address(stack.inspect("rollout-1")) in await serving(stack)
+
+
+async def test_the_only_replica_is_not_swapped_by_mistake(stack: Stack) -> None:
+    stack.must_compose("stop", "rollout-1")
+    try:
+        refused = stack.run("deploy/scripts/swap-replica.sh", "rollout-0")
+        assert refused.returncode == 2
+        assert "rollout-0 is the only healthy replica" in refused.stderr
+        started = stack.run("deploy/scripts/swap-replica.sh", "rollout-1")
+        assert started.returncode == 0, started.stderr
+    finally:
+        stack.must_compose("up", "--detach", "--wait", "rollout-1")
+
+
+async def test_a_killed_replica_restarts_and_is_admitted_again(stack: Stack) -> None:
+    """By the pid that the host sees: `docker kill` counts as asked for and is not restarted."""
+    async with running(stack):
+        killed = stack.inspect("rollout-0")
+        await wait_until_serving(stack, address(killed))
+        os.kill(killed["State"]["Pid"], signal.SIGKILL)
+        async with asyncio.timeout(30):
+            while address(killed) in await serving(stack):
+                await asyncio.sleep(0.1)
+        await wait_until_serving(stack, address(stack.inspect("rollout-0")))
+        after = stack.inspect("rollout-0")
+        assert after["RestartCount"] == 1
+        step = (await wait_for_run(stack, step=0)).step
+        assert (await wait_for_run(stack, step=step + 2)).state == "running"
+
+
+async def test_a_restarted_stack_takes_up_its_run(stack: Stack) -> None:
+    """What `docker compose up` does after the host went down, or with another key."""
+    config = {**run_config(10_000), "checkpoint": {"every_steps": 1}}
+    async with stack.trainer() as trainer:
+        before = await trainer.start_run(config)
+        await wait_for_run(stack, step=3)
+    stack.write_env(TANDEM_API_KEY="f" * 64)
+    stack.must_compose("up", "--detach", "--wait")
+    after = await wait_for_run(stack, step=4)
+    assert (after.run_id, after.state) == (before.run_id, "running")
+    assert after.policy.incarnation == before.policy.incarnation + 1
+    async with stack.trainer() as trainer:
+        await trainer.stop_run()
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+async def test_a_port_that_is_taken_is_one_sentence(stack: Stack) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = stack.settings["TRAINER_PORT"]
+        stack.write_env(TRAINER_PORT=str(listener.getsockname()[1]))
+        try:
+            result = stack.compose("up", "--detach", "trainer")
+            assert result.returncode != 0
+            assert "address already in use" in result.stderr.strip().splitlines()[-1]
+        finally:
+            stack.write_env(TRAINER_PORT=port)
+            stack.must_compose("up", "--detach", "--wait", "trainer")
+
+
+async def test_a_mistake_stays_down_with_its_reason_last(stack: Stack) -> None:
+    """After five restarts the container is left alone."""
+    stack.write_env(TANDEM_CPU_MODEL="/models/nothing")
+    try:
+        stack.compose("up", "--detach", "--no-deps", "rollout-1")
+        wait_for(lambda: stack.inspect("rollout-1")["State"]["Status"] == "exited", "it ends", 240)
+        state = stack.inspect("rollout-1")
+        assert (state["State"]["ExitCode"], state["RestartCount"]) == (2, 5)
+        last = stack.logs("rollout-1").strip().splitlines()[-1]
+        assert "the model folder /models/nothing does not exist" in last
+    finally:
+        stack.write_env(TANDEM_CPU_MODEL="/models/demo")
+        stack.must_compose("up", "--detach", "--wait", "rollout-1")
+
+
+# --- by number ------------------------------------------------------------------------------------
+
+
+def test_replicas_by_number_and_a_spare(images: dict[str, str], tmp_path: Path) -> None:
+    """Two seats, three replicas: the third takes over the seat of one that is killed."""
+    stack = Stack.make(tmp_path, "tandem-scale", "cpu+scale", ROLLOUT_GPUS="0,1")
+    stack.write_env(ROLLOUT_PORTS="0")
+    stack.down()
+    try:
+        stack.must_compose("up", "--detach", "--wait", "--scale", "rollout=2", timeout=400)
+        assert "took GPU 1 of 2" in stack.logs("rollout")
+        assert "took GPU 2 of 2" in stack.logs("rollout")
+        stack.must_compose("up", "--detach", "--no-recreate", "--scale", "rollout=3")
+        wait_for(lambda: "waiting for one" in stack.logs("rollout"), "the third waits", 60)
+        first = min(map(inspect, stack.containers("rollout")), key=lambda one: str(one["Created"]))
+        os.kill(first["State"]["Pid"], signal.SIGKILL)
+        wait_for(lambda: stack.logs("rollout").count("took GPU") == 3, "the spare takes over", 60)
+        stack.must_compose("up", "--detach", "--no-recreate", "--scale", "rollout=1")
+        wait_for(lambda: len(stack.containers("rollout")) == 1, "one is left", 60)
+    finally:
+        stack.down()
+    assert set(stack.num_left().values()) == {0}
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+async def test_services_stop_in_order_and_leave_nothing(stack: Stack) -> None:
+    stack.must_compose("stop")
+    for service in ("trainer", "rollout-0", "rollout-1"):
+        assert stack.inspect(service)["State"]["ExitCode"] in (0, 143), stack.logs(service)
+    stack.down()
+    assert set(stack.num_left().values()) == {0}
