@@ -1,9 +1,14 @@
 """Prometheus metrics of both services, each in a registry of its own.
 
-vLLM registers its metrics in prometheus_client's default registry; `exposition` prints both.
+vLLM registers its metrics in prometheus_client's default registry; `exposition` prints both. What
+deploy/prometheus/alerts.yml counts is there at 0 from the start: a series that begins at 1 shows no
+increase.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import get_args
 
 from prometheus_client import (
     REGISTRY,
@@ -14,9 +19,17 @@ from prometheus_client import (
     generate_latest,
 )
 
-from shared.schemas import EvalRecord, StepRecord, SyncReceipt
+from shared.errors import EngineDead
+from shared.schemas import (
+    EvalRecord,
+    ReplicaState,
+    RolloutStatus,
+    RunState,
+    StepRecord,
+    SyncReceipt,
+)
 
-_SYNC_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SYNC_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 
 
 def exposition(registry: CollectorRegistry) -> bytes:
@@ -24,9 +37,22 @@ def exposition(registry: CollectorRegistry) -> bytes:
     return generate_latest(registry) + generate_latest(REGISTRY)
 
 
+def _show_state(gauge: Gauge, states: Iterable[str], current: Callable[[], str | None]) -> None:
+    """1 for the state that `current` says at the time of a scrape, 0 for the others."""
+
+    def is_in(state: str) -> Callable[[], float]:
+        return lambda: float(current() == state)
+
+    for state in states:
+        gauge.labels(state).set_function(is_in(state))
+
+
 class RolloutMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._state = Gauge(
+            "tandem_rollout_state", "1 for the state it is in", ["state"], registry=self.registry
+        )
         self.policy_version = Gauge(
             "tandem_rollout_policy_version", "Newest resident version", registry=self.registry
         )
@@ -59,6 +85,10 @@ class RolloutMetrics:
             registry=self.registry,
         )
 
+    def watch(self, state: Callable[[], str]) -> None:
+        """Show the replica's state, as of each scrape."""
+        _show_state(self._state, get_args(RolloutStatus.model_fields["state"].annotation), state)
+
     def record_sync(self, receipt: SyncReceipt) -> None:
         self.syncs.labels(receipt.outcome).inc()
         self.sync_seconds.observe(
@@ -78,6 +108,8 @@ class TrainerMetrics:
             ["outcome"],
             registry=self.registry,
         )
+        for outcome in ("saved", "failed"):
+            self.checkpoints.labels(outcome)
         self.log_failures = Counter(
             "tandem_trainer_log_failures",
             "Writes of metrics.jsonl, groups.jsonl or TensorBoard that failed",
@@ -104,7 +136,58 @@ class TrainerMetrics:
             ["type"],
             registry=self.registry,
         )
+        self.request_errors.labels(EngineDead.__name__)
         self._replica_states: dict[str, str] = {}
+        for state in get_args(ReplicaState):
+            self._replicas.labels(state)
+            self._replica_transitions.labels(state)
+        self._replicas_in_sync = Gauge(
+            "tandem_trainer_replicas_in_sync",
+            "Serving replicas that hold the newest version",
+            registry=self.registry,
+        )
+        self._run_state = Gauge(
+            "tandem_trainer_run_state",
+            "1 for the state of the current run",
+            ["state"],
+            registry=self.registry,
+        )
+        self._max_staleness = Gauge(
+            "tandem_trainer_run_max_staleness",
+            "The run's bound on staleness_max, in versions",
+            registry=self.registry,
+        )
+        self._min_ready_replicas = Gauge(
+            "tandem_trainer_run_min_ready_replicas",
+            "Replicas that must hold a version for the run to go on",
+            registry=self.registry,
+        )
+        self._version_timestamp = Gauge(
+            "tandem_trainer_version_timestamp_seconds",
+            "Unix time of the newest version, or of the run's start before there is one",
+            registry=self.registry,
+        )
+        self._steps_without_gradient = Gauge(
+            "tandem_trainer_steps_without_gradient",
+            "Latest steps in a row in which every group was constant",
+            registry=self.registry,
+        )
+
+    def watch(self, *, run_state: Callable[[], str | None], num_in_sync: Callable[[], int]) -> None:
+        """Show the state of the current run (None: there is none), and how many replicas serve its
+        newest version, as of each scrape."""
+        _show_state(self._run_state, get_args(RunState), run_state)
+        self._replicas_in_sync.set_function(num_in_sync)
+
+    def begin_run(self, *, max_staleness: int, min_ready_replicas: int) -> None:
+        """Show the bounds of a run that begins or resumes; the numbers of the last one leave."""
+        for gauge in self._gauges.values():
+            self.registry.unregister(gauge)
+        self._gauges.clear()
+        self._max_staleness.set(max_staleness)
+        self._min_ready_replicas.set(min_ready_replicas)
+        self._version_timestamp.set_to_current_time()
+        self._steps_without_gradient.set(0)
 
     def record_replica(self, id: str, old_state: str, new_state: str) -> None:
         """A replica changed its state. The first of its states counts as a change, too."""
@@ -119,6 +202,11 @@ class TrainerMetrics:
         """Set one gauge per number of the record: `tandem_trainer_reward_mean` and so on."""
         if isinstance(record, StepRecord):
             self.updates.inc()
+            self._version_timestamp.set_to_current_time()
+            if record.num_constant_groups == record.num_groups:
+                self._steps_without_gradient.inc()
+            else:
+                self._steps_without_gradient.set(0)
         for name, value in {**scalars(record), "policy_version": record.policy.version}.items():
             if name not in self._gauges:
                 self._gauges[name] = Gauge(

@@ -105,7 +105,7 @@ class Stack:
         return result.stdout
 
     def logs(self, *services: str) -> str:
-        return self.compose("logs", "--no-log-prefix", *services).stdout
+        return self.compose("logs", "--no-log-prefix", "--no-color", *services).stdout
 
     def containers(self, service: str) -> list[str]:
         return self.must_compose("ps", "--all", "--quiet", service).split()

@@ -85,7 +85,7 @@ class TestAMistakeIsOneLine:
 
     def test_no_model(self, images: dict[str, str], service: str) -> None:
         line = self.last_line(images[service], *variables(service, "/models/nothing"))
-        assert "the model folder /models/nothing does not exist" in line
+        assert f"{service.upper()}_MODEL /models/nothing: no such folder" in line
 
     def test_too_little_memory(self, images: dict[str, str], stack: Stack, service: str) -> None:
         """Instead of a container that the kernel kills without a word."""

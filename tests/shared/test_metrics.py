@@ -1,8 +1,22 @@
-"""What Prometheus sees of the fleet."""
+"""What Prometheus sees of the fleet and of a run."""
 
 from __future__ import annotations
 
 from shared.metrics import TrainerMetrics
+from shared.schemas import PolicyId, StepRecord
+
+
+def step(num_constant_groups: int, *, num_groups: int = 2) -> StepRecord:
+    """1 in every other field that has no default."""
+    required = (name for name, field in StepRecord.model_fields.items() if field.is_required())
+    return StepRecord.model_validate(
+        {
+            **dict.fromkeys(required, 1),
+            "policy": PolicyId(run_id="r", version=1),
+            "num_groups": num_groups,
+            "num_constant_groups": num_constant_groups,
+        }
+    )
 
 
 def test_replicas_are_counted_by_state_and_their_changes_by_the_new_one() -> None:
@@ -24,3 +38,37 @@ def test_replicas_are_counted_by_state_and_their_changes_by_the_new_one() -> Non
     assert (replicas("serving"), replicas("quarantined")) == (1, 1)
     metrics.record_replica("b", "serving", "gone")
     assert (replicas("serving"), replicas("gone"), transitions("gone")) == (0, 0, 1)
+
+
+def test_what_is_counted_is_0_before_it_happens() -> None:
+    """A series that begins at 1 shows Prometheus no increase."""
+    value = TrainerMetrics().registry.get_sample_value
+    for state in ("discovered", "admitting", "serving", "draining", "quarantined", "gone"):
+        assert value("tandem_trainer_replicas", {"state": state}) == 0
+        assert value("tandem_trainer_replica_transitions_total", {"state": state}) == 0
+    for outcome in ("saved", "failed"):
+        assert value("tandem_trainer_checkpoints_total", {"outcome": outcome}) == 0
+    assert value("tandem_trainer_request_errors_total", {"type": "EngineDead"}) == 0
+
+
+def test_steps_without_a_gradient_are_counted_in_a_row() -> None:
+    metrics = TrainerMetrics()
+    counts = []
+    for num_constant_groups in (1, 2, 2, 0, 2):
+        metrics.record(step(num_constant_groups))
+        counts.append(
+            metrics.registry.get_sample_value("tandem_trainer_steps_without_gradient", {})
+        )
+    assert counts == [0, 1, 2, 0, 1]
+    metrics.begin_run(max_staleness=0, min_ready_replicas=1)
+    assert metrics.registry.get_sample_value("tandem_trainer_steps_without_gradient") == 0
+
+
+def test_the_numbers_of_a_run_leave_with_it_and_come_with_the_next() -> None:
+    metrics = TrainerMetrics()
+    for _ in range(2):
+        metrics.record(step(0))
+        assert metrics.registry.get_sample_value("tandem_trainer_num_groups") == 2
+        metrics.begin_run(max_staleness=0, min_ready_replicas=1)
+        assert metrics.registry.get_sample_value("tandem_trainer_num_groups") is None
+    assert metrics.registry.get_sample_value("tandem_trainer_updates_total") == 2
