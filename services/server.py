@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
 Settings = TypeVar("Settings", bound=BaseSettings)
+_LAST_REQUESTS_S = 0.2  # for requests on connections that were accepted a moment ago
 
 
 def read_settings(cls: type[Settings]) -> Settings:
@@ -48,6 +49,7 @@ class Server(uvicorn.Server):
             )
         )
         self.exit_code = 0
+        self._listener: socket.socket | None = None
         self._on_stop = on_stop
         self._num_signals = 0
 
@@ -73,6 +75,7 @@ class Server(uvicorn.Server):
                 file=sys.stderr,
             )
             return 2
+        self._listener = listener.dup()  # uvicorn closes the other one
         asyncio.run(self._serve_with_signals(listener))
         return self.exit_code if self.started else 1
 
@@ -89,6 +92,20 @@ class Server(uvicorn.Server):
         else:
             self.force_exit = True  # without waiting for open requests
             self.exit(1)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse connections, answer those that are open, close.
+
+        A process that was forked here has the listening socket too: closed by us alone, it would
+        still take connections, which nobody answers.
+        """
+        if self._listener:
+            for server in self.servers:
+                server.close()
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+            await asyncio.sleep(_LAST_REQUESTS_S)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

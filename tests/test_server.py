@@ -1,0 +1,80 @@
+"""How a service process ends, as its clients see it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+
+import httpx
+
+from examples.demo.processes import free_ports
+
+# The app forks a process that outlives the service for a moment, as an engine does.
+SERVICE = """
+import os, sys, time
+from fastapi import FastAPI
+from services.server import Server
+
+app = FastAPI()
+
+@app.get("/")
+async def root() -> int:
+    return os.getpid()
+
+server = Server(app, host="127.0.0.1", port=int(sys.argv[1]), on_stop=lambda: server.exit(0))
+
+@app.get("/fork")
+async def fork() -> int:
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(20)
+        os._exit(0)
+    return pid
+
+sys.exit(server.run_until_exit())
+"""
+
+
+def test_clients_of_a_service_that_ends_are_answered_or_refused() -> None:
+    """Never cut off, though a process that was forked holds the listening socket, too."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    results: Counter[str] = Counter()
+    ended = threading.Event()
+
+    def client() -> None:
+        while not ended.is_set():
+            try:
+                results[str(httpx.get(url, timeout=5, trust_env=False).status_code)] += 1
+            except httpx.HTTPError as error:
+                results[type(error).__name__] += 1
+
+    with subprocess.Popen([sys.executable, "-c", SERVICE, str(port)]) as service:
+        transport = httpx.HTTPTransport(retries=10)  # until it listens
+        with httpx.Client(transport=transport, trust_env=False, timeout=20) as http:
+            child = http.get(f"{url}/fork").json()
+        clients = [threading.Thread(target=client) for _ in range(4)]
+        for thread in clients:
+            thread.start()
+        service.send_signal(signal.SIGTERM)
+        assert service.wait(20) == 0
+        for _ in range(3):
+            results[type(httpx_error(url)).__name__] += 1
+        ended.set()
+        for thread in clients:
+            thread.join()
+        os.kill(child, signal.SIGKILL)
+    assert results.pop("ConnectError") >= 3
+    assert set(results) <= {"200"}
+
+
+def httpx_error(url: str) -> Exception:
+    try:
+        httpx.get(url, timeout=2, trust_env=False)
+    except httpx.HTTPError as error:
+        return error
+    raise AssertionError("it answered")
