@@ -2,27 +2,133 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from services.boot import one_line
 from shared.schemas import QuantizationRecipe
 
 # Every file whose content enters the identity of a base, so that it does not depend on what
 # another tool has left in the hub's cache.
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*tekken*", "*.tiktoken")
 
 
-def resolve_checkpoint(model: str) -> Path:
-    """The folder of a checkpoint: a local one, or a hub id, downloaded unless HF_HUB_OFFLINE."""
+def resolve_checkpoint(model: str, setting: str = "the model") -> Path:
+    """The folder of a checkpoint: a local one, or a hub id, downloaded unless HF_HUB_OFFLINE.
+
+    `setting` is what the sentences call it. Raises ValueError for a model that is not there or not
+    whole, OSError when the hub does not answer.
+    """
+    name = f"{setting} {model}"
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
-    if model.startswith((".", "/", "~")):
-        raise ValueError(f"the model folder {model} does not exist: name a checkpoint or a hub id")
-    from huggingface_hub import snapshot_download
+    try:
+        is_here = folder.is_dir()
+    except PermissionError as error:
+        raise ValueError(_unreadable(name, folder)) from error
+    if not is_here:
+        if model.startswith((".", "/", "~")):
+            raise ValueError(f"{name}: no such folder; name a checkpoint folder or a hub id")
+        folder = _download(model, name)
+    folder = folder.resolve()
+    _check_whole(folder, name)
+    return folder
 
-    return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+
+def _check_whole(folder: Path, name: str) -> None:
+    """Raise ValueError unless the folder has what a checkpoint has."""
+    try:
+        json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        what = "has no config.json" if any(folder.iterdir()) else "is empty"
+        raise ValueError(
+            f"{name}: the folder {what}; give that of a Hugging Face checkpoint"
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: config.json cannot be read ({one_line(error)}); copy or download it again"
+        ) from error
+    except PermissionError as error:
+        raise ValueError(_unreadable(name, folder)) from error
+    present = {path.name for path in folder.glob("*.safetensors")}
+    if not present:
+        raise ValueError(
+            f"{name}: the folder has no *.safetensors; give a checkpoint in that format"
+        )
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.json")):
+        if not os.access(path, os.R_OK):
+            raise ValueError(_unreadable(name, path))
+    for index in folder.glob("*.safetensors.index.json"):
+        needed = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := sorted(needed - present):
+            raise ValueError(
+                f"{name}: {len(missing)} of its {len(needed)} weight files are missing, "
+                f"{missing[0]} for one; copy or download it again"
+            )
+    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        raise ValueError(f"{name}: the folder has no tokenizer; save it there too")
+
+
+def _unreadable(name: str, path: Path) -> str:
+    return f"{name}: user {os.getuid()} may not read {path}; give it to that user, or chmod a+rX"
+
+
+def _download(model: str, name: str) -> Path:
+    from huggingface_hub import constants, get_token, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except HFValidationError as error:
+        raise ValueError(f"{name}: neither a folder nor a hub id like owner/model") from error
+    except GatedRepoError as error:
+        todo = "the owner of HF_TOKEN has to be granted access" if get_token() else "set HF_TOKEN"
+        raise ValueError(
+            f"{name}: it is gated; {todo}, after accepting its conditions on "
+            f"{constants.ENDPOINT}/{model}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{name}: neither a folder here nor a model of {constants.ENDPOINT}; check the name, "
+            "and for a private model HF_TOKEN"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise ValueError(
+                f"{name}: not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids "
+                "to download it; unset that, or download the model there first"
+            ) from error
+        raise ConnectionError(
+            f"{name}: not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} does not "
+            f"answer ({one_line(error.__cause__ or error)}); check the network, or name a "
+            "checkpoint folder"
+        ) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise ValueError(
+                f"{name}: {constants.ENDPOINT} refuses HF_TOKEN; correct it"
+            ) from error
+        raise ConnectionError(f"{name}: {one_line(error)}") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            what = "is full; give the volume more space"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
+            what = f"cannot be written ({os.strerror(error.errno)}); mount a volume there that user"
+            what += f" {os.getuid()} may write to"
+        else:
+            raise
+        raise ValueError(
+            f"{name}: the cache HF_HOME={constants.HF_HOME} {what}, or set HF_HOME"
+        ) from error
 
 
 def quantized_load_options(source: Path, device: str) -> dict[str, Any]:

@@ -1,11 +1,22 @@
-"""Where a base comes from."""
+"""Where a base comes from, and what is said when it is not there or not whole."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import filter_repo_objects
 
 from services.base_model import resolve_checkpoint
@@ -24,14 +35,110 @@ PUBLISHED = [
 ]
 
 
-def test_every_file_of_a_bases_identity_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_of_a_bases_identity_is_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
     """Else it would depend on what another tool has left in the hub's cache."""
     downloaded: list[str] = []
 
     def snapshot_download(_: str, *, allow_patterns: list[str]) -> str:
         downloaded.extend(filter_repo_objects(PUBLISHED, allow_patterns=allow_patterns))
-        return "snapshot"
+        return str(tiny_checkpoint)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert resolve_checkpoint("owner/model") == Path("snapshot")
+    assert resolve_checkpoint("owner/model") == tiny_checkpoint
     assert set(PUBLISHED) - set(downloaded) == {"README.md", "pytorch_model.bin"}
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def cut_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type":')
+
+
+def name_a_second_shard(folder: Path) -> None:
+    files = {"a": "model.safetensors", "b": "model-00002.safetensors"}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (shutil.rmtree, "no such folder; name a checkpoint folder or a hub id"),
+        (remove("config.json"), "the folder has no config.json"),
+        (cut_config, "config.json cannot be read"),
+        (remove("model.safetensors"), "the folder has no \\*.safetensors"),
+        (name_a_second_shard, "1 of its 2 weight files are missing, model-00002.safetensors"),
+        (remove("tokenizer.json", "tokenizer_config.json"), "the folder has no tokenizer"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_in_one_sentence(
+    tiny_checkpoint: Path, tmp_path: Path, damage: Callable[[Path], None], sentence: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    damage(folder)
+    with pytest.raises(ValueError, match=f"^ROLLOUT_MODEL {folder}: {sentence}") as raised:
+        resolve_checkpoint(str(folder), "ROLLOUT_MODEL")
+    assert "\n" not in str(raised.value)
+
+
+def test_an_empty_folder_is_called_empty(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the folder is empty"):
+        resolve_checkpoint(str(tmp_path))
+
+
+def answered(cls: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    request = httpx.Request("GET", "http://hub/api/models/owner/model")
+    return cls("two\n\nparagraphs", response=httpx.Response(status, request=request))
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "sentence"),
+    [
+        (answered(RepositoryNotFoundError, 404), ValueError, "neither a folder here nor a model"),
+        (answered(GatedRepoError, 401), ValueError, "it is gated; set HF_TOKEN"),
+        (answered(HfHubHTTPError, 401), ValueError, "refuses HF_TOKEN"),
+        (answered(HfHubHTTPError, 429), ConnectionError, "two$"),
+        (LocalEntryNotFoundError("no"), ConnectionError, "does not answer"),
+        (OSError(30, "Read-only file system"), ValueError, "HF_HOME=.* cannot be written"),
+        (OSError(28, "No space left on device"), ValueError, "HF_HOME=.* is full"),
+    ],
+)
+def test_why_a_model_of_the_hub_cannot_be_had_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[Exception], sentence: str
+) -> None:
+    def snapshot_download(_: str, *, allow_patterns: list[str]) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(raised, match=f"^TRAINER_MODEL owner/model: .*{sentence}") as caught:
+        resolve_checkpoint("owner/model", "TRAINER_MODEL")
+    assert "\n" not in str(caught.value)
+
+
+def test_who_has_a_token_is_told_to_ask_for_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(_: str, *, allow_patterns: list[str]) -> str:
+        raise answered(GatedRepoError, 403)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
+    with pytest.raises(ValueError, match=r"the owner of HF_TOKEN has to be granted access"):
+        resolve_checkpoint("owner/model")
+
+
+def test_offline_a_model_that_is_not_cached_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"not in the cache .* HF_HUB_OFFLINE forbids"):
+        resolve_checkpoint("owner/model")

@@ -33,7 +33,9 @@ def main(command: list[str]) -> int:
         seat = claim(len(gpus), folder)
     print(f"took GPU {seat + 1} of {len(gpus)} ({', '.join(gpus)})", file=sys.stderr)
     os.environ["CUDA_VISIBLE_DEVICES"] = str(seat)  # a container counts its GPUs from 0
-    if cache := os.environ.get("VLLM_CACHE_ROOT"):  # compiled at the same time, kernels would collide
+    if cache := os.environ.get(
+        "VLLM_CACHE_ROOT"
+    ):  # compiled at the same time, kernels would collide
         os.environ["VLLM_CACHE_ROOT"] = f"{cache}/gpu-{seat}"
     os.execvp(command[0], command)
 

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from services.boot import report
 from services.rollout.base import Base, prepare_base
 from services.rollout.engine import Engine
 from services.rollout.policies import PolicyStore
+from services.rollout.preflight import check_start, warn_of_small_adapter_dir
 from services.rollout.registration import Registration
 from services.rollout.sampler import Sampler
 from services.rollout.settings import RolloutSettings
@@ -81,6 +83,7 @@ class Replica:
         self._serving: Serving | None = None
         self._state: Literal["starting", "ready", "draining", "dead"] = "starting"
         self._detail = "preparing the base"
+        self.metrics.watch(lambda: self._state)
         self._refusing = False  # the second half of draining
         self._tasks: list[asyncio.Task[None]] = []
         self._renewing: asyncio.Task[None] | None = None
@@ -111,8 +114,7 @@ class Replica:
             self._is_booting = False
         except Exception as error:  # whatever it is, the process is of no use: say it and exit
             self._is_booting = False
-            trace = None if isinstance(error, ValueError) else error  # else the operator's to mend
-            self._die(f"boot failed: {error}", trace)
+            self._end(*report(log, "boot failed", error))
             return
         if self._registration:
             self._renewing = asyncio.create_task(self._registration.keep(self.boot_id))
@@ -127,16 +129,18 @@ class Replica:
                 settings.kv_cache_dtype,
                 settings.resolved_kv_cache_dtype,
             )
+        source = await asyncio.to_thread(check_start, settings)
         base = await asyncio.to_thread(
             prepare_base,
-            settings.model,
+            str(source),
             exact=settings.base == "nf4-exact",
             cache_dir=settings.cache_dir,
             device=settings.resolved_device,
         )
+        warn_of_small_adapter_dir(settings, base.linear_shapes)
         self._detail = "loading the engine"
-        booted = await asyncio.to_thread(self._boot_engine, settings, base.path)
         encoder = await asyncio.to_thread(PromptEncoder.load, base.path)
+        booted = await asyncio.to_thread(self._boot_engine, settings, base.path)
         engine = booted.engine
         limits = settings.limits(engine.max_model_len)
         policies = PolicyStore(
@@ -202,10 +206,13 @@ class Replica:
                     return
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
-    def _die(self, reason: str, error: Exception | None = None) -> None:
-        log.error("%s; exiting for the supervisor to restart", reason, exc_info=error)
+    def _die(self, reason: str) -> None:
+        log.error("%s; exiting for the supervisor to restart", reason)
+        self._end(reason, 1)
+
+    def _end(self, reason: str, exit_code: int) -> None:
         self._state, self._detail = "dead", reason
-        self._on_exit(1)
+        self._on_exit(exit_code)
 
     def drain(self) -> RolloutStatus:
         """Go not-ready, keep serving a moment, finish what runs, then exit 0."""

@@ -8,7 +8,9 @@ LoRARequest is built by keyword, and both families of validation errors are caug
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+import re
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -25,14 +27,17 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+from services.boot import one_line
 from services.rollout.engine import Adapter, FinishReason, SampledDelta
+from services.rollout.engine_output import EngineOutput, root_cause
+from services.rollout.preflight import CPU_KV_CACHE_BYTES
 from services.rollout.settings import RolloutSettings
 from shared.adapters import LINEAR_MODULES
 from shared.errors import EngineDead, InternalError, InvalidAdapter, InvalidRequest
 from shared.schemas import SamplingParams
 
+log = logging.getLogger(__name__)
 VLLM_VERSION: str = vllm.__version__
-_CPU_KV_CACHE_BYTES = 256 << 20
 _TOKEN_COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
 _FINISH_REASONS: dict[str, FinishReason] = {
     "stop": "stop",
@@ -41,15 +46,42 @@ _FINISH_REASONS: dict[str, FinishReason] = {
 }
 
 
+# vLLM's words for its own settings, where those of RolloutSettings are others.
+_SETTING_NAMES = {"cache_dtype": "kv_cache_dtype"} | {
+    name: name for name in RolloutSettings.model_fields if "_" in name
+}
+# What vLLM says when memory does not suffice, and what to do about it.
+_MORE_KV_CACHE = (
+    "raise ROLLOUT_GPU_MEMORY_UTILIZATION (on a CPU, or where it is set, "
+    "ROLLOUT_KV_CACHE_MEMORY_BYTES)"
+)
+_REMEDIES = {
+    "greater than the derived": "lower it",
+    "smaller than max_model_len": "raise the first, or lower the second",
+    "Free memory on device": "lower ROLLOUT_GPU_MEMORY_UTILIZATION, or end what else uses that GPU",
+    "No available memory for the cache": f"{_MORE_KV_CACHE}, or take a smaller model",
+    "max seq len": f"lower ROLLOUT_MAX_MODEL_LEN, or {_MORE_KV_CACHE}",
+    "out of memory": "lower ROLLOUT_MAX_NUM_SEQS or ROLLOUT_GPU_MEMORY_UTILIZATION, or take a "
+    "larger GPU or a smaller model",
+}
+
+
 class VllmEngine:
     def __init__(self, engine: Any, max_model_len: int) -> None:
         self.async_llm = engine
         self.max_model_len = max_model_len
+        self._output: EngineOutput | None = None
 
     @classmethod
     def boot(cls, settings: RolloutSettings, model_dir: Path) -> VllmEngine:
-        """Load the model and start the engine process. Blocks for seconds (CPU) to minutes."""
+        """Load the model and start the engine process. Blocks for seconds (CPU) to minutes.
+
+        Raises ValueError for what a setting or another machine mends, MemoryError for memory that
+        another process has, ChildProcessError for anything else.
+        """
         on_cpu = settings.resolved_device == "cpu"
+        if on_cpu:
+            _check_libnuma()
         # vLLM's CPU kernels index a request of the base as adapter -1, the last slot, when adapters
         # run beside it: that slot stays empty, all zeros.
         num_slots = settings.max_live_policies + (2 if on_cpu else 1)
@@ -67,7 +99,7 @@ class VllmEngine:
             }
         if settings.max_num_batched_tokens is not None:
             options["max_num_batched_tokens"] = settings.max_num_batched_tokens
-        config = AsyncEngineArgs(
+        args = AsyncEngineArgs(
             model=str(model_dir),
             dtype="bfloat16",
             seed=settings.seed,
@@ -75,7 +107,7 @@ class VllmEngine:
             max_num_seqs=settings.max_num_seqs,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             kv_cache_memory_bytes=settings.kv_cache_memory_bytes
-            or (_CPU_KV_CACHE_BYTES if on_cpu else None),
+            or (CPU_KV_CACHE_BYTES if on_cpu else None),
             kv_cache_dtype=settings.resolved_kv_cache_dtype,
             tensor_parallel_size=settings.tensor_parallel_size,
             enable_lora=True,
@@ -86,11 +118,20 @@ class VllmEngine:
             stream_interval=settings.stream_interval,
             hf_overrides={"head_dtype": "float32"},
             **({"enforce_eager": settings.enforce_eager} | options),
-        ).create_engine_config()
-        if on_cpu:
-            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # create_engine_config set spawn
-            os.register_at_fork(after_in_child=_become_engine_process)
-        return cls(AsyncLLM.from_vllm_config(config), config.model_config.max_model_len)
+        )
+        output = EngineOutput()
+        try:
+            with output.boot():
+                config = args.create_engine_config()
+                if on_cpu:
+                    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # it was set to spawn
+                    os.register_at_fork(after_in_child=_become_engine_process)
+                engine = AsyncLLM.from_vllm_config(config)
+        except Exception as error:  # of any class: what failed is another process
+            raise _boot_error(error, output.kept) from error
+        booted = cls(engine, config.model_config.max_model_len)
+        booted._output = output
+        return booted
 
     async def generate(
         self,
@@ -199,6 +240,38 @@ class VllmEngine:
     def shutdown(self) -> None:
         self.async_llm.shutdown()
         del self.async_llm  # its __del__ fails when the interpreter is already gone
+        if self._output:
+            self._output.close()
+
+
+def _check_libnuma() -> None:
+    """Without it vLLM's CPU kernels are silently not loaded, and the engine fails on the first."""
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError as error:
+        raise ValueError(
+            "vLLM on a CPU needs libnuma.so.1: install the package libnuma1"
+        ) from error
+
+
+def _boot_error(error: Exception, lines: list[str]) -> Exception:
+    """Why vLLM did not start, in one sentence; `lines` are the traces of its processes."""
+    message, is_refusal = one_line(error), isinstance(error, ValueError)
+    if not is_refusal and (cause := root_cause(lines)):
+        is_refusal = cause[0] == "ValueError"
+        message = cause[1] if is_refusal else ": ".join(cause)
+    sentence = re.split(r"\. (?=[A-Z])", message)[0].rstrip(".")
+    for theirs, ours in _SETTING_NAMES.items():
+        sentence = re.sub(rf"\b{theirs}\b", f"ROLLOUT_{ours.upper()}", sentence)
+    remedy = next((todo for words, todo in _REMEDIES.items() if words in message), None)
+    if fits := re.search(r"estimated maximum model length is (\d+)", message):
+        sentence += f"; {fits[1]} tokens fit"
+    sentence = "; ".join(filter(None, ["vLLM does not start: " + sentence, remedy]))
+    is_foreseen = is_refusal or remedy
+    log.log(logging.DEBUG if is_foreseen else logging.ERROR, "vLLM printed:\n%s", "".join(lines))
+    if "Free memory on device" in message:  # another process has it, and may end
+        return MemoryError(sentence)
+    return ValueError(sentence) if is_refusal else ChildProcessError(sentence)
 
 
 def _lora_request(adapter: Adapter) -> LoRARequest:

@@ -4,7 +4,8 @@
     update()     samples -> optimizer steps -> the next version
     publish()    the adapter file of the current version, as bytes
 
-LoRA weights are float32 masters computed with in bfloat16, as the replicas serve them.
+LoRA weights are float32 masters computed with in bfloat16, as the replicas serve them. Methods that
+are `mirrored` are called on every GPU that trains (parallel.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from services.base_model import quantized_load_options, resolve_checkpoint
 from services.tokens import PromptEncoder
 from services.trainer.algorithms.grpo import MAX_LOG_RATIO, PolicyLoss, clipped_policy_loss
 from services.trainer.logprobs import TokenLogprobs, token_logprobs
+from services.trainer.parallel import Ranks, mirrored
 from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig
 from services.trainer.samples import Sample, TokenBatch, collate, micro_batches
 from shared.adapters import LINEAR_MODULES, content_digest, manifest_metadata
@@ -100,7 +102,9 @@ class Policy:
         source: str = "",
         kept_adapters: int = 2,
         compute_dtype: torch.dtype = torch.bfloat16,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.source = source
         self.encoder = encoder
         self.identity = identity
@@ -127,21 +131,27 @@ class Policy:
         gradient_checkpointing: bool = True,
         kept_adapters: int = 2,
     ) -> Policy:
-        """Load the base from a checkpoint folder or hub id. Raises ValueError for an unfit one."""
+        """Load the base from a checkpoint folder or hub id. Raises ValueError for an unfit one.
+
+        With several ranks every one of them calls it, and none goes on when one cannot.
+        """
         from transformers import AutoModelForCausalLM
 
-        source = resolve_checkpoint(model)
-        options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": device}}
-        if load_in_4bit:
-            options = quantized_load_options(source, device)
-        base = AutoModelForCausalLM.from_pretrained(source, **options)
-        _refuse_scaled_logits(base.config)
-        _keep_linears_differentiable(base)
-        base.requires_grad_(False)
-        if gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        identity = base_identity(source, QuantizationRecipe() if load_in_4bit else None)
-        encoder = PromptEncoder.load(source)
+        ranks = Ranks.join(device)
+        device = ranks.device(device)
+        with ranks.agreed():
+            source = resolve_checkpoint(model)
+            options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": device}}
+            if load_in_4bit:
+                options = quantized_load_options(source, device)
+            base = AutoModelForCausalLM.from_pretrained(source, **options)
+            _refuse_scaled_logits(base.config)
+            _keep_linears_differentiable(base)
+            base.requires_grad_(False)
+            if gradient_checkpointing:
+                base.gradient_checkpointing_enable({"use_reentrant": False})
+            identity = base_identity(source, QuantizationRecipe() if load_in_4bit else None)
+            encoder = PromptEncoder.load(source)
         return cls(
             base,
             encoder,
@@ -149,6 +159,7 @@ class Policy:
             torch.device(device),
             source=model,
             kept_adapters=kept_adapters,
+            ranks=ranks,
         )
 
     # --- identity -------------------------------------------------------------------------------
@@ -170,6 +181,7 @@ class Policy:
     def max_positions(self) -> int:
         return int(self._base.config.get_text_config().max_position_embeddings)
 
+    @mirrored
     def start(
         self, policy: PolicyId, lora: LoraConfig, optimizer: OptimizerConfig, *, seed: int
     ) -> None:
@@ -216,6 +228,11 @@ class Policy:
 
     def _trainable(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def fingerprint(self) -> list[int]:
+        """A number per LoRA tensor, of all its bits: equal weights have equal ones."""
+        bits = [p.detach().view(torch.int32).sum() for p in self._trainable()]
+        return [int(number) for number in torch.stack(bits).tolist()]
 
     # --- forward --------------------------------------------------------------------------------
 
@@ -287,6 +304,7 @@ class Policy:
 
     # --- update ---------------------------------------------------------------------------------
 
+    @mirrored
     def update(
         self, samples: Sequence[Sample], algorithm: GrpoConfig, *, max_tokens_per_micro_batch: int
     ) -> UpdateStats:
@@ -296,7 +314,10 @@ class Policy:
         the version it was: no gradient and no step of a failed update is left.
         """
         num_steps = algorithm.num_epochs * algorithm.num_minibatches
-        old = self._old_logprobs(samples, max_tokens_per_micro_batch) if num_steps > 1 else {}
+        old: dict[int, Tensor] = {}
+        if num_steps > 1:
+            mine = [s for m in _split(samples, algorithm.num_minibatches) for s in self._share(m)]
+            old = self._old_logprobs(mine, max_tokens_per_micro_batch)
         sums, losses, grad_norms = _Sums(), [], []
         learning_rate = self._set_learning_rate()
         with self._all_or_nothing(num_steps):
@@ -306,10 +327,11 @@ class Policy:
                         self._backward(minibatch, old, algorithm, max_tokens_per_micro_batch, sums)
                     )
                     grad_norms.append(self._step())
+        sums = _Sums(self.ranks.add_up({**sums.values, "loss": sum(losses)}))
         self._num_updates += 1
         self._id = self.id.next()
         return UpdateStats(
-            loss=sum(losses) / len(losses),
+            loss=sums.values["loss"] / len(losses),
             grad_norm=sum(grad_norms) / len(grad_norms),
             learning_rate=learning_rate,
             entropy=sums.mean("entropy", "tokens"),
@@ -339,6 +361,10 @@ class Policy:
                 self._optimizer.load_state_dict(state)
             raise
 
+    def _share(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """The samples with a gradient that this rank computes."""
+        return self.ranks.share([sample for sample in samples if sample.advantage])
+
     def _backward(
         self,
         samples: Sequence[Sample],
@@ -347,13 +373,13 @@ class Policy:
         max_tokens: int,
         sums: _Sums,
     ) -> float:
-        """Accumulate the gradient of one optimizer step; its loss.
+        """Accumulate the gradient of one optimizer step; its loss. Of this rank's share alone.
 
         Samples without advantage have no gradient: they count as tokens and are not computed.
         """
         num_tokens = sum(sample.num_tokens for sample in samples)
         total = 0.0
-        for rows in micro_batches([s for s in samples if s.advantage], max_tokens):
+        for rows in micro_batches(self._share(samples), max_tokens):
             batch = collate(rows).to(self.device)
             logprobs, entropy = self.logprobs(batch)
             before = logprobs.detach()
@@ -377,19 +403,20 @@ class Policy:
         """Logprobs before the update, by identity of the sample, for several optimizer steps."""
         old: dict[int, Tensor] = {}
         with torch.no_grad():
-            for rows in micro_batches([s for s in samples if s.advantage], max_tokens):
+            for rows in micro_batches(samples, max_tokens):
                 logprobs = self.logprobs(collate(rows).to(self.device)).logprobs
                 parts = logprobs.split([sample.num_tokens for sample in rows])
                 old.update({id(sample): part for sample, part in zip(rows, parts, strict=True)})
         return old
 
     def _step(self) -> float:
-        """Clip, step and zero the gradient; its norm before clipping."""
+        """Add up the ranks' gradients, clip, step and zero them; the norm before clipping."""
         assert self._optimizer
         parameters = self._trainable()
         for parameter in parameters:
             if parameter.grad is None:  # no sample had an advantage: a step of momentum alone
                 parameter.grad = torch.zeros_like(parameter)
+        self.ranks.add_gradients(parameters)
         norm = float(
             torch.nn.utils.clip_grad_norm_(parameters, self._optimizer_config.max_grad_norm)
         )
@@ -477,6 +504,7 @@ class Policy:
             rng=rng,
         )
 
+    @mirrored
     def restore(self, policy: PolicyId, snapshot: PolicySnapshot) -> None:
         """Go on as `policy` from a snapshot. Call after start() with the config of its run.
 

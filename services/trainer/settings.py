@@ -35,6 +35,7 @@ class TrainerSettings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_in_4bit: bool = True  # False: a 16-bit base; replicas then need ROLLOUT_BASE=original
     gradient_checkpointing: bool = True
+    data_parallel_size: int = Field(default=1, ge=1)  # processes, each on a GPU; see parallel.py
 
     runs_dir: Path = Path("runs")  # of each run: see run_folder.py
     kept_adapters: int = Field(default=2, ge=1)  # versions GET /policy/adapters/{version} has

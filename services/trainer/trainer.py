@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from services.boot import report
 from services.trainer.checkpoints import Checkpoints, write_adapter
 from services.trainer.conformance import Conformance, Probe, make_probe
 from services.trainer.data import Consumed, Prompt, PromptStream, load_prompts
@@ -25,6 +26,7 @@ from services.trainer.fleet import Fleet
 from services.trainer.loop import Run, train, unless_stopped
 from services.trainer.member import Requirements
 from services.trainer.policy import Policy
+from services.trainer.preflight import check_start
 from services.trainer.rewards import Scorer
 from services.trainer.run_config import RunConfig
 from services.trainer.run_folder import (
@@ -117,6 +119,12 @@ class Trainer:
         self._current: _CurrentRun | None = None
         self._starting_run = asyncio.Lock()
         self._boot_task: asyncio.Task[None] | None = None
+        self.metrics.watch(
+            run_state=lambda: self._current.run.log.state if self._current else None,
+            num_in_sync=lambda: (
+                self._fleet.num_serving(self._current.policy) if self._current else 0
+            ),
+        )
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -126,14 +134,15 @@ class Trainer:
         self._boot_task = asyncio.create_task(self.boot())
 
     async def boot(self) -> None:
-        started = time.perf_counter()
+        started, what = time.perf_counter(), "boot failed"
         try:
-            policy = await asyncio.to_thread(self._load_policy)
+            await asyncio.to_thread(check_start, self.settings)
+            what = f"TRAINER_MODEL {self.settings.model} cannot be loaded"
+            policy = await asyncio.to_thread(self.load_policy)
         except Exception as error:  # whatever it is, the process is of no use: say it and exit
-            trace = None if isinstance(error, ValueError) else error  # else the operator's to mend
-            log.error("loading %s failed: %s", self.settings.model, error, exc_info=trace)
-            self._state, self._detail = "dead", f"loading {self.settings.model} failed: {error}"
-            self._on_exit(1)
+            self._detail, exit_code = report(log, what, error)
+            self._state = "dead"
+            self._on_exit(exit_code)
             return
         async with self._starting_run:  # whoever posts a run now comes after the unfinished one
             self._policy = policy
@@ -163,7 +172,7 @@ class Trainer:
                 exc_info=trace,
             )
 
-    def _load_policy(self) -> Policy:
+    def load_policy(self) -> Policy:
         device = self.settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -232,10 +241,11 @@ class Trainer:
     async def _start(self, config: RunConfig) -> RunStatus:
         if current := self._current:
             if not current.run.log.has_ended:
-                raise RunConflict(
-                    f"run {current.run.config.run_id!r} is {current.run.log.state}: stop it "
-                    "with POST /runs/current/stop first"
-                )
+                state = current.run.log.state
+                todo = "stop it with POST /runs/current/stop first"
+                if state == "stopping":
+                    todo = "try again when its step is done"
+                raise RunConflict(f"run {current.run.config.run_id!r} is {state}: {todo}")
             assert current.task
             await asyncio.wait({current.task})  # it leaves its folder
         run_id = config.run_id or time.strftime("run-%Y%m%d-%H%M%S-") + secrets.token_hex(2)
@@ -328,6 +338,10 @@ class Trainer:
         try:
             log.info("run %s goes on from %s", run.log.run_dir, run.policy.id)
             requirements = self._requirements(current)
+            self.metrics.begin_run(
+                max_staleness=run.config.max_staleness,
+                min_ready_replicas=requirements.min_ready_replicas,
+            )
             adapter = None
             if not run.policy.id.is_base:  # what replicas hold may be of the life before
                 adapter = await asyncio.to_thread(run.policy.publish)

@@ -57,6 +57,7 @@ def stack(images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> I
         yield stack
     finally:
         stack.down()
+    assert set(stack.num_left().values()) == {0}, "`docker compose down` left something"
 
 
 @pytest.fixture(scope="session")

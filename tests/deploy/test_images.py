@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from tests.deploy.stack import Stack, inspect, run
+from examples.demo import model as demo
+from tests.deploy.stack import inspect, run
 
 pytestmark = pytest.mark.compose
 
@@ -72,7 +74,8 @@ class TestAMistakeIsOneLine:
     """The container ends by itself, and the last line of its log says what to set."""
 
     def last_line(self, image: str, *options: str) -> str:
-        result = run("docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp", *options, image)
+        folders = ["--tmpfs", "/tmp", "--volume", "/runs"]
+        result = run("docker", "run", "--rm", "--read-only", *folders, *options, image)
         assert result.returncode == 2, result.stderr
         assert "Traceback" not in result.stderr
         return result.stderr.strip().splitlines()[-1]
@@ -87,14 +90,33 @@ class TestAMistakeIsOneLine:
         line = self.last_line(images[service], *variables(service, "/models/nothing"))
         assert f"{service.upper()}_MODEL /models/nothing: no such folder" in line
 
-    def test_too_little_memory(self, images: dict[str, str], stack: Stack, service: str) -> None:
+    def test_too_little_memory(
+        self, images: dict[str, str], large_model: Path, service: str
+    ) -> None:
         """Instead of a container that the kernel kills without a word."""
-        options = ["--memory", "600m", "--memory-swap", "600m"]
-        volume = ["--volume", f"{stack.project}_models:/models:ro"]
-        line = self.last_line(
-            images[service], *options, *volume, *variables(service, "/models/demo")
-        )
-        assert "memory" in line
+        options = ["--memory", "1g", "--memory-swap", "1g"]
+        volume = ["--volume", f"{large_model}:/models:ro"]
+        line = self.last_line(images[service], *options, *volume, *variables(service, "/models"))
+        assert "/models needs at least " in line
+        assert "GiB of memory" in line
+        assert "of 1.0 GiB are free in this container" in line
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose weights are 4 GB of nothing: a sparse file."""
+    folder = tmp_path_factory.mktemp("large") / "model"
+    demo.save(demo.make_model(seed=0), folder)
+    num_rows, width = 2_000_000, 1024
+    name, num_bytes = "model.embed_tokens.weight", 2 * num_rows * width
+    tensor = {"dtype": "BF16", "shape": [num_rows, width], "data_offsets": [0, num_bytes]}
+    header = json.dumps({name: tensor}).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(file.tell() + num_bytes)
+    for path in (folder.parent, folder, *folder.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return folder
 
 
 def variables(service: str, model: str, *, key: str = "key") -> list[str]:

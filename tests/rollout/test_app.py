@@ -202,11 +202,11 @@ async def test_a_boot_that_fails_exits_1_and_says_why(serve: Callable[..., Servi
     assert (status.state, status.detail) == ("dead", "boot failed: no such device")
 
 
-async def test_a_model_that_does_not_exist_exits_1_and_names_it(
+async def test_a_model_that_does_not_exist_exits_2_and_names_it(
     serve: Callable[..., Service], tmp_path: Path
 ) -> None:
     service = serve(model=str(tmp_path / "nothing"))
-    assert await service.exit_code() == 1
+    assert await service.exit_code() == 2
     assert str(tmp_path / "nothing") in (await service.client.status()).detail
 
 

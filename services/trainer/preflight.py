@@ -1,0 +1,36 @@
+"""What the trainer can tell before it loads anything: each lack is one sentence, in seconds."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from services.base_model import resolve_checkpoint
+from services.machine import check_memory, check_writable, gpus, memory, weight_bytes
+from services.trainer.settings import TrainerSettings
+
+log = logging.getLogger(__name__)
+# Private memory that importing transformers, bitsandbytes and peft adds to torch: measured 160 MB.
+_LIBRARY_BYTES = 128 << 20
+
+
+def check_start(settings: TrainerSettings) -> None:
+    """Raises ValueError, OSError or MemoryError where the trainer cannot run."""
+    check_writable("TRAINER_RUNS_DIR", settings.runs_dir)
+    uses_gpu = settings.device == "cuda"
+    if settings.device == "auto" and torch.version.cuda:
+        uses_gpu = torch.cuda.is_available()
+        if not uses_gpu:
+            log.warning(
+                "torch can use no GPU here: training on the CPU; TRAINER_DEVICE=cuda says why"
+            )
+    first_gpu = gpus(f"TRAINER_DEVICE={settings.device}", 1)[0] if uses_gpu else None
+    source = resolve_checkpoint(settings.model, "TRAINER_MODEL")
+    weights = weight_bytes(source)
+    parts = {"weights": weights.nf4 if settings.load_in_4bit else weights.stored}
+    if first_gpu is None:  # where all processes share the memory
+        parts["libraries"] = _LIBRARY_BYTES
+        parts = {name: settings.data_parallel_size * bytes for name, bytes in parts.items()}
+    where = first_gpu.memory if first_gpu else memory()
+    check_memory(f"TRAINER_MODEL {settings.model}", parts, where)

@@ -1,0 +1,63 @@
+"""What the exit code says, and what an operator reads."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from pydantic import BaseModel, Field, ValidationError
+
+from services.boot import one_line, report
+
+log = logging.getLogger("services.test")
+
+
+class Limits(BaseModel):
+    share: float = Field(le=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "has_trace"),
+    [
+        (ValueError("a wrong setting"), 2, False),
+        (ConnectionError("the hub is away"), 1, False),
+        (MemoryError("others have it"), 1, False),
+        (KeyError("a bug"), 1, True),
+    ],
+    ids=lambda value: str(value),
+)
+def test_2_is_for_what_another_start_cannot_mend(
+    error: Exception, exit_code: int, has_trace: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "services")
+    sentence, code = report(log, "boot failed", error)
+    assert code == exit_code
+    (record,) = caplog.records
+    assert record.getMessage() == sentence
+    assert bool(record.exc_info) is has_trace
+
+
+def test_the_trace_of_a_foreseen_failure_is_for_debugging(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG, "services")
+    report(log, "boot failed", ValueError("a wrong setting"))
+    assert [record.levelname for record in caplog.records] == ["ERROR", "DEBUG"]
+    assert caplog.records[1].exc_info
+
+
+def test_of_many_lines_the_first_paragraph_is_said_in_one() -> None:
+    assert one_line(ValueError("no such\n  architecture\n\nupgrade with pip")) == (
+        "no such architecture"
+    )
+
+
+def test_an_error_that_says_little_has_its_class() -> None:
+    assert one_line(KeyError("x")) == "KeyError: 'x'"
+    assert one_line(MemoryError()) == "MemoryError"
+
+
+def test_a_validation_error_is_its_field_and_message() -> None:
+    with pytest.raises(ValidationError) as raised:
+        Limits.model_validate({"share": 5})
+    assert one_line(raised.value) == "share: Input should be less than or equal to 1"
