@@ -32,7 +32,7 @@ test-compose: $(INSTALLED) ## Build the CPU images and run the stack: needs a Do
 
 up: ## Start the containers of a GPU host and wait until they are ready (STACK=cpu: without a GPU)
 	@deploy/scripts/make_env.sh $(STACK)
-	docker compose up --build --detach --wait
+	docker compose up --detach --wait
 
 check: $(INSTALLED) ## Lint, format check, types and import rules
 	$(BIN)/ruff check

@@ -24,6 +24,13 @@ def main(command: list[str]) -> int:
     if not gpus:
         print("ROLLOUT_GPUS names no GPU: set it in .env, as in ROLLOUT_GPUS=1,2", file=sys.stderr)
         return 2
+    if os.environ.get("ROLLOUT_TENSOR_PARALLEL_SIZE", "1") not in ("", "1"):
+        print(
+            "ROLLOUT_TENSOR_PARALLEL_SIZE: replicas by number have one GPU each; leave it out, or "
+            "use replicas by name (docker-compose.yml), whose ROLLOUT_0_GPU may name several",
+            file=sys.stderr,
+        )
+        return 2
     folder = Path(os.environ.get("GPU_CLAIMS_DIR", "/claims"))
     seat = claim(len(gpus), folder)
     if seat is None:

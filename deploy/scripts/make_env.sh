@@ -24,5 +24,10 @@ if [[ ! -f .env ]]; then
 fi
 if [[ -n $stack ]]; then
     sed -i '/^COMPOSE_FILE=/d' .env
+    [[ -z $(tail -c 1 .env) ]] || echo >>.env  # the last line lacked its end
     echo "COMPOSE_FILE=$files" >>.env
 fi
+# Docker would make them too, for root alone.
+while read -r folder; do
+    mkdir -p "$folder"
+done < <(sed -nE 's/^TANDEM_(MODELS|DATA)_DIR=//p' .env)

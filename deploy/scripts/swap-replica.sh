@@ -50,24 +50,28 @@ replace() {  # with the image of the environment
         --wait-timeout "$((deadline - SECONDS > 1 ? deadline - SECONDS : 1))" "$name"
 }
 
-serves() {  # waits until the new replica serves the version that the run is at now, or a newer one
-    local seen run_state wanted line
-    seen=$(fleet) || return 1
-    read -r _ run_state wanted <<<"$seen"
-    [[ $run_state == running ]] || return 0
-    while ((SECONDS < deadline)); do
-        line=$(grep -F "$(address) " <<<"$seen" || true)
-        read -r _ state version detail <<<"${line:-unknown unknown 0}"
-        if [[ $state == serving ]] && ((version >= wanted)); then
-            say "serves policy version $version"
-            return 0
+# Waits until the new replica serves the version that the run is at now, or a newer one. A trainer that
+# is not here, or has no run, asks for nothing.
+serves() {
+    local seen run_state newest wanted=-1 line state=unknown version=0 detail="the trainer does not answer"
+    while [[ -n $(docker compose ps --status running --quiet trainer) ]]; do
+        if seen=$(fleet 2>/dev/null); then
+            read -r _ run_state newest <<<"$seen"
+            [[ $run_state == running ]] || return 0
+            ((wanted >= 0)) || wanted=$newest
+            line=$(grep -F "$(address) " <<<"$seen") || line="- unknown 0 the trainer has not seen it"
+            read -r _ state version detail <<<"$line"
+            if [[ $state == serving ]] && ((version >= wanted)); then
+                say "serves policy version $version"
+                return 0
+            fi
         fi
-        [[ $state != quarantined ]] || break
+        if [[ $state == quarantined ]] || ((SECONDS >= deadline)); then
+            say "is $state: $detail"
+            return 1
+        fi
         sleep 1
-        seen=$(fleet) || return 1
     done
-    say "is $state: $detail"
-    return 1
 }
 
 name=${1:-}
@@ -85,9 +89,8 @@ fi
 old=$(docker compose ps --quiet "$name")
 if [[ -n $old ]]; then
     old_image=$(docker inspect --format '{{.Config.Image}}' "$old")
-    others=$(docker compose ps --format '{{.Service}} {{.Health}}' | grep -E '^rollout-.* healthy$' |
-        grep -cv "^$name ") || true
-    ((others > 0)) || [[ ${FORCE:-} == 1 ]] ||
+    healthy=$(docker compose ps --format '{{.Service}} {{.Health}}' | sed -n 's/^\(rollout-.*\) healthy$/\1/p')
+    [[ $healthy != "$name" || ${FORCE:-} == 1 ]] ||
         fail "$name is the only healthy replica: start another one first, or set FORCE=1 and a run waits meanwhile"
     say "draining"
     docker compose stop "$name"
@@ -107,6 +110,7 @@ if ! { replace && serves; }; then
 fi
 if [[ -n $image ]]; then
     sed -i "/^$variable=/d" .env
+    [[ -z $(tail -c 1 .env) ]] || echo >>.env  # the last line lacked its end
     echo "$variable=$image" >>.env
 fi
 say "runs $(docker inspect --format '{{.Config.Image}}' "$(docker compose ps --quiet "$name")") at $(address)"

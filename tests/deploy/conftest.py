@@ -14,6 +14,8 @@ from tests.deploy.stack import ROOT, Stack, run
 
 IMAGES = {name: f"tandem-{name}:0.1.0-cpu" for name in ("trainer", "rollout")}
 
+SWAPPED_IMAGE = "tandem-rollout:0.1.0-swapped"
+
 
 @pytest.fixture(scope="session")
 def engine() -> None:
@@ -57,6 +59,7 @@ def stack(images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> I
         yield stack
     finally:
         stack.down()
+    run("docker", "image", "rm", SWAPPED_IMAGE)
     assert set(stack.num_left().values()) == {0}, "`docker compose down` left something"
 
 

@@ -126,6 +126,27 @@ def test_an_env_that_exists_keeps_its_key(tmp_path: Path) -> None:
     assert "cpu.yml" not in after
 
 
+def test_an_env_whose_last_line_has_no_end_is_kept(tmp_path: Path) -> None:
+    stack_of(tmp_path, "")
+    (tmp_path / ".env").write_text("TANDEM_API_KEY=a\nTANDEM_MODELS_DIR=m")
+    assert run("deploy/scripts/make_env.sh", "cpu", cwd=tmp_path).returncode == 0
+    lines = (tmp_path / ".env").read_text().splitlines()
+    assert lines[:2] == ["TANDEM_API_KEY=a", "TANDEM_MODELS_DIR=m"]
+    assert lines[2].startswith("COMPOSE_FILE=")
+    assert (tmp_path / "m").is_dir()
+
+
+def test_a_new_key_makes_new_containers(engine: None, tmp_path: Path) -> None:
+    """Prometheus has it in a file, which compose does not compare."""
+    stack = stack_of(tmp_path, "")
+    hashes = []
+    for key in ("a", "b"):
+        stack.write_env(TANDEM_API_KEY=key)
+        hashes.append(stack.must_compose("--profile", "*", "config", "--hash", "*").splitlines())
+    assert len(hashes[0]) == 6
+    assert set(hashes[0]) & set(hashes[1]) == set()
+
+
 def test_an_unknown_stack_is_refused(tmp_path: Path) -> None:
     stack_of(tmp_path, "")
     refused = run("deploy/scripts/make_env.sh", "tpu", cwd=tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.stack import ROOT, Stack
+from tests.deploy.stack import ROOT, Stack, run
 
 
 def created(folder: Path, name: str, images: dict[str, str], **settings: str) -> Stack:
@@ -119,3 +119,10 @@ def test_no_gpu_to_choose_from_is_one_sentence(tmp_path: Path, gpus: str) -> Non
             "ROLLOUT_GPUS names no GPU: set it in .env, as in ROLLOUT_GPUS=1,2"
         )
     assert process.returncode == 2
+
+
+def test_replicas_by_number_are_not_tensor_parallel(tmp_path: Path) -> None:
+    environment = {"ROLLOUT_GPUS": "0,1", "ROLLOUT_TENSOR_PARALLEL_SIZE": "2"}
+    refused = run(*CLAIM, *SHOW, env=environment)
+    assert refused.returncode == 2
+    assert "replicas by number have one GPU each" in refused.stderr
