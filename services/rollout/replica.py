@@ -129,7 +129,8 @@ class Replica:
                 settings.kv_cache_dtype,
                 settings.resolved_kv_cache_dtype,
             )
-        source = await asyncio.to_thread(check_start, settings)
+        settings, source = await asyncio.to_thread(check_start, settings)
+        self.settings = settings
         base = await asyncio.to_thread(
             prepare_base,
             str(source),
@@ -167,13 +168,15 @@ class Replica:
         self._serving = Serving(base, engine, policies, sampler, receiver, limits, booted.version)
         self._state, self._detail = "ready", ""
         log.info(
-            "ready after %.1f s on http://%s:%d: %s, base %s, KV cache %s, context %d, vLLM %s",
+            "ready after %.1f s on http://%s:%d: %s, base %s, KV cache %s, "
+            "attention %s, context %d, vLLM %s",
             time.perf_counter() - started,
             settings.host,
             settings.port,
             settings.model,
             settings.base,
             settings.resolved_kv_cache_dtype,
+            settings.attention_backend or "of vLLM's choice",
             limits.max_model_len,
             booted.version,
         )

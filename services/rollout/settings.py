@@ -16,6 +16,7 @@ from shared.logs import LogLevel
 from shared.schemas import RolloutLimits
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM has slots for
+AttentionBackend = Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION"]  # vLLM's
 _SHARED_MEMORY = Path("/dev/shm")
 _SERVICE_URL = re.compile(r"https?://[^/?#\s]{1,280}/?")
 
@@ -42,29 +43,38 @@ class RolloutSettings(BaseSettings):
     adapter_dir: Path | None = None  # resident adapter files; default: shared memory
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    kv_cache_dtype: str = "default"  # default: fp8 on GPU, auto on CPU
-    kv_cache_memory_bytes: int | None = None  # default: 256 MiB on CPU, the rest of a GPU
-    gpu_memory_utilization: float = 0.85
-    tensor_parallel_size: int = 1
-    max_model_len: int | None = None  # prompt + completion tokens; default: the model's
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int | None = None
+    kv_cache_dtype: str = "default"  # default: fp8 on a GPU that has it, else auto
+    kv_cache_memory_bytes: int | None = Field(  # default: 256 MiB on CPU, the rest of a GPU
+        default=None, ge=1
+    )
+    attention_backend: AttentionBackend | None = None  # on a GPU; default: one that needs no nvcc
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    max_model_len: int | None = Field(  # prompt + completion tokens; default: the model's
+        default=None, ge=1
+    )
+    max_num_seqs: int = Field(default=256, ge=1)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1)
     enforce_eager: bool = False
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
 
     max_lora_rank: int = Field(default=32, ge=1, le=512)
     max_live_policies: int = Field(default=2, ge=1, le=16)  # one more slot receives the next one
 
     max_completions: int = Field(default=4096, ge=1)  # per request, and queued or running in all
-    max_adapter_bytes: int = 1 << 30
-    max_body_bytes: int = 32 << 20
-    body_timeout_s: float = 300.0  # for the whole body of a request to arrive
-    request_timeout_s: float = 600.0
+    max_adapter_bytes: int = Field(default=1 << 30, ge=1)
+    max_body_bytes: int = Field(default=32 << 20, ge=1)
+    body_timeout_s: float = Field(gt=0, default=300.0)  # for the whole body of a request to arrive
+    request_timeout_s: float = Field(gt=0, default=600.0)
     stream_interval: int = Field(default=8, ge=1)  # tokens of a completion per record of a stream
-    sync_wait_s: float = 30.0  # how long a sync waits for a version to be released
-    stall_timeout_s: float = 120.0  # no token for this long while requests run: the engine hangs
-    drain_delay_s: float = 3.0  # not ready but serving, until every client has noticed
-    drain_timeout_s: float = 120.0  # for running requests to finish
+    sync_wait_s: float = Field(ge=0, default=30.0)  # a sync, for a version to be released
+    stall_timeout_s: float = Field(  # no token for this long while requests run: the engine hangs
+        gt=0, default=120.0
+    )
+    drain_delay_s: float = Field(  # not ready but serving, until every client has noticed
+        ge=0, default=3.0
+    )
+    drain_timeout_s: float = Field(ge=0, default=120.0)  # for running requests to finish
 
     @field_validator("trainer_url", "advertise_url")
     @classmethod
@@ -148,6 +158,11 @@ def prepare_environment(settings: RolloutSettings) -> None:
             "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings there are about GPUs
         }
     else:
-        environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        environment |= {
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            # It is compiled at the first use, for which an image need not have the tools. It would
+            # seldom be used: it returns no logprobs of the distribution that was sampled.
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        }
     for name, value in environment.items():
         os.environ.setdefault(name, value)

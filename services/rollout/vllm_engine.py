@@ -58,6 +58,8 @@ _MORE_KV_CACHE = (
 _REMEDIES = {
     "greater than the derived": "lower it",
     "smaller than max_model_len": "raise the first, or lower the second",
+    "is not valid for this configuration": "leave ROLLOUT_ATTENTION_BACKEND unset, or choose "
+    "another ROLLOUT_KV_CACHE_DTYPE",
     "Free memory on device": "lower ROLLOUT_GPU_MEMORY_UTILIZATION, or end what else uses that GPU",
     "No available memory for the cache": f"{_MORE_KV_CACHE}, or take a smaller model",
     "max seq len": f"lower ROLLOUT_MAX_MODEL_LEN, or {_MORE_KV_CACHE}",
@@ -97,6 +99,8 @@ class VllmEngine:
                 "enforce_eager": True,
                 "lora_target_modules": [*LINEAR_MODULES, "qkv_proj", "gate_up_proj"],
             }
+        elif settings.attention_backend is not None:
+            options["attention_backend"] = settings.attention_backend
         if settings.max_num_batched_tokens is not None:
             options["max_num_batched_tokens"] = settings.max_num_batched_tokens
         args = AsyncEngineArgs(
@@ -260,7 +264,7 @@ def _boot_error(error: Exception, lines: list[str]) -> Exception:
     if not is_refusal and (cause := root_cause(lines)):
         is_refusal = cause[0] == "ValueError"
         message = cause[1] if is_refusal else ": ".join(cause)
-    sentence = re.split(r"\. (?=[A-Z])", message)[0].rstrip(".")
+    sentence = re.split(r"\. (?=[A-Z])(?!Reason)", message)[0].rstrip(".")
     for theirs, ours in _SETTING_NAMES.items():
         sentence = re.sub(rf"\b{theirs}\b", f"ROLLOUT_{ours.upper()}", sentence)
     remedy = next((todo for words, todo in _REMEDIES.items() if words in message), None)

@@ -31,6 +31,6 @@ def check_start(settings: TrainerSettings) -> None:
     parts = {"weights": weights.nf4 if settings.load_in_4bit else weights.stored}
     if first_gpu is None:  # where all processes share the memory
         parts["libraries"] = _LIBRARY_BYTES
-        parts = {name: settings.data_parallel_size * bytes for name, bytes in parts.items()}
+        parts = {name: settings.data_parallel_size * size for name, size in parts.items()}
     where = first_gpu.memory if first_gpu else memory()
     check_memory(f"TRAINER_MODEL {settings.model}", parts, where)
