@@ -24,6 +24,7 @@ from shared.checkpoints import linear_shapes, weight_files
 _GPU_TIMEOUT_S = 120.0
 _V2_FILES = ("memory.max", "memory.current", ("file", "shmem", "slab_reclaimable"))
 _V1_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_cache", "total_shmem", ""))
+_UNLIMITED_V1 = 1 << 60  # version 1 writes a number for no limit
 
 
 def size(num_bytes: float) -> str:
@@ -81,23 +82,32 @@ class Memory:
 def memory(root: Path = Path("/")) -> Memory:
     """The memory this process may still take: of the machine, or of its tightest cgroup.
 
-    Page cache counts as free, and so does swap.
+    Page cache counts as free, and so does swap where the cgroups allow it.
     """
     lines = (line.partition(":") for line in (root / "proc/meminfo").read_text().splitlines())
     info = {name: int(value.split()[0]) * 1024 for name, _, value in lines}
-    swap = info["SwapFree"]
-    tightest = Memory(
-        info["MemTotal"] + info["SwapTotal"], info["MemAvailable"] + swap, "on this machine"
-    )
-    for limit, used in _cgroups(root):
-        if limit - used + swap < tightest.free_bytes:
-            where = f"in this container (its limit is {size(limit)})"
-            tightest = Memory(limit + info["SwapTotal"], max(limit - used + swap, 0), where)
+    groups = list(_cgroups(root))
+    swap = int(min([info["SwapFree"], *(max(group.swap_left, 0) for group in groups)]))
+    tightest = Memory(info["MemTotal"] + swap, info["MemAvailable"] + swap, "on this machine")
+    for group in groups:
+        if group.limit - group.used + swap < tightest.free_bytes:
+            where = f"in this container (its limit is {size(group.limit)})"
+            free = max(int(group.limit - group.used + swap), 0)
+            tightest = Memory(int(group.limit) + swap, free, where)
     return tightest
 
 
-def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of the cgroups that this process is in and that have a limit."""
+@dataclass(frozen=True, slots=True)
+class _Cgroup:
+    """In bytes; infinite where there is no limit."""
+
+    limit: float
+    used: int
+    swap_left: float
+
+
+def _cgroups(root: Path) -> Iterator[_Cgroup]:
+    """The cgroups that this process is in, as far as they limit memory or swap."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
@@ -110,9 +120,25 @@ def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
         group = mount / path.strip("/")
         for folder in (group, *group.parents):
             if folder.is_relative_to(mount) and (folder / files[0]).exists():
-                limit = (folder / files[0]).read_text().strip()
-                if limit != "max":
-                    yield int(limit), _used(folder, *files[1:])
+                used = _used(folder, *files[1:]) if (folder / files[1]).exists() else 0
+                yield _Cgroup(_bytes(folder / files[0]), used, _swap_left(folder))
+
+
+def _swap_left(folder: Path) -> float:
+    if (folder / "memory.swap.max").exists():
+        return _bytes(folder / "memory.swap.max") - _bytes(folder / "memory.swap.current")
+    if (folder / "memory.memsw.limit_in_bytes").exists():  # of memory and swap together
+        both, both_used, limit, used = (
+            _bytes(folder / f"memory.{name}_in_bytes")
+            for name in ("memsw.limit", "memsw.usage", "limit", "usage")
+        )
+        return both if both == math.inf else max(both - limit, 0) - (both_used - used)
+    return math.inf
+
+
+def _bytes(file: Path) -> float:
+    text = file.read_text().strip()
+    return math.inf if text == "max" or int(text) >= _UNLIMITED_V1 else int(text)
 
 
 def _used(folder: Path, current: str, stat: tuple[str, str, str]) -> int:
@@ -189,13 +215,19 @@ def _no_gpu(setting: str, reason: str) -> str:
 
 def gpus_by_a_child(setting: str) -> list[Gpu]:
     """The same from a process of its own, which takes its share of the GPUs with it."""
-    result = subprocess.run(
-        [sys.executable, "-m", "services.machine", setting],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_GPU_TIMEOUT_S,
-    )
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "services.machine", setting],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_GPU_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(
+            f"{setting}: the driver did not answer within {_GPU_TIMEOUT_S:g} s; see what "
+            "`nvidia-smi` says on the host"
+        ) from error
     if result.returncode != 0:
         reason = result.stderr.strip() or f"the look at it ended with {result.returncode}"
         raise ValueError(reason.splitlines()[-1])

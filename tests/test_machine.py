@@ -86,6 +86,50 @@ def test_an_unlimited_group_of_version_1_is_larger_than_the_machine(machine: Pat
     assert memory(machine).where == "on this machine"
 
 
+SWAP = 8 * GIB
+
+
+def with_swap(machine: Path) -> Path:
+    meminfo = machine / "proc/meminfo"
+    swap = f"SwapTotal: {SWAP // 1024} kB\nSwapFree: {SWAP // 1024} kB"
+    lines = [line for line in meminfo.read_text().splitlines() if "Swap" not in line]
+    meminfo.write_text("\n".join([*lines, swap]))
+    return machine
+
+
+def test_swap_counts_on_a_machine(machine: Path) -> None:
+    assert memory(with_swap(machine)) == Memory(24 * GIB, 20 * GIB, "on this machine")
+
+
+@pytest.mark.parametrize(("swap_max", "left"), [("max", 8), (str(3 * GIB), 2), ("0", 0)])
+def test_swap_counts_as_far_as_the_cgroup_allows(machine: Path, swap_max: str, left: int) -> None:
+    root = with_swap(machine) / "sys/fs/cgroup"
+    write_v2(root, str(4 * GIB), GIB)
+    write(root / "memory.swap.max", swap_max)
+    write(root / "memory.swap.current", str(GIB if left == 2 else 0))
+    found = memory(machine)
+    assert (found.total_bytes, found.free_bytes) == ((4 + left) * GIB, (3 + left) * GIB)
+
+
+@pytest.mark.parametrize(("both", "left"), [(1 << 62, 8), (5 * GIB, 3), (2 * GIB, 0)])
+def test_swap_of_a_cgroup_of_version_1(machine: Path, both: int, left: int) -> None:
+    """Its limit is of memory and swap together."""
+    write(with_swap(machine) / "proc/self/cgroup", "4:memory:/\n")
+    root = machine / "sys/fs/cgroup/memory"
+    write(root / "memory.limit_in_bytes", str(2 * GIB))
+    write(root / "memory.usage_in_bytes", str(GIB))
+    write(root / "memory.memsw.limit_in_bytes", str(both))
+    write(root / "memory.memsw.usage_in_bytes", str(GIB))
+    write(root / "memory.stat", "")
+    assert memory(machine).free_bytes == (1 + left) * GIB
+
+
+def test_a_driver_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.machine._GPU_TIMEOUT_S", 0.001)
+    with pytest.raises(TimeoutError, match="ROLLOUT_DEVICE=cuda: the driver did not answer"):
+        gpus_by_a_child("ROLLOUT_DEVICE=cuda")
+
+
 def test_the_memory_of_this_machine_can_be_read() -> None:
     found = memory()
     assert 0 < found.free_bytes <= found.total_bytes

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 
 _TRACE = re.compile(r"Traceback \(most recent|^Process \S+:|\bERROR\b|terminate called")
+_NO_TRACE = re.compile(r"\b(?:DEBUG|INFO|WARNING)\b|\d%")  # a log line, or how far something is
 _OURS = re.compile(r"^\d\d:\d\d:\d\d \w+ +rollout ")
 _CAUSE = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception)): (\S.*)$")
 _FOLLOWS = re.compile(r"initialization failed|See root cause|background process|shutting down")
@@ -23,7 +24,8 @@ _LAST_LINES_S = 0.5
 
 class EngineOutput:
     """Passes lines on to stderr. While the engine starts, from the first of a trace on it keeps
-    them: `boot` prints them once it has succeeded, and raises with them in `kept` when it fails."""
+    what may belong to one: `boot` prints that once it has succeeded, and raises with it in `kept`
+    when it fails."""
 
     def __init__(self) -> None:
         self.kept: list[str] = []
@@ -70,8 +72,8 @@ class EngineOutput:
         with open(self._read_end, errors="replace", newline="") as lines:
             for line in lines:
                 with self._lock:
-                    is_kept = self._is_booting and (self.kept or _TRACE.search(line))
-                    if is_kept and not _OURS.match(line):
+                    follows = self.kept and not _NO_TRACE.search(line) and not _OURS.match(line)
+                    if self._is_booting and (_TRACE.search(line) or follows):
                         self.kept.append(line)
                     else:
                         os.write(self._stderr, line.encode())

@@ -33,7 +33,10 @@ def main() -> int:
     if rank:
         return parallel.follow(Trainer(settings).load_policy)
     trainer = Trainer(
-        settings, on_exit=lambda code: server.exit(code), on_stuck=lambda: os._exit(1)
+        settings,
+        on_exit=lambda code: server.exit(code),
+        on_stuck=lambda: os._exit(1),  # followers end with this process
+        abandon_boot=lambda: os._exit(server.exit_code),
     )
     server = Server(
         create_app(trainer), host=settings.host, port=settings.port, on_stop=trainer.shut_down

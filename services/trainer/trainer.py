@@ -100,12 +100,15 @@ class Trainer:
         *,
         on_exit: Callable[[int], None] = lambda _: None,
         on_stuck: Callable[[], None] = lambda: None,
+        abandon_boot: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_exit` begins the exit of the process; `on_stuck` ends it while a step still runs."""
+        """`on_exit` begins the exit of the process; `on_stuck` ends it while a step still runs,
+        `abandon_boot` while the model still loads."""
         self.settings = settings
         self.metrics = TrainerMetrics()
         self._on_exit = on_exit
         self._on_stuck = on_stuck
+        self._abandon_boot = abandon_boot
         self._fleet = Fleet(
             settings.rollout_urls,
             connect=lambda url: RolloutClient(url, api_key=settings.api_key),
@@ -195,6 +198,7 @@ class Trainer:
         self._on_exit(0)
 
     async def stop(self) -> None:
+        is_loading = self._state == "starting" and self._policy is None
         if self._boot_task:
             self._boot_task.cancel()
         is_stuck = False
@@ -211,6 +215,8 @@ class Trainer:
         await self._fleet.aclose()
         if is_stuck:  # a thread that computes cannot be cancelled, and would be waited for
             self._on_stuck()
+        if is_loading:  # nor can one that downloads
+            self._abandon_boot()
 
     @property
     def policy(self) -> Policy:

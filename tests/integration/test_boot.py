@@ -105,3 +105,32 @@ def test_what_vllm_refuses_is_said_in_the_names_of_our_settings(
 ) -> None:
     line = refusal("rollout", tmp_path, model=tiny_checkpoint, **settings)
     assert f"boot failed: vLLM does not start: {sentence}" in line
+
+
+SLOW_BOOT = """
+import sys, time
+import services.trainer.trainer as trainer
+from services.trainer.__main__ import main
+
+def load(settings):
+    print("loading", flush=True)
+    time.sleep(60)
+
+trainer.check_start = load
+sys.exit(main())
+"""
+
+
+def test_a_trainer_that_still_downloads_its_model_stops_when_asked_to(tmp_path: Path) -> None:
+    """A thread cannot be cancelled: waited for, it would take up the whole grace period."""
+    settings = {"TRAINER_MODEL": "owner/model", "TRAINER_PORT": "0", "TRAINER_RUNS_DIR": "runs"}
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_BOOT],
+        env={**os.environ, **settings, "PYTHONPATH": os.getcwd()},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"loading\n"
+        process.terminate()
+        assert process.wait(timeout=30) == 0
