@@ -87,12 +87,14 @@ def memory(root: Path = Path("/")) -> Memory:
     lines = (line.partition(":") for line in (root / "proc/meminfo").read_text().splitlines())
     info = {name: int(value.split()[0]) * 1024 for name, _, value in lines}
     groups = list(_cgroups(root))
-    swap = int(min([info["SwapFree"], *(max(group.swap_left, 0) for group in groups)]))
-    tightest = Memory(info["MemTotal"] + swap, info["MemAvailable"] + swap, "on this machine")
+    swap = int(min([info["SwapTotal"], *(group.swap_limit for group in groups)]))
+    left = (max(group.swap_limit - group.swap_used, 0) for group in groups)
+    swap_free = int(min([info["SwapFree"], *left]))
+    tightest = Memory(info["MemTotal"] + swap, info["MemAvailable"] + swap_free, "on this machine")
     for group in groups:
-        if group.limit - group.used + swap < tightest.free_bytes:
+        if group.limit - group.used + swap_free < tightest.free_bytes:
             where = f"in this container (its limit is {size(group.limit)})"
-            free = max(int(group.limit - group.used + swap), 0)
+            free = max(int(group.limit - group.used + swap_free), 0)
             tightest = Memory(int(group.limit) + swap, free, where)
     return tightest
 
@@ -103,7 +105,8 @@ class _Cgroup:
 
     limit: float
     used: int
-    swap_left: float
+    swap_limit: float
+    swap_used: float
 
 
 def _cgroups(root: Path) -> Iterator[_Cgroup]:
@@ -121,19 +124,20 @@ def _cgroups(root: Path) -> Iterator[_Cgroup]:
         for folder in (group, *group.parents):
             if folder.is_relative_to(mount) and (folder / files[0]).exists():
                 used = _used(folder, *files[1:]) if (folder / files[1]).exists() else 0
-                yield _Cgroup(_bytes(folder / files[0]), used, _swap_left(folder))
+                yield _Cgroup(_bytes(folder / files[0]), used, *_swap(folder))
 
 
-def _swap_left(folder: Path) -> float:
+def _swap(folder: Path) -> tuple[float, float]:
+    """Limit and use of a cgroup's swap."""
     if (folder / "memory.swap.max").exists():
-        return _bytes(folder / "memory.swap.max") - _bytes(folder / "memory.swap.current")
+        return _bytes(folder / "memory.swap.max"), _bytes(folder / "memory.swap.current")
     if (folder / "memory.memsw.limit_in_bytes").exists():  # of memory and swap together
         both, both_used, limit, used = (
             _bytes(folder / f"memory.{name}_in_bytes")
             for name in ("memsw.limit", "memsw.usage", "limit", "usage")
         )
-        return both if both == math.inf else max(both - limit, 0) - (both_used - used)
-    return math.inf
+        return both if both == math.inf else max(both - limit, 0), both_used - used
+    return math.inf, 0
 
 
 def _bytes(file: Path) -> float:

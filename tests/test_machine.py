@@ -89,9 +89,9 @@ def test_an_unlimited_group_of_version_1_is_larger_than_the_machine(machine: Pat
 SWAP = 8 * GIB
 
 
-def with_swap(machine: Path) -> Path:
+def with_swap(machine: Path, free: int = SWAP) -> Path:
     meminfo = machine / "proc/meminfo"
-    swap = f"SwapTotal: {SWAP // 1024} kB\nSwapFree: {SWAP // 1024} kB"
+    swap = f"SwapTotal: {SWAP // 1024} kB\nSwapFree: {free // 1024} kB"
     lines = [line for line in meminfo.read_text().splitlines() if "Swap" not in line]
     meminfo.write_text("\n".join([*lines, swap]))
     return machine
@@ -107,8 +107,28 @@ def test_swap_counts_as_far_as_the_cgroup_allows(machine: Path, swap_max: str, l
     write_v2(root, str(4 * GIB), GIB)
     write(root / "memory.swap.max", swap_max)
     write(root / "memory.swap.current", str(GIB if left == 2 else 0))
+    assert memory(machine).free_bytes == (3 + left) * GIB
+
+
+def test_swap_that_others_use_is_not_free_and_may_be(machine: Path) -> None:
+    """The total says what can never fit, the rest what does not at the moment."""
+    root = with_swap(machine, free=GIB) / "sys/fs/cgroup"
+    assert memory(machine) == Memory(24 * GIB, 13 * GIB, "on this machine")
+    write_v2(root, str(4 * GIB), GIB)
+    write(root / "memory.swap.max", str(3 * GIB))
+    write(root / "memory.swap.current", str(GIB))
     found = memory(machine)
-    assert (found.total_bytes, found.free_bytes) == ((4 + left) * GIB, (3 + left) * GIB)
+    assert (found.total_bytes, found.free_bytes) == (7 * GIB, 4 * GIB)
+
+
+def test_a_parent_that_forbids_swap_forbids_it_to_its_groups(machine: Path) -> None:
+    write(with_swap(machine) / "proc/self/cgroup", "0::/slice/service\n")
+    root = machine / "sys/fs/cgroup"
+    for folder, swap_max in ((root / "slice", "0"), (root / "slice/service", "max")):
+        write_v2(folder, "max", GIB)
+        write(folder / "memory.swap.max", swap_max)
+        write(folder / "memory.swap.current", "0")
+    assert memory(machine) == Memory(16 * GIB, 12 * GIB, "on this machine")
 
 
 @pytest.mark.parametrize(("both", "left"), [(1 << 62, 8), (5 * GIB, 3), (2 * GIB, 0)])

@@ -5,9 +5,12 @@ With TRAINER_DATA_PARALLEL_SIZE above 1 it starts followers, which hold the poli
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+
+import torch.distributed as dist
 
 from services.server import Server, read_settings
 from services.trainer import parallel
@@ -32,17 +35,29 @@ def main() -> int:
         return 2
     if rank:
         return parallel.follow(Trainer(settings).load_policy)
+    followers = contextlib.ExitStack()
     trainer = Trainer(
         settings,
         on_exit=lambda code: server.exit(code),
         on_stuck=lambda: os._exit(1),  # followers end with this process
-        abandon_boot=lambda: os._exit(server.exit_code),
+        abandon_boot=lambda: _leave(server.exit_code, followers),
     )
     server = Server(
         create_app(trainer), host=settings.host, port=settings.port, on_stop=trainer.shut_down
     )
-    with parallel.followers(num_processes):
+    with followers:
+        followers.enter_context(parallel.followers(num_processes))
         return server.run_until_exit()
+
+
+def _leave(code: int, followers: contextlib.ExitStack) -> None:
+    """End the process though a thread of it boots, and its followers first.
+
+    Once all have met, the thread may be in a call with them, and they end with this process.
+    """
+    if not dist.is_initialized():
+        followers.close()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Trainer:
         abandon_boot: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_exit` begins the exit of the process; `on_stuck` ends it while a step still runs,
-        `abandon_boot` while the model still loads."""
+        `abandon_boot` while the trainer still boots."""
         self.settings = settings
         self.metrics = TrainerMetrics()
         self._on_exit = on_exit
@@ -198,7 +198,7 @@ class Trainer:
         self._on_exit(0)
 
     async def stop(self) -> None:
-        is_loading = self._state == "starting" and self._policy is None
+        is_booting = self._boot_task is not None and not self._boot_task.done()
         if self._boot_task:
             self._boot_task.cancel()
         is_stuck = False
@@ -215,7 +215,7 @@ class Trainer:
         await self._fleet.aclose()
         if is_stuck:  # a thread that computes cannot be cancelled, and would be waited for
             self._on_stuck()
-        if is_loading:  # nor can one that downloads
+        if is_booting:  # nor can one that downloads
             self._abandon_boot()
 
     @property

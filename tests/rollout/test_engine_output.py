@@ -38,10 +38,11 @@ def test_the_trace_of_a_boot_is_shown_only_when_the_boot_succeeded(fails: bool) 
 
 def test_what_is_no_trace_is_shown_at_once_after_an_error() -> None:
     """A boot may take half an hour, and be killed before it has ended."""
-    text = "ERROR retrying\nINFO 11-23 04:36:11 [core.py:1] loading\n  File x\nshards:  50% 1/2"
+    log, bar = "INFO 11-23 04:36:11 [core.py:1] loading", "shards:  50% Completed | 1/2"
+    text = f"ERROR retrying\n{log}\n  File x\n{bar}\nIt is 95% full"
     command = [sys.executable, "-c", SCRIPT, text, "True"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    shown = ["INFO 11-23 04:36:11 [core.py:1] loading", "shards:  50% 1/2", "kept 2"]
+    shown = [log, bar, "kept 3"]
     assert result.stderr.splitlines() == ["loading", *shown]
 
 

@@ -389,6 +389,40 @@ def test_a_trainer_that_is_killed_takes_its_followers_along(service: TrainerProc
     assert eventually(lambda: are_gone(followers), timeout_s=10)
 
 
+SLOW_BOOT = """
+import sys, time
+import services.trainer.trainer as trainer
+from services.trainer.__main__ import main
+
+def load(settings):
+    print("loading", flush=True)
+    time.sleep(60)
+
+trainer.check_start = load
+sys.exit(main())
+"""
+
+
+def test_a_trainer_that_still_loads_ends_its_followers_first(tmp_path: Path) -> None:
+    """They may not have come so far that they would notice."""
+    settings = {"MODEL": "owner/model", "PORT": "0", "RUNS_DIR": "runs", "DEVICE": "cpu"}
+    settings |= {"DATA_PARALLEL_SIZE": "2"}
+    environment = {f"TRAINER_{name}": value for name, value in settings.items()}
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_BOOT],
+        env=os.environ | SINGLE_THREADED | environment | {"PYTHONPATH": os.getcwd()},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"loading\n"
+        followers = children(process.pid)
+        assert len(followers) == 1
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+        assert are_gone(followers)
+
+
 def test_the_whole_service_runs_under_torchrun(tiny_checkpoint: Path, tmp_path: Path) -> None:
     trainer = start_under_torchrun(tmp_path, tiny_checkpoint)
     try:

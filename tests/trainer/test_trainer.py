@@ -319,6 +319,36 @@ async def test_a_step_that_does_not_end_in_time_is_left_to_the_next_process(
         await training
 
 
+async def test_a_boot_that_still_loads_is_abandoned_and_a_finished_one_is_not(
+    loaded_policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that has the model and now loads the data of a run that it takes up."""
+    left: list[str] = []
+    is_loading, go_on = threading.Event(), threading.Event()
+
+    def slow_look(runs_dir: Path) -> None:
+        is_loading.set()
+        go_on.wait(WAIT_S)
+
+    monkeypatch.setattr("services.trainer.trainer.check_start", lambda settings: None)
+    monkeypatch.setattr("services.trainer.trainer.newest_unfinished", slow_look)
+    monkeypatch.setattr(Trainer, "load_policy", lambda self: loaded_policy)
+    settings = TrainerSettings(model="tiny", runs_dir=tmp_path)
+    for is_done in (False, True):
+        trainer = Trainer(settings, abandon_boot=lambda: left.append("exit"))
+        is_loading.clear()
+        trainer.start()
+        await asyncio.to_thread(is_loading.wait, WAIT_S)
+        assert trainer.policy is loaded_policy
+        if is_done:
+            assert trainer._boot_task
+            await trainer._boot_task
+        trainer.shut_down()
+        await trainer.stop()
+        assert left == ["exit"]
+        go_on.set()
+
+
 async def test_a_run_that_says_never_ends_with_its_trainer(trainer: Trainer) -> None:
     await trainer.start_run(external(resume="never"))
     trainer.shut_down()
