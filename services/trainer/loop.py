@@ -41,6 +41,7 @@ from shared.schemas import (
 
 log = logging.getLogger(__name__)
 _EVAL_PROMPTS_PER_REQUEST = 32
+_LAST_SYNC_S = 5.0  # a stopped run waits no longer for replicas, which may be told to stop, too
 Result = TypeVar("Result")
 
 
@@ -89,8 +90,10 @@ async def train(run: Run) -> None:
             with clock.measure("sync_s"):
                 # One upload is bounded by sync_timeout_s; a replica may first have to come back.
                 timeout_s = max(config.generate_timeout_s, config.sync_timeout_s)
-                await run.fleet.sync(learned.adapter, timeout_s=timeout_s)
-            ahead.release(learned.adapter.policy)
+                sync = run.fleet.sync(learned.adapter, timeout_s=timeout_s)
+                await unless_stopped(run, sync, grace_s=_LAST_SYNC_S)
+            if not run.stop.is_set():
+                ahead.release(learned.adapter.policy)
             run.log.emit_groups(step, batch.groups)
             await run.log.emit(step_record(learned, clock, meter, batch))
             if needs_eval(config, step, run.log.last_eval):
@@ -127,12 +130,20 @@ def groups_ahead(run: Run) -> Ahead:
     )
 
 
-async def unless_stopped(run: Run, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The result of `work`; None when the run was stopped first, and `work` is cancelled."""
+async def unless_stopped(
+    run: Run, work: Coroutine[Any, Any, Result], *, grace_s: float = 0.0
+) -> Result | None:
+    """The result of `work`; None when the run was stopped first, and `work` is cancelled.
+
+    Once the run is stopped, `work` has `grace_s` more to be done.
+    """
     task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(run.stop.wait())
     try:
         await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        return None if run.stop.is_set() else await task
+        if run.stop.is_set():
+            await asyncio.wait({task}, timeout=grace_s)
+            return task.result() if grace_s and task.done() else None
+        return await task
     finally:
         task.cancel()
         stopped.cancel()

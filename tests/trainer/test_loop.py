@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import dataclass
+from typing import cast
+
 import pytest
 
-from services.trainer.loop import needs_eval
+from services.trainer.loop import Run, needs_eval, unless_stopped
 from services.trainer.run_config import RunConfig
 from shared.schemas import EvalRecord, PolicyId
 
@@ -49,3 +53,24 @@ def test_an_evaluation_is_made_once_after_every_step_that_is_due(
 
 def test_a_run_without_eval_needs_none() -> None:
     assert not needs_eval(CONFIG.model_copy(update={"eval": None}), 0, None)
+
+
+@dataclass
+class Stoppable:
+    stop: asyncio.Event
+
+
+@pytest.mark.anyio
+async def test_a_stopped_run_waits_for_a_sync_only_a_moment() -> None:
+    """Replicas may be told to stop with it, and then none takes the version."""
+    run, go_on = Stoppable(asyncio.Event()), asyncio.Event()
+
+    async def work() -> str:
+        await go_on.wait()
+        return "done"
+
+    run.stop.set()
+    assert await unless_stopped(cast(Run, run), work(), grace_s=0.01) is None
+    asyncio.get_running_loop().call_later(0.01, go_on.set)
+    assert await unless_stopped(cast(Run, run), work(), grace_s=20.0) == "done"
+    assert await unless_stopped(cast(Run, run), work()) is None
