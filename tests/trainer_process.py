@@ -16,6 +16,20 @@ import httpx
 from shared.schemas import RunStatus
 from tests.replica_process import eventually, free_port
 
+# `python -c` of it is a trainer that says `loading`, and is still at it a minute later.
+SLOW_BOOT = """
+import sys, time
+import services.trainer.trainer as trainer
+from services.trainer.__main__ import main
+
+def load(settings):
+    print("loading", flush=True)
+    time.sleep(60)
+
+trainer.check_start = load
+sys.exit(main())
+"""
+
 _BOOT_TIMEOUT_S = 60.0
 
 

@@ -91,7 +91,12 @@ async def train(run: Run) -> None:
                 # One upload is bounded by sync_timeout_s; a replica may first have to come back.
                 timeout_s = max(config.generate_timeout_s, config.sync_timeout_s)
                 sync = run.fleet.sync(learned.adapter, timeout_s=timeout_s)
-                await unless_stopped(run, sync, grace_s=_LAST_SYNC_S)
+                if await unless_stopped(run, sync, grace_s=_LAST_SYNC_S) is None:
+                    log.info(
+                        "stopped before the replicas had policy %s: they get it when the run goes "
+                        "on",
+                        learned.adapter.policy,
+                    )
             if not run.stop.is_set():
                 ahead.release(learned.adapter.policy)
             run.log.emit_groups(step, batch.groups)

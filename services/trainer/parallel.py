@@ -43,6 +43,7 @@ from services.trainer.samples import Sample
 log = logging.getLogger(__name__)
 _STORE_TIMEOUT = timedelta(minutes=1)  # the store is there before its ranks start
 _CALL_TIMEOUT = timedelta(days=365)  # followers wait for rank 0 as long as it takes
+_MEETING_TIMEOUT = timedelta(minutes=30)  # between the first rank that is there and the last
 _LEAVE_TIMEOUT_S = 10.0
 _CAUSE_S = 2.0  # for whoever watches the processes to say why one is gone
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -82,11 +83,16 @@ class Ranks:
     """
 
     def __init__(
-        self, rank: int = 0, size: int = 1, gradients: dist.ProcessGroup | None = None
+        self,
+        rank: int = 0,
+        size: int = 1,
+        meetings: dist.ProcessGroup | None = None,
+        gradients: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank = rank
         self.size = size
-        self._gradients = gradients  # None: the group of everything else
+        self._meetings = meetings  # where a rank that hangs is not waited for without end
+        self._gradients = gradients
         self._calling = threading.Lock()  # calls come from threads, collectives one by one
 
     @classmethod
@@ -100,7 +106,7 @@ class Ranks:
             dist.init_process_group(
                 "gloo", store=store, rank=rank, world_size=size, timeout=_CALL_TIMEOUT
             )
-            gradients = None
+            meetings = gradients = dist.new_group(backend="gloo", timeout=_MEETING_TIMEOUT)
             if device == "cuda":
                 torch.cuda.set_device(rank)  # of this thread
                 gradients = dist.new_group(backend="nccl")
@@ -110,7 +116,7 @@ class Ranks:
             os._exit(1)
         if rank == 0:
             log.info("%d processes train", size)
-        return cls(rank, size, gradients)
+        return cls(rank, size, meetings, gradients)
 
     def device(self, kind: str) -> str:
         """The device of this rank, of the `kind` cpu or cuda."""
@@ -216,7 +222,7 @@ class Ranks:
         """Every rank's word. Raises PeerFailed when another rank failed and this one did not."""
         words: list[Any] = [None] * self.size
         with self._connected():
-            dist.all_gather_object(words, word)
+            dist.all_gather_object(words, word, group=self._meetings)
         failures = [f"rank {rank} failed: {w.failure}" for rank, w in enumerate(words) if w.failure]
         if failures and any(w.is_done for w in words):
             self._end(f"{failures[0]}, when another had changed its weights")

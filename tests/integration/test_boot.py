@@ -12,6 +12,8 @@ from typing import Literal
 import pytest
 import torch
 
+from tests.trainer_process import SLOW_BOOT
+
 Name = Literal["rollout", "trainer"]
 both = pytest.mark.parametrize("name", ["rollout", "trainer"])
 
@@ -105,20 +107,6 @@ def test_what_vllm_refuses_is_said_in_the_names_of_our_settings(
 ) -> None:
     line = refusal("rollout", tmp_path, model=tiny_checkpoint, **settings)
     assert f"boot failed: vLLM does not start: {sentence}" in line
-
-
-SLOW_BOOT = """
-import sys, time
-import services.trainer.trainer as trainer
-from services.trainer.__main__ import main
-
-def load(settings):
-    print("loading", flush=True)
-    time.sleep(60)
-
-trainer.check_start = load
-sys.exit(main())
-"""
 
 
 def test_a_trainer_that_still_downloads_its_model_stops_when_asked_to(tmp_path: Path) -> None:

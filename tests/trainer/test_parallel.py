@@ -32,7 +32,7 @@ from shared.schemas import PolicyId
 from tests.replica_process import eventually, free_port
 from tests.trainer.conftest import VERSION_0, make_sample
 from tests.trainer.test_trainer import train_request
-from tests.trainer_process import TrainerProcess, start_trainer
+from tests.trainer_process import SLOW_BOOT, TrainerProcess, start_trainer
 
 NUM_UPDATES, LEARNING_RATE = 3, 1e-3
 WHOLE_BATCH = 100_000
@@ -387,20 +387,6 @@ def test_a_trainer_that_is_killed_takes_its_followers_along(service: TrainerProc
     followers = children(service.process.pid)
     service.kill()
     assert eventually(lambda: are_gone(followers), timeout_s=10)
-
-
-SLOW_BOOT = """
-import sys, time
-import services.trainer.trainer as trainer
-from services.trainer.__main__ import main
-
-def load(settings):
-    print("loading", flush=True)
-    time.sleep(60)
-
-trainer.check_start = load
-sys.exit(main())
-"""
 
 
 def test_a_trainer_that_still_loads_ends_its_followers_first(tmp_path: Path) -> None:
