@@ -1,12 +1,12 @@
-"""GRPO (Shao et al. 2024, arXiv:2402.03300) with the token-level normalization and the higher upper
-clip of DAPO (Yu et al. 2025, arXiv:2503.14476), and truncated importance sampling against the
-sampler (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy").
+"""Group-relative advantages: GRPO (Shao et al. 2024, arXiv:2402.03300), and GDPO (Liu et al. 2026,
+arXiv:2601.05242) for several rewards.
 
-    A_i  = (r_i - mean r) / (std r + 1e-4)                     within the group of a prompt
-    ρ_t  = π_θ(t) / π_old(t),   w_t = min(π_old(t) / π_sampler(t), C)
-    loss = Σ_t -min(ρ_t A, clip(ρ_t, 1 - ε_low, 1 + ε_high) A) · w_t / (tokens of the whole step)
+    GRPO  A_i = (r_i - mean r) / (std r + 1e-4)                 within the group of a prompt
+    GDPO  a_i = Σ_k w_k (r_ik - mean r_k) / (std r_k + 1e-4)    within the group
+          A_i = a_i / (std a + 1e-4)                            over the update
 
-Left out: the KL term towards a reference policy, which is off by default in the field.
+What differs: a group, or a reward in it, whose values are all equal counts as exactly 0, which
+costs no forward; and GDPO does not subtract the mean of a, which is 0.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from services.trainer.algorithms.ratios import MAX_LOG_RATIO as MAX_LOG_RATIO
 from services.trainer.samples import TokenBatch
 
 _EPSILON = 1e-4
-MAX_LOG_RATIO = 20.0  # of policy over sampler, in nats; exp() of more may overflow float32
 
 
 def group_advantages(
@@ -31,22 +31,49 @@ def group_advantages(
 
     Standard deviations are unbiased. A group of equal rewards has advantages of exactly 0.
     """
-    centred = [[reward - statistics.fmean(group) for reward in group] for group in rewards]
+    centred = [_centred(group) for group in rewards]
+    if scale == "none":
+        return centred
     batch_std = _std([reward for group in rewards for reward in group])
     return [
-        [0.0] * len(group)
-        if len(set(group)) == 1
-        else [a / (_scale(group, batch_std, scale)) for a in advantages]
+        [a / ((batch_std if scale == "batch" else _std(group)) + _EPSILON) for a in advantages]
         for group, advantages in zip(rewards, centred, strict=True)
     ]
 
 
-def _scale(
-    group: Sequence[float], batch_std: float, scale: Literal["group", "batch", "none"]
-) -> float:
-    if scale == "none":
-        return 1.0
-    return (batch_std if scale == "batch" else _std(group)) + _EPSILON
+def decoupled_advantages(
+    rewards: Sequence[Sequence[Sequence[float]]], *, weights: Sequence[float]
+) -> list[list[float]]:
+    """Rewards [group][completion][reward] -> advantages [group][completion].
+
+    The rewards are weighted already, and normalizing them takes that away: so it needs `weights`,
+    one per reward. Standard deviations are unbiased.
+    """
+    sums = []
+    for group in rewards:
+        columns = [list(column) for column in zip(*group, strict=True)]
+        terms = [_normalized(c, abs(w)) for c, w in zip(columns, weights, strict=True)]
+        sums.append([sum(term) for term in zip(*terms, strict=True)])
+    return scale_by_batch_deviation(sums)
+
+
+def scale_by_batch_deviation(advantages: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Advantages of groups over the unbiased deviation of all of them + 1e-4."""
+    deviation = _std([a for group in advantages for a in group]) + _EPSILON
+    return [[a / deviation for a in group] for group in advantages]
+
+
+def _normalized(weighted: Sequence[float], weight: float) -> list[float]:
+    """w (r - mean r) / (std r + ε) from w·r; the sign of w is in w·r."""
+    scale = weight / (_std(weighted) + weight * _EPSILON) if weight else 0.0
+    return [a * scale for a in _centred(weighted)]
+
+
+def _centred(group: Sequence[float]) -> list[float]:
+    if len(set(group)) == 1:  # their mean, rounded, may be another number
+        return [0.0] * len(group)
+    mean = statistics.fmean(group)
+    return [reward - mean for reward in group]
 
 
 def _std(values: Sequence[float]) -> float:
