@@ -414,11 +414,21 @@ class TrainRequest(Wire):
     idempotency_key: str = Field(min_length=1, max_length=128)
 
 
-class StepRecord(Wire):
-    """One policy update. Fractions are in [0, 1].
+class LagKl(Wire):
+    """k3 estimate of KL(sampler || policy), nats per token, where the sampler was `lag` versions
+    older than the policy."""
 
-    Entropy, weights and clipping are means over the tokens of samples with an advantage, the gap
-    and KL over those of staleness 0 among them: all are 0 when no sample has one.
+    lag: int
+    kl: float
+    num_tokens: int
+
+
+class StepRecord(Wire):
+    """One policy update. Fractions and ESS (effective sample size) are in [0, 1].
+
+    From `entropy` to `fresh_masked_fraction` they are over the completion tokens that the update
+    computed, those of samples with a gradient; 0 when there is none, an ESS and a factor 1. Fresh
+    tokens were sampled by the very version that was updated.
     """
 
     kind: Literal["step"] = "step"
@@ -426,6 +436,7 @@ class StepRecord(Wire):
     policy: PolicyId  # the version this step made
     num_groups: int
     num_constant_groups: int  # all rewards equal: no gradient
+    num_constant_groups_set_aside: int = 0  # that others took the place of
     num_samples: int
     num_tokens: int  # completion tokens
     reward_mean: float
@@ -434,6 +445,7 @@ class StepRecord(Wire):
     truncated_fraction: float  # completions that ran into max_tokens
     staleness_mean: float  # versions, over completions; of the oldest segment of each
     staleness_max: int
+    staleness_histogram: dict[int, int] = {}  # versions -> completions
     num_continued: int  # completions that another replica, or a newer version, went on with
     num_ready_groups: int  # scored and waiting when this step took its own: the queue depth
     num_in_flight_groups: int  # being sampled or scored at that moment
@@ -442,10 +454,26 @@ class StepRecord(Wire):
     learning_rate: float
     entropy: float  # of the policy at the sampled tokens, nats
     clip_fraction: float  # tokens whose ratio left the clip range against their advantage
-    importance_weight_mean: float  # policy over sampler, before truncation
+    importance_weight_mean: float  # policy over sampler, as applied
     importance_truncated_fraction: float
-    logprob_gap: float  # mean |policy - sampler|
-    sampler_kl: float  # k3 estimate of KL(sampler || policy)
+    importance_masked_fraction: float = 0.0
+    logprob_gap: float  # mean |policy - sampler| over fresh tokens, nats
+    logprob_gap_p99: float = 0.0
+    logprob_gap_max: float = 0.0
+    probability_factor: float = 1.0  # mean exp |policy - sampler| over fresh tokens
+    sampler_kl: float  # k3 estimate of KL(sampler || policy) over fresh tokens
+    kl_by_lag: tuple[LagKl, ...] = ()
+    token_ess: float = 1.0  # of policy over sampler, before truncation
+    sequence_ess: float = 1.0  # of its product over a completion
+    num_fresh_tokens: int = 0
+    fresh_sequence_ess: float = 1.0  # of completions all of whose tokens are fresh
+    fresh_masked_fraction: float = 0.0  # of fresh tokens
+    reference_kl: float = 0.0  # from the policy without its adapter
+    value_loss: float = 0.0  # PPO
+    value_clip_fraction: float = 0.0
+    explained_variance: float = 0.0
+    preference_accuracy: float = 0.0  # DPO
+    preference_margin: float = 0.0
     wait_s: float = 0.0  # the trainer idled: the groups of this step were not ready
     generate_s: float = 0.0  # mean over groups, from asking for one to its last token
     reward_s: float = 0.0  # mean over groups, from its last token to its rewards
@@ -453,6 +481,9 @@ class StepRecord(Wire):
     publish_s: float = 0.0
     sync_s: float = 0.0
     step_s: float = 0.0  # wall time of the step: wait, update, publish and sync
+    tokens_per_s: float = 0.0  # completion tokens over step_s
+    update_tokens_per_s: float = 0.0  # of prompts and completions, through the model in update_s
+    peak_memory_bytes: int = 0  # of the process so far: on its GPU, or of the host's
     trainer_idle_fraction: float = 0.0  # of step_s, waiting for groups
     rollout_idle_fraction: float = 0.0  # of step_s, replicas without a request; mean of the fleet
     num_serving_replicas: int = 0  # that hold the version this step made

@@ -140,6 +140,24 @@ class ConformanceConfig(Config):
         return self
 
 
+class GuardsConfig(Config):
+    """What stops an update that would teach the policy from another model's samples.
+
+    services/trainer/stats.py says what is measured, of tokens and completions that the version
+    which trains has sampled. `max_` and `min_` refuse the update and end the run, `warn_` only
+    says so; None switches a guard off.
+    """
+
+    warn_sampler_kl: float | None = Field(gt=0, default=1e-3)  # nats per token
+    max_sampler_kl: float | None = Field(gt=0, default=0.02)
+    warn_probability_factor: float | None = Field(gt=1, default=1.03)  # mean exp |Δlogprob|
+    min_sequence_ess: float | None = Field(gt=0, le=1, default=0.5)
+    max_masked_fraction: float | None = Field(ge=0, le=1, default=0.2)  # of the tokens
+    # Completions of the first batch are scored by the trainer before it learns from them.
+    max_handshake_kl: float | None = Field(gt=0, default=5e-3)
+    num_handshake_completions: int = Field(ge=1, default=32)
+
+
 class CheckpointConfig(Config):
     """What `<run_dir>/checkpoints` holds; a run resumes from the newest one."""
 
@@ -171,6 +189,7 @@ class RunConfig(Config):
     min_ready_replicas: int = Field(ge=1, default=1)  # that must hold a version to go on
 
     conformance: ConformanceConfig = ConformanceConfig()
+    guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     generate_timeout_s: float = Field(gt=0, default=600.0)
