@@ -10,7 +10,6 @@ from services.trainer.loop import Clock, Meter, Run, learn, step_record
 from services.trainer.policy import Policy
 from shared.errors import (
     IdempotencyConflict,
-    InternalError,
     InvalidRequest,
     RunConflict,
     ServiceError,
@@ -50,9 +49,10 @@ class ExternalUpdates:
         step = run.policy.id.version + 1  # every update of a run makes one version
         clock, meter = Clock(), Meter(run.fleet)
         try:
-            learned = await learn(run.policy, run.config, request.groups, step=step, clock=clock)
-        except FloatingPointError as error:
-            raise InternalError(str(error)) from error
+            learned = await learn(run, request.groups, step=step, clock=clock)
+        except UnsuitableForTraining as error:  # nothing was applied: the run goes on
+            log.error("%s", error.detail)
+            raise
         receipts: tuple[SyncReceipt, ...] = ()
         with clock.measure("sync_s"):
             try:

@@ -14,21 +14,24 @@ import hashlib
 import logging
 import statistics
 import time
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from services.trainer.algorithms.grpo import group_advantages
 from services.trainer.checkpoints import Checkpoints
 from services.trainer.data import Consumed, Prompt, PromptStream
 from services.trainer.fleet import Fleet
+from services.trainer.guards import GuardWatch, check_handshake, refused
 from services.trainer.pacing import Ahead, Batch
-from services.trainer.policy import Policy, PublishedAdapter, UpdateStats
+from services.trainer.policy import Policy, PublishedAdapter
 from services.trainer.rewards import Scorer
 from services.trainer.run_config import RunConfig
 from services.trainer.run_log import RunLog
 from services.trainer.samples import Sample, make_samples
+from services.trainer.stats import UpdateRefused, UpdateStats
 from shared.schemas import (
     CompletionGroup,
     EvalRecord,
@@ -60,6 +63,7 @@ class Run:
     scorer: Scorer
     held_out: Sequence[Prompt]
     stop: asyncio.Event
+    watch: GuardWatch = field(default_factory=GuardWatch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ async def train(run: Run) -> None:
                 batch = await unless_stopped(run, ahead.take())
             if batch is None:
                 return
-            learned = await learn(run.policy, config, batch.scored, step=step, clock=clock)
+            learned = await learn(run, batch.scored, step=step, clock=clock)
             with clock.measure("sync_s"):
                 # One upload is bounded by sync_timeout_s; a replica may first have to come back.
                 timeout_s = max(config.generate_timeout_s, config.sync_timeout_s)
@@ -155,10 +159,12 @@ async def unless_stopped(
         await asyncio.gather(task, stopped, return_exceptions=True)
 
 
-async def learn(
-    policy: Policy, config: RunConfig, groups: Sequence[ScoredGroup], *, step: int, clock: Clock
-) -> Learned:
-    """One policy update from scored groups: the next version and its adapter."""
+async def learn(run: Run, groups: Sequence[ScoredGroup], *, step: int, clock: Clock) -> Learned:
+    """One policy update from scored groups: the next version and its adapter.
+
+    Raises UnsuitableForTraining for an update that the guards refuse: nothing of it was applied.
+    """
+    policy, config = run.policy, run.config
     rewards = [[scored.reward for scored in group.completions] for group in groups]
     advantages = group_advantages(rewards, scale=config.algorithm.scale_rewards)
     samples = make_samples(groups, advantages, policy.id)
@@ -169,13 +175,20 @@ async def learn(
             len(groups),
             statistics.fmean(all_rewards(groups)),
         )
+    if config.managed and step == run.first_step + 1:
+        await asyncio.to_thread(check_handshake, policy, samples, config.guards)
     with clock.measure("update_s"):
-        stats = await asyncio.to_thread(
-            policy.update,
-            samples,
-            config.algorithm,
-            max_tokens_per_micro_batch=config.max_tokens_per_micro_batch,
-        )
+        try:
+            stats = await asyncio.to_thread(
+                policy.update,
+                samples,
+                config.algorithm,
+                max_tokens_per_micro_batch=config.max_tokens_per_micro_batch,
+                guards=config.guards,
+            )
+        except (UpdateRefused, FloatingPointError) as refusal:
+            raise refused(run.log.run_dir, step, samples, refusal) from refusal
+    run.watch.see(step, stats, config.guards)
     with clock.measure("publish_s"):
         adapter = await asyncio.to_thread(policy.publish)
     return Learned(step, groups, samples, stats, adapter)
@@ -254,25 +267,19 @@ def step_record(
         truncated_fraction=statistics.fmean(c.finish_reason == "length" for c in completions),
         staleness_mean=statistics.fmean(staleness),
         staleness_max=max(staleness),
+        staleness_histogram=dict(sorted(Counter(staleness).items())),
         num_continued=meter.num_continued,
         num_ready_groups=batch.num_ready_groups if batch else 0,
         num_in_flight_groups=batch.num_in_flight_groups if batch else 0,
-        loss=stats.loss,
-        grad_norm=stats.grad_norm,
-        learning_rate=stats.learning_rate,
-        entropy=stats.entropy,
-        clip_fraction=stats.clip_fraction,
-        importance_weight_mean=stats.importance_weight_mean,
-        importance_truncated_fraction=stats.importance_truncated_fraction,
-        logprob_gap=stats.logprob_gap,
-        sampler_kl=stats.sampler_kl,
         generate_s=batch.generate_s if batch else 0.0,
         reward_s=batch.reward_s if batch else 0.0,
         step_s=step_s,
+        tokens_per_s=num_tokens / step_s,
         trainer_idle_fraction=clock.seconds.get("wait_s", 0.0) / step_s,
         rollout_idle_fraction=meter.rollout_idle_fraction,
         num_serving_replicas=meter.fleet.num_serving(learned.adapter.policy),
         adapter_bytes=len(learned.adapter.content),
+        **asdict(stats),
         **clock.seconds,
     )
 

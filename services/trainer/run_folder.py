@@ -27,7 +27,7 @@ from services.trainer.run_config import RunConfig
 from services.trainer.run_log import FINAL_STATES, last_state
 from shared.checkpoints import identity_difference
 from shared.errors import BaseMismatch, Conflict, InvalidRequest, RunConflict
-from shared.schemas import BaseIdentity, Digest
+from shared.schemas import BaseIdentity, Digest, PreferencePair
 
 log = logging.getLogger(__name__)
 _MAY_CHANGE = frozenset(
@@ -38,6 +38,7 @@ _MAY_CHANGE = frozenset(
         "eval",
         "checkpoint",
         "conformance",
+        "guards",
         "max_staleness",
         "in_flight",
         "min_ready_replicas",
@@ -129,14 +130,14 @@ class RunFolder:
         self._lock.close()
 
 
-def dataset_digest(prompts: Sequence[Prompt]) -> str | None:
+def dataset_digest(rows: Sequence[Prompt | PreferencePair]) -> str | None:
     """SHA-256 of tokens and columns in their order; None for none."""
-    if not prompts:
+    if not rows:
         return None
     digest = hashlib.sha256()
-    for prompt in prompts:
-        row = [prompt.token_ids, prompt.columns]
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    for row in rows:
+        content = [row.token_ids, row.columns] if isinstance(row, Prompt) else row.model_dump()
+        digest.update(json.dumps(content, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]
@@ -12,8 +13,8 @@ from tensorboard.backend.event_processing import (  # type: ignore[import-untype
 )
 
 from services.trainer.run_log import RunLog, last_state
-from shared.metrics import TrainerMetrics
-from shared.schemas import EvalRecord, PolicyId, RunEvent, StateRecord
+from shared.metrics import TrainerMetrics, scalars
+from shared.schemas import EvalRecord, LagKl, PolicyId, RunEvent, StateRecord, StepRecord
 from tests.trainer.conftest import no_file_longer_than
 
 pytestmark = pytest.mark.anyio
@@ -32,6 +33,66 @@ def evaluation(step: int, reward: float) -> EvalRecord:
         greedy_reward=reward,
         eval_s=1.0,
     )
+
+
+def step_of(**numbers: Any) -> StepRecord:
+    """With what every step has had from the beginning; `numbers` came later."""
+    return StepRecord(
+        step=1,
+        policy=PolicyId(run_id="r", version=1),
+        num_groups=1,
+        num_constant_groups=0,
+        num_samples=2,
+        num_tokens=8,
+        reward_mean=0.5,
+        reward_std=0.5,
+        completion_tokens_mean=4.0,
+        truncated_fraction=0.0,
+        staleness_mean=0.0,
+        staleness_max=0,
+        num_continued=0,
+        num_ready_groups=1,
+        num_in_flight_groups=0,
+        loss=0.1,
+        grad_norm=1.0,
+        learning_rate=1e-4,
+        entropy=0.5,
+        clip_fraction=0.0,
+        importance_weight_mean=1.0,
+        importance_truncated_fraction=0.0,
+        logprob_gap=0.01,
+        sampler_kl=1e-4,
+        **numbers,
+    )
+
+
+async def test_a_step_written_before_it_had_all_its_numbers_is_read(tmp_path: Path) -> None:
+    old = step_of()
+    line = old.model_dump_json(exclude_unset=True) + "\n"
+    assert "sequence_ess" not in line
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "step", ' + line[1:])
+    log = RunLog(tmp_path, TrainerMetrics(), positions={path.name: path.stat().st_size})
+    assert log.last_step == old
+    log.close()
+
+
+async def test_a_step_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
+    step = step_of(
+        staleness_histogram={0: 1, 2: 1}, kl_by_lag=(LagKl(lag=0, kl=1e-4, num_tokens=8),)
+    )
+    first = RunLog(tmp_path, TrainerMetrics())
+    await first.emit(step)
+    first.close()
+    second = RunLog(tmp_path, TrainerMetrics(), positions=first.positions)
+    assert second.last_step == step
+    second.close()
+
+
+def test_only_numbers_of_a_step_are_plotted() -> None:
+    numbers = scalars(step_of(staleness_histogram={0: 2}))
+    assert numbers["sequence_ess"] == 1.0
+    assert not {"staleness_histogram", "kl_by_lag", "policy", "kind"} & numbers.keys()
 
 
 async def test_subscribers_get_every_event_from_where_they_ask_until_the_end(

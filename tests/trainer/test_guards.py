@@ -1,0 +1,185 @@
+"""What a run does about the guards of its updates."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.trainer.guards import GuardWatch, check_handshake, refused
+from services.trainer.run_config import GuardsConfig
+from services.trainer.samples import Sample
+from services.trainer.stats import (
+    MIN_FRESH_TOKENS,
+    UpdateRefused,
+    UpdateStats,
+    check_guards,
+    join,
+    update_stats,
+)
+from shared.errors import ConformanceFailed, UnsuitableForTraining
+
+GUARDS = GuardsConfig()
+
+
+def sampled(number: int, *, lags: tuple[int, ...] = (0,) * 16, logprob: float = -1.0) -> Sample:
+    return Sample(
+        prompt_token_ids=(1, 2),
+        token_ids=(3,) * len(lags),
+        sampler_logprobs=(logprob,) * len(lags),
+        staleness=lags,
+        temperature=1.0,
+        group=number // 4,
+        rewards=(float(number),),
+        is_truncated=False,
+    )
+
+
+class Policy:
+    """Gives every token the same logprob, and remembers what it was asked."""
+
+    def __init__(self, logprob: float) -> None:
+        self.logprob = logprob
+        self.scored: list[Sample] = []
+
+    def sample_logprobs(self, samples: Sequence[Sample]) -> list[list[float]]:
+        self.scored += samples
+        return [[self.logprob] * sample.num_tokens for sample in samples]
+
+
+def stats(**numbers: Any) -> UpdateStats:
+    measured = update_stats(
+        join([]),
+        loss=0.1,
+        grad_norm=1.0,
+        learning_rate=1e-4,
+        seconds=1.0,
+        num_forward_tokens=1,
+        peak_memory_bytes=1,
+    )
+    return replace(measured, num_fresh_tokens=MIN_FRESH_TOKENS, **numbers)
+
+
+def refusal(**numbers: Any) -> UpdateRefused:
+    with pytest.raises(UpdateRefused) as caught:
+        check_guards(stats(**numbers), GUARDS)
+    return caught.value
+
+
+# --- handshake ----------------------------------------------------------------------------------
+
+
+def test_replicas_that_sample_from_what_trains_are_shaken_hands_with(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    check_handshake(Policy(-1.01), [sampled(i) for i in range(16)], GUARDS)
+    assert "16 completions (256 tokens) before the first update is 5e-05" in caplog.text
+
+
+def test_another_model_fails_the_handshake_in_a_sentence_that_names_what_to_set() -> None:
+    with pytest.raises(ConformanceFailed) as caught:
+        check_handshake(Policy(-1.2), [sampled(i) for i in range(16)], GUARDS)
+    k3 = math.exp(-0.2) - 1 + 0.2
+    for part in (f"{k3:.2g}", "max_handshake_kl 0.005", "ROLLOUT_BASE=original"):
+        assert part in caught.value.detail
+
+
+def test_only_completions_without_an_older_token_shake_hands() -> None:
+    policy = Policy(-1.0)
+    mixed = sampled(1, lags=(1, 0, 0))
+    unsampled = replace(sampled(2), sampler_logprobs=())
+    check_handshake(policy, [sampled(0), mixed, unsampled, sampled(3)], GUARDS)
+    assert policy.scored == [sampled(0), sampled(3)]
+
+
+def test_a_handshake_takes_as_many_completions_as_the_config_says() -> None:
+    policy = Policy(-1.0)
+    few = GuardsConfig(num_handshake_completions=3)
+    check_handshake(policy, [sampled(i) for i in range(16)], few)
+    assert len(policy.scored) == 3
+
+
+def test_a_handshake_over_few_tokens_or_switched_off_fails_nobody() -> None:
+    samples = [sampled(i) for i in range(16)]
+    check_handshake(Policy(-9.0), samples[:15], GUARDS)
+    off = Policy(-9.0)
+    check_handshake(off, samples, GuardsConfig(max_handshake_kl=None))
+    assert off.scored == []
+
+
+# --- refusal ------------------------------------------------------------------------------------
+
+
+def test_a_refused_batch_is_in_the_run_folder_and_the_sentence_says_where(tmp_path: Path) -> None:
+    error = refused(tmp_path, 12, [sampled(0), sampled(1)], refusal(sampler_kl=0.5))
+    path = tmp_path / "refused" / "step-000012.json"
+    assert isinstance(error, UnsuitableForTraining)
+    for part in (
+        "step 12 was not applied",
+        str(path),
+        "sampler_kl is 0.5",
+        "guards.max_sampler_kl",
+    ):
+        assert part in error.detail
+    saved = json.loads(path.read_bytes())
+    assert saved["stats"]["sampler_kl"] == 0.5
+    assert [sample["rewards"] for sample in saved["samples"]] == [[0.0], [1.0]]
+    assert saved["samples"][0]["sampler_logprobs"] == [-1.0] * 16
+
+
+def test_numbers_that_are_not_finite_are_saved_by_name(tmp_path: Path) -> None:
+    refused(tmp_path, 1, [sampled(0)], refusal(loss=math.nan, grad_norm=math.inf))
+    saved = json.loads((tmp_path / "refused" / "step-000001.json").read_bytes())
+    assert (saved["stats"]["loss"], saved["stats"]["grad_norm"]) == ("NaN", "Infinity")
+
+
+def test_a_gradient_that_is_not_finite_is_refused_without_numbers(tmp_path: Path) -> None:
+    error = refused(tmp_path, 1, [sampled(0)], FloatingPointError("the gradient is not finite"))
+    assert error.detail.endswith("the gradient is not finite")
+    assert json.loads((tmp_path / "refused" / "step-000001.json").read_bytes())["stats"] is None
+
+
+def test_a_batch_that_cannot_be_saved_leaves_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "refused").touch()
+    error = refused(tmp_path, 1, [sampled(0)], refusal(sampler_kl=0.5))
+    assert "could not be saved" in error.detail
+    assert "sampler_kl is 0.5" in error.detail
+
+
+# --- warnings -----------------------------------------------------------------------------------
+
+
+def test_a_number_beyond_its_bound_is_said_once_and_so_is_its_return(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    watch = GuardWatch()
+    for step, kl in enumerate([1e-4, 2e-3, 3e-3, 2e-3, 1e-4, 1e-4, 5e-3], start=1):
+        watch.see(step, stats(sampler_kl=kl), GUARDS)
+    said = [(record.levelname, record.getMessage()[:6]) for record in caplog.records]
+    assert said == [("WARNING", "step 2"), ("INFO", "step 5"), ("WARNING", "step 7")]
+
+
+def test_numbers_are_watched_apart(caplog: pytest.LogCaptureFixture) -> None:
+    watch = GuardWatch()
+    watch.see(1, stats(sampler_kl=2e-3), GUARDS)
+    watch.see(2, stats(sampler_kl=2e-3, probability_factor=1.04), GUARDS)
+    assert [record.getMessage().split()[2] for record in caplog.records] == [
+        "sampler_kl",
+        "probability_factor",
+    ]
+
+
+def test_few_tokens_and_bounds_switched_off_warn_of_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    GuardWatch().see(1, replace(stats(sampler_kl=1.0), num_fresh_tokens=10), GUARDS)
+    GuardWatch().see(1, stats(sampler_kl=1.0), GuardsConfig(warn_sampler_kl=None))
+    assert not caplog.records
