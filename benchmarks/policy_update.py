@@ -1,0 +1,561 @@
+"""One optimizer update of Tandem's policy against the step of TRL's GRPOTrainer on the same batch.
+
+Both load the same 4-bit checkpoint of random weights, start from the same random LoRA and train on
+the same tokens and advantages; the gradient norms of their first steps must agree. Tandem runs
+`Policy.update(samples, GrpoConfig())`, the peer is described in benchmarks/trl_update.py. All
+rewards differ, so that no completion has a zero advantage, which Tandem would skip; all completions
+have the same length, so that TRL computes no padding and attends without a mask; and TRL is spared
+the extra forward pass that it needs to correct for rollouts of vLLM, which Tandem does without.
+
+Tokens per second count what a completion is without sharing, prompt + completion, on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import Report
+from services.trainer.policy import Policy
+from services.trainer.run_config import (
+    GrpoConfig,
+    LoraConfig,
+    OptimizerConfig,
+    ReinforceConfig,
+)
+from services.trainer.samples import Sample
+from shared.adapters import LINEAR_MODULES
+from shared.schemas import PolicyId, QuantizationRecipe
+
+_LEARNING_RATE = 1e-6  # TRL's default; so small that the batch stays on-policy
+_RANK = 32
+_MAX_NORM_DIFFERENCE = 0.1  # TRL's LoRA gradients are bfloat16, Tandem's float32
+_SHARED_MEMORY = Path("/dev/shm")
+# hidden, intermediate, layers, heads, KV heads, head size, vocabulary, tied: Qwen3 configs
+_SHAPES: Mapping[str, tuple[int, int, int, int, int, int, int, bool]] = {
+    "tiny": (256, 768, 4, 4, 2, 64, 2048, False),
+    "4b": (2560, 9728, 36, 32, 8, 128, 151936, True),
+    "8b": (4096, 12288, 36, 32, 8, 128, 151936, False),
+}
+_CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
+_GROUP_SIZES = (2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The shape of one update."""
+
+    groups: int
+    group_size: int
+    prompt: int
+    completion: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.groups * self.group_size
+
+    @property
+    def row(self) -> int:
+        return self.prompt + self.completion
+
+    @property
+    def num_tokens(self) -> int:
+        """Without sharing."""
+        return self.num_rows * self.row
+
+    def __str__(self) -> str:
+        return f"{self.groups} × {self.group_size} × ({self.prompt} + {self.completion})"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Whose update; `dtype` is that of TRL's unquantized weights."""
+
+    name: str
+    dtype: str = ""
+    liger: bool = False
+
+    @property
+    def is_tandem(self) -> bool:
+        return not self.dtype
+
+
+TANDEM = Side("Tandem")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    update_s: float  # median of the updates after the first
+    loss: float  # of the first update
+    grad_norm: float  # of the first update, before clipping
+    num_positions: int  # that one update's forward passes computed
+    peak_bytes: int  # CUDA, of the updates after the first; base and optimizer included
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What does not change between the updates that are compared."""
+
+    checkpoint: Path
+    vocabulary: int
+    device: str
+    max_tokens: int
+    rounds: int
+
+    def of(self, side: Side, batch: Batch) -> Outcome | None:
+        """None when the device's memory does not suffice."""
+        measure = self._tandem if side.is_tandem else self._trl
+        try:
+            return measure(side, batch)
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            gc.collect()
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def _tandem(self, _: Side, batch: Batch) -> Outcome:
+        meter = _Meter(self.device)
+        policy = Policy.load(str(self.checkpoint), device=self.device)
+        policy.start(
+            PolicyId(run_id="benchmark", version=0),
+            LoraConfig(rank=_RANK, alpha=_RANK),
+            OptimizerConfig(learning_rate=_LEARNING_RATE, warmup_steps=0),
+            seed=0,
+        )
+        _randomize_lora(policy.model)
+        samples = _samples(batch, self.vocabulary, policy)
+        algorithm = _algorithm(batch)
+        meter.attach(policy.model)
+        seconds, updates = [], []
+        for number in range(1 + self.rounds):
+            started = meter.now()
+            updates.append(
+                policy.update(samples, algorithm, max_tokens_per_micro_batch=self.max_tokens)
+            )
+            seconds.append(meter.now() - started)
+            meter.after_update(number + 1)
+        return meter.outcome(seconds, updates[0].loss, updates[0].grad_norm)
+
+    def _trl(self, side: Side, batch: Batch) -> Outcome:
+        from benchmarks.trl_update import FixedBatch, trl_steps
+
+        meter = _Meter(self.device)
+        prompts, completions = _tokens(batch, self.vocabulary)
+
+        def prepare(model: Any) -> None:
+            _randomize_lora(model)
+            meter.attach(model)
+
+        steps = trl_steps(
+            self.checkpoint,
+            FixedBatch(
+                torch.tensor([prompt for prompt in prompts for _ in range(batch.group_size)]),
+                torch.tensor(completions),
+                torch.tensor(_advantages(batch)),
+                batch.group_size,
+            ),
+            device=self.device,
+            dtype=side.dtype,
+            liger=side.liger,
+            rank=_RANK,
+            target_modules=LINEAR_MODULES,
+            learning_rate=_LEARNING_RATE,
+            rows_per_micro_batch=_rows_per_micro_batch(batch, self.max_tokens),
+            num_steps=1 + self.rounds,
+            on_model=prepare,
+            on_step=meter.after_update,
+        )
+        return meter.outcome([s.seconds for s in steps], steps[0].loss, steps[0].grad_norm)
+
+
+class _Meter:
+    """Positions computed and memory used by updates, without what was allocated before it."""
+
+    def __init__(self, device: str) -> None:
+        self._is_cuda = device == "cuda"
+        self._allocated_before = torch.cuda.memory_allocated() if self._is_cuda else 0
+        self._num_positions = 0
+        self._num_positions_of_first = 0
+
+    def attach(self, model: Any) -> None:
+        embeddings = model.get_base_model().get_input_embeddings()
+        embeddings.register_forward_hook(self._count)
+
+    def _count(self, _module: Any, arguments: tuple[torch.Tensor], _output: Any) -> None:
+        self._num_positions += arguments[0].numel()
+
+    def now(self) -> float:
+        if self._is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def after_update(self, number: int) -> None:
+        if number > 1:
+            return
+        self._num_positions_of_first = self._num_positions
+        if self._is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def outcome(self, seconds: Sequence[float], loss: float, grad_norm: float) -> Outcome:
+        """`seconds` of all updates, the first of which warmed up."""
+        peak = torch.cuda.max_memory_allocated() if self._is_cuda else 0
+        return Outcome(
+            update_s=statistics.median(seconds[1:]),
+            loss=loss,
+            grad_norm=grad_norm,
+            num_positions=self._num_positions_of_first,
+            peak_bytes=peak - self._allocated_before,
+        )
+
+
+# --- the batch ----------------------------------------------------------------------------------
+
+
+def _tokens(batch: Batch, vocabulary: int) -> tuple[list[list[int]], list[list[int]]]:
+    """A prompt per group, a completion per row."""
+    rng = random.Random(1)
+
+    def draw(length: int) -> list[int]:
+        return [rng.randrange(3, vocabulary) for _ in range(length)]
+
+    prompts = [draw(batch.prompt) for _ in range(batch.groups)]
+    return prompts, [draw(batch.completion) for _ in range(batch.num_rows)]
+
+
+def _rewards(batch: Batch) -> list[float]:
+    rng = random.Random(2)
+    return [rng.gauss(0, 1) for _ in range(batch.num_rows)]
+
+
+def _advantages(batch: Batch) -> list[float]:
+    """What `_algorithm` makes of the rewards."""
+    rewards = _rewards(batch)
+    size = batch.group_size if batch.group_size > 1 else batch.num_rows
+    advantages = []
+    for start in range(0, len(rewards), size):
+        group = rewards[start : start + size]
+        mean, deviation = statistics.fmean(group), statistics.stdev(group)
+        advantages += [(reward - mean) / (deviation + 1e-4) for reward in group]
+    return advantages
+
+
+def _algorithm(batch: Batch) -> GrpoConfig | ReinforceConfig:
+    """GRPO; in groups of one its advantages are 0, and the baseline is the batch's mean instead."""
+    return GrpoConfig() if batch.group_size > 1 else ReinforceConfig(loss="dapo")
+
+
+def _samples(batch: Batch, vocabulary: int, policy: Policy) -> list[Sample]:
+    """As if `policy` itself had sampled them: importance weights are 1, as TRL takes them to be."""
+    prompts, completions = _tokens(batch, vocabulary)
+    samples = [
+        Sample(
+            prompt_token_ids=tuple(prompts[row // batch.group_size]),
+            token_ids=tuple(token_ids),
+            sampler_logprobs=(),
+            staleness=(0,) * batch.completion,
+            temperature=1.0,
+            group=row // batch.group_size,
+            rewards=(reward,),
+            is_truncated=False,
+        )
+        for row, (token_ids, reward) in enumerate(zip(completions, _rewards(batch), strict=True))
+    ]
+    logprobs = policy.sample_logprobs(samples)
+    return [
+        replace(sample, sampler_logprobs=tuple(row))
+        for sample, row in zip(samples, logprobs, strict=True)
+    ]
+
+
+def _rows_per_micro_batch(batch: Batch, max_tokens: int) -> int:
+    """The most that divide the batch and fit in the tokens that Tandem may compute at once."""
+    most = max(1, min(batch.num_rows, max_tokens // batch.row))
+    return next(rows for rows in range(most, 0, -1) if batch.num_rows % rows == 0)
+
+
+# --- the base -----------------------------------------------------------------------------------
+
+
+def _randomize_lora(model: Any) -> None:
+    """The same values on both sides; B is not 0, so that A has a gradient."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                spread = 0.02 if "lora_A" in name else 0.01
+                values = torch.randn(parameter.shape, generator=generator) * spread
+                parameter.copy_(values.to(torch.bfloat16))
+
+
+def _write_checkpoint(shape: str, folder: Path, device: str) -> None:
+    """A Qwen3 of random weights as a 4-bit checkpoint, quantized tensor by tensor on `device`."""
+    import bitsandbytes.functional as bnb
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
+
+    from examples.demo.model import make_tokenizer
+
+    hidden, intermediate, layers, heads, kv_heads, head, vocabulary, tied = _SHAPES[shape]
+    recipe = QuantizationRecipe()
+    config = Qwen3Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        architectures=["Qwen3ForCausalLM"],
+        dtype="bfloat16",
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=recipe.quant_type,
+            bnb_4bit_use_double_quant=recipe.double_quant,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=list(recipe.skipped_modules),
+        ).to_dict(),
+    )
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator(device).manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in empty.named_parameters():
+        if parameter.ndim == 1:
+            tensors[name] = torch.ones(parameter.shape, dtype=torch.bfloat16)
+            continue
+        weight = torch.randn(parameter.shape, generator=generator, device=device) * 0.02
+        weight = weight.to(torch.bfloat16)
+        if name.split(".")[-2] in LINEAR_MODULES:
+            weight, state = bnb.quantize_4bit(
+                weight,
+                blocksize=recipe.block_size,
+                compress_statistics=recipe.double_quant,
+                quant_type=recipe.quant_type,
+            )
+            packed = state.as_dict(packed=True)
+            tensors.update({f"{name}.{key}": value.cpu() for key, value in packed.items()})
+        tensors[name] = weight.cpu()
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+# --- the report ---------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=tuple(_SHAPES), default="tiny")
+    parser.add_argument("--groups", type=int, default=1)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--completion", type=int, default=32)
+    parser.add_argument(
+        "--rows-no-sharing", action="store_true", help="16 groups of one, 512 + 512 tokens each"
+    )
+    parser.add_argument("--max-tokens", type=int, default=16384, help="of a micro-batch")
+    parser.add_argument(
+        "--peer-dtype",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        default=["float32"],
+        help="of TRL's unquantized weights; float32 is its default",
+    )
+    parser.add_argument(
+        "--liger", action="store_true", help="also TRL with use_liger_kernel (CUDA)"
+    )
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="instead: memory against context and group size (CUDA)",
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--report", action="store_true", help="keep it in benchmarks/reports/")
+    arguments = parser.parse_args()
+    for option in ("liger", "scaling"):
+        if getattr(arguments, option) and arguments.device != "cuda":
+            parser.error(f"--{option} needs --device cuda")
+    sides = [TANDEM, *(Side(f"TRL, {dtype}", dtype) for dtype in arguments.peer_dtype)]
+    if arguments.liger:
+        sides.append(
+            Side(f"TRL, {arguments.peer_dtype[-1]}, Liger", arguments.peer_dtype[-1], True)
+        )
+    memory = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        measurement = Measurement(
+            checkpoint=Path(folder) / "base",
+            vocabulary=_SHAPES[arguments.shape][6],
+            device=arguments.device,
+            max_tokens=arguments.max_tokens,
+            rounds=arguments.rounds,
+        )
+        _write_checkpoint(arguments.shape, measurement.checkpoint, arguments.device)
+        report = (_scaling if arguments.scaling else _update)(arguments, measurement, sides)
+    report.publish(keep=arguments.report)
+
+
+def _update(
+    arguments: argparse.Namespace, measurement: Measurement, sides: Sequence[Side]
+) -> Report:
+    batch = Batch(arguments.groups, arguments.group_size, arguments.prompt, arguments.completion)
+    if arguments.rows_no_sharing:
+        batch = Batch(groups=16, group_size=1, prompt=512, completion=512)
+    outcomes = {side: measurement.of(side, batch) for side in sides}
+    tandem = outcomes[TANDEM]
+    assert tandem, f"Tandem runs out of memory at {batch}"
+    rows, ratios = [], []
+    for side, outcome in outcomes.items():
+        if outcome is None:
+            rows.append((side.name, *["out of memory"] * 7))
+            continue
+        difference = outcome.grad_norm / tandem.grad_norm - 1
+        assert abs(difference) < _MAX_NORM_DIFFERENCE, (side, outcome, tandem)
+        rows.append(
+            (
+                side.name,
+                f"{outcome.update_s:.3f} s",
+                f"{batch.num_tokens / outcome.update_s:,.0f}",
+                f"{outcome.num_positions:,}",
+                f"{outcome.peak_bytes / 2**30:.1f} GiB" if outcome.peak_bytes else "–",
+                f"{outcome.loss:+.1e}",
+                f"{outcome.grad_norm:.5f}",
+                f"{difference:+.2%}",
+            )
+        )
+        if not side.is_tandem:
+            ratios.append(f"{outcome.update_s / tandem.update_s:.2f} × {side.name}")
+    return Report(
+        name="policy_update",
+        variant=f"{arguments.device}-{'no-sharing' if arguments.rows_no_sharing else 'groups'}",
+        title="One policy update against TRL's",
+        setting=(
+            f"{_where(arguments)}; batch of {batch} (groups × completions × (prompt + completion)) "
+            f"tokens, at most {arguments.max_tokens:,} at once; {_algorithm(batch).name} with "
+            f"dapo's loss, LoRA of rank {_RANK} on all linears. Medians of {arguments.rounds} "
+            f"updates after one to warm up. {_SAMENESS}"
+        ),
+        header=(
+            "update",
+            "time",
+            "tokens/s",
+            "positions computed",
+            "peak memory",
+            "loss",
+            "gradient norm",
+            "difference",
+        ),
+        rows=rows,
+        conclusion=f"Tandem's tokens per second: {', '.join(ratios) or 'no peer had the memory'}.",
+    )
+
+
+_SAMENESS = (
+    "Tokens per second count prompt + completion of every completion, positions computed what the "
+    "forward pass embeds. No advantage is zero, no row is padded; loss and gradient norm are the "
+    "first update's, from the same weights. TRL is 1.16.0's GRPOTrainer.train() with sampling "
+    "replaced by the batch, without the forward pass that it adds for rollouts of vLLM; the "
+    "dtype is that of its norms, embeddings and head."
+)
+
+
+def _where(arguments: argparse.Namespace) -> str:
+    gpu = f" on one {torch.cuda.get_device_name()}" if arguments.device == "cuda" else ""
+    threads = f" on {torch.get_num_threads()} CPU thread(s)" if arguments.device == "cpu" else ""
+    return f"Qwen3 shape {arguments.shape}, random NF4 weights{gpu}{threads}"
+
+
+# --- scaling ------------------------------------------------------------------------------------
+
+
+def _scaling(
+    arguments: argparse.Namespace, measurement: Measurement, sides: Sequence[Side]
+) -> Report:
+    """Peak memory where a micro-batch is one row, and where it is one group."""
+    contexts = [Batch(1, 2, length // 2, length // 2) for length in _CONTEXTS]
+    groups = [Batch(1, size, 1024, 256) for size in _GROUP_SIZES]
+    by_context = _sweep(measurement, sides, contexts, [b.row for b in contexts])
+    by_group = _sweep(measurement, sides, groups, [b.num_tokens for b in groups])
+    rows = [
+        (str(batch), *(_gibibytes(memory[side][i]) for side in sides))
+        for batches, memory in ((contexts, by_context), (groups, by_group))
+        for i, batch in enumerate(batches)
+    ]
+
+    def plot(path: Path) -> None:
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+        for axis, memory, values, label in (
+            (axes[0], by_context, _CONTEXTS, "context of a row, tokens (one row at a time)"),
+            (axes[1], by_group, _GROUP_SIZES, "completions of a group of 1,024 + 256 (at once)"),
+        ):
+            for side in sides:
+                points = [(x, m / 2**30) for x, m in zip(values, memory[side], strict=True) if m]
+                axis.plot(*zip(*points, strict=True), marker="o", label=side.name)
+            axis.set(xlabel=label, ylabel="peak memory, GiB", xscale="log", ylim=(0, None))
+            axis.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+            axis.grid(alpha=0.3)
+        axes[0].legend()
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+
+    return Report(
+        name="policy_update",
+        variant="scaling",
+        title="Memory of a policy update against context and group size",
+        setting=(
+            f"{_where(arguments)}, LoRA of rank {_RANK}; peak of torch's allocator in an update, "
+            "base and optimizer included. A micro-batch is one row in the first "
+            f"{len(contexts)} batches (groups × completions × (prompt + completion)), a whole "
+            "group in the others."
+        ),
+        header=("batch", *(side.name for side in sides)),
+        rows=rows,
+        conclusion="A peer is not measured beyond the first batch that it has no memory for.",
+        plot=plot,
+    )
+
+
+def _sweep(
+    measurement: Measurement,
+    sides: Sequence[Side],
+    batches: Sequence[Batch],
+    max_tokens: Sequence[int],
+) -> dict[Side, list[int]]:
+    """Peak bytes per batch, 0 from the first one that runs out of memory."""
+    peaks: dict[Side, list[int]] = {}
+    for side in sides:
+        peaks[side] = [0] * len(batches)
+        for i, (batch, tokens) in enumerate(zip(batches, max_tokens, strict=True)):
+            outcome = replace(measurement, max_tokens=tokens, rounds=1).of(side, batch)
+            if outcome is None:
+                break
+            peaks[side][i] = outcome.peak_bytes
+    return peaks
+
+
+def _gibibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes else "out of memory"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The peer of benchmarks/policy_update.py: optimizer steps of TRL's GRPOTrainer on a given batch.
+
+    checkpoint, FixedBatch ─▶ GRPOTrainer.train() ─▶ seconds, gradient norm, positions of each step
+
+Nothing of the trainer is replaced but sampling and scoring: `_generate_and_score_completions`
+answers with the batch. So the loss, its metrics, padding-side tensors, gradient accumulation,
+clipping and AdamW are TRL 1.16.0's and Transformers' own. What its own constructor makes of a
+4-bit base applies too: LoRA weights and their gradients in bfloat16, bfloat16 autocast, gradient
+checkpointing, no `prepare_model_for_kbit_training`, scaled-dot-product attention, and its fused
+head that computes logprobs and entropies in chunks. It is the step of a run without vLLM: with
+`use_vllm=True`, TRL adds one forward pass over the batch, which is not measured.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+
+@dataclass(frozen=True, slots=True)
+class FixedBatch:
+    """Rows of equal lengths, so that TRL pads nothing."""
+
+    prompt_ids: Tensor  # [B, P] int64
+    completion_ids: Tensor  # [B, R] int64
+    advantages: Tensor  # [B] float32
+    group_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    seconds: float
+    loss: float
+    grad_norm: float
+
+
+def trl_steps(
+    checkpoint: Path,
+    batch: FixedBatch,
+    *,
+    device: str,
+    dtype: str,
+    liger: bool,
+    rank: int,
+    target_modules: tuple[str, ...],
+    learning_rate: float,
+    rows_per_micro_batch: int,
+    num_steps: int,
+    on_model: Callable[[Any], None],
+    on_step: Callable[[int], None],
+) -> list[Step]:
+    """Train on `batch` for `num_steps` optimizer steps.
+
+    `dtype` is that of norms, embeddings and head, "float32" by TRL's default. `on_model` gets the
+    PEFT model before the first step, `on_step` the number of steps done after each.
+    """
+    num_rows = len(batch.advantages)
+    num_generations = max(2, batch.group_size)  # TRL's least; nothing is generated
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=str(checkpoint),
+            reward_funcs=_no_rewards,
+            args=GRPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=rows_per_micro_batch,
+                gradient_accumulation_steps=num_rows // rows_per_micro_batch,
+                num_generations=num_generations,
+                max_completion_length=batch.completion_ids.shape[1],
+                max_steps=num_steps,
+                learning_rate=learning_rate,
+                lr_scheduler_type="constant",
+                adam_beta2=0.99,
+                use_liger_kernel=liger,
+                use_cpu=device == "cpu",
+                model_init_kwargs={"dtype": dtype, "device_map": {"": device}},
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": ""}] * num_rows * num_generations),
+            peft_config=LoraConfig(
+                r=rank,
+                lora_alpha=rank,
+                target_modules=list(target_modules),
+                lora_dropout=0.0,
+                bias="none",
+                task_type="CAUSAL_LM",
+            ),
+        )
+        inputs = _inputs(batch, device)
+        trainer._generate_and_score_completions = lambda _: inputs
+        on_model(trainer.model)
+        clock = _Clock(device, on_step)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(clock)
+        trainer.train()
+    records = [record for record in trainer.state.log_history if "grad_norm" in record]
+    trainer.accelerator.free_memory()
+    return [
+        Step(seconds, record["loss"], record["grad_norm"])
+        for seconds, record in zip(clock.seconds, records, strict=True)
+    ]
+
+
+def _no_rewards(**_: Any) -> list[float]:
+    raise AssertionError("the batch is scored already")
+
+
+def _inputs(batch: FixedBatch, device: str) -> dict[str, Tensor]:
+    """What `_generate_and_score_completions` returns in a run without vLLM."""
+    completions = batch.completion_ids.to(device)
+    return {
+        "prompt_ids": batch.prompt_ids.to(device),
+        "prompt_mask": torch.ones_like(batch.prompt_ids).to(device),
+        "completion_ids": completions,
+        "completion_mask": torch.ones_like(completions),
+        "advantages": batch.advantages.to(device),
+        "num_items_in_batch": torch.tensor(completions.numel(), device=device),
+    }
+
+
+class _Clock(TrainerCallback):  # type: ignore[misc]
+    """Seconds from before the first micro-batch to after the optimizer step."""
+
+    def __init__(self, device: str, on_step: Callable[[int], None]) -> None:
+        self.seconds: list[float] = []
+        self._is_cuda = device == "cuda"
+        self._on_step = on_step
+        self._started = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._started = self._now()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(self._now() - self._started)
+        self._on_step(len(self.seconds))
+
+    def _now(self) -> float:
+        if self._is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
