@@ -6,14 +6,16 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from services.trainer.guards import GuardWatch, check_handshake, refused
-from services.trainer.run_config import GuardsConfig
+from services.trainer.loop import Clock, Run, learn
+from services.trainer.policy import Policy
+from services.trainer.run_config import GuardsConfig, RunConfig
 from services.trainer.samples import Sample
 from services.trainer.stats import (
     MIN_FRESH_TOKENS,
@@ -24,6 +26,9 @@ from services.trainer.stats import (
     update_stats,
 )
 from shared.errors import ConformanceFailed, UnsuitableForTraining
+from shared.schemas import PolicyId, ScoredCompletion, Segment, TrainRequest
+from tests.trainer.test_trainer import MANAGED, external, make_trainer, train_request
+from tests.trainer.test_trainer import join as join_replica
 
 GUARDS = GuardsConfig()
 
@@ -41,7 +46,7 @@ def sampled(number: int, *, lags: tuple[int, ...] = (0,) * 16, logprob: float = 
     )
 
 
-class Policy:
+class Played:
     """Gives every token the same logprob, and remembers what it was asked."""
 
     def __init__(self, logprob: float) -> None:
@@ -79,20 +84,20 @@ def test_replicas_that_sample_from_what_trains_are_shaken_hands_with(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    check_handshake(Policy(-1.01), [sampled(i) for i in range(16)], GUARDS)
+    check_handshake(Played(-1.01), [sampled(i) for i in range(16)], GUARDS)
     assert "16 completions (256 tokens) before the first update is 5e-05" in caplog.text
 
 
 def test_another_model_fails_the_handshake_in_a_sentence_that_names_what_to_set() -> None:
     with pytest.raises(ConformanceFailed) as caught:
-        check_handshake(Policy(-1.2), [sampled(i) for i in range(16)], GUARDS)
+        check_handshake(Played(-1.2), [sampled(i) for i in range(16)], GUARDS)
     k3 = math.exp(-0.2) - 1 + 0.2
     for part in (f"{k3:.2g}", "max_handshake_kl 0.005", "ROLLOUT_BASE=original"):
         assert part in caught.value.detail
 
 
 def test_only_completions_without_an_older_token_shake_hands() -> None:
-    policy = Policy(-1.0)
+    policy = Played(-1.0)
     mixed = sampled(1, lags=(1, 0, 0))
     unsampled = replace(sampled(2), sampler_logprobs=())
     check_handshake(policy, [sampled(0), mixed, unsampled, sampled(3)], GUARDS)
@@ -100,7 +105,7 @@ def test_only_completions_without_an_older_token_shake_hands() -> None:
 
 
 def test_a_handshake_takes_as_many_completions_as_the_config_says() -> None:
-    policy = Policy(-1.0)
+    policy = Played(-1.0)
     few = GuardsConfig(num_handshake_completions=3)
     check_handshake(policy, [sampled(i) for i in range(16)], few)
     assert len(policy.scored) == 3
@@ -108,10 +113,42 @@ def test_a_handshake_takes_as_many_completions_as_the_config_says() -> None:
 
 def test_a_handshake_over_few_tokens_or_switched_off_fails_nobody() -> None:
     samples = [sampled(i) for i in range(16)]
-    check_handshake(Policy(-9.0), samples[:15], GUARDS)
-    off = Policy(-9.0)
+    check_handshake(Played(-9.0), samples[:15], GUARDS)
+    off = Played(-9.0)
     check_handshake(off, samples, GuardsConfig(max_handshake_kl=None))
     assert off.scored == []
+
+
+class Learner(Played):
+    """Takes every update as given."""
+
+    def update(self, *_: object, **__: object) -> UpdateStats:
+        return stats()
+
+    def publish(self) -> None:
+        return None
+
+
+@dataclass
+class Begun:
+    """A run whose earlier life took two steps."""
+
+    config: RunConfig
+    policy: Learner
+    first_step: int = 2
+    watch: GuardWatch = field(default_factory=GuardWatch)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("config", "step", "num_scored"), [(MANAGED, 3, 2), (MANAGED, 4, 0), (external(), 3, 0)]
+)
+async def test_hands_are_shaken_before_the_first_update_of_a_life_of_a_managed_run(
+    config: RunConfig, step: int, num_scored: int
+) -> None:
+    run = Begun(config, Learner(-1.0))
+    await learn(cast(Run, run), [sampled(0), sampled(1)], step=step, clock=Clock())
+    assert len(run.policy.scored) == num_scored
 
 
 # --- refusal ------------------------------------------------------------------------------------
@@ -151,6 +188,45 @@ def test_a_batch_that_cannot_be_saved_leaves_the_reason(tmp_path: Path) -> None:
     error = refused(tmp_path, 1, [sampled(0)], refusal(sampler_kl=0.5))
     assert "could not be saved" in error.detail
     assert "sampler_kl is 0.5" in error.detail
+
+
+@pytest.mark.anyio
+async def test_a_post_of_samples_from_another_model_is_refused_and_the_run_goes_on(
+    loaded_policy: Policy, tmp_path: Path
+) -> None:
+    trainer = make_trainer(loaded_policy, tmp_path)
+    await join_replica(trainer)
+    begin = (await trainer.start_run(external(run_id="own"))).policy
+    with pytest.raises(UnsuitableForTraining, match=r"guards\.max_sampler_kl"):
+        await trainer.train(of_another_model(begin))
+    assert (tmp_path / "own" / "refused" / "step-000001.json").exists()
+    assert trainer.policy.id == begin
+    assert (await trainer.train(train_request(begin, key="good"))).policy == begin.next()
+    await trainer.stop()
+
+
+def of_another_model(policy: PolicyId) -> TrainRequest:
+    """Enough tokens to tell, all of which the sampler thought very unlikely."""
+    (group,) = train_request(policy).groups
+    few, many = (scored.completion for scored in group.completions), MIN_FRESH_TOKENS // 2
+    long = [
+        ScoredCompletion(
+            completion=completion.model_copy(
+                update={
+                    "token_ids": completion.token_ids * many,
+                    "logprobs": (-8.0,) * many,
+                    "segments": (Segment(policy=policy, num_tokens=many),),
+                }
+            ),
+            reward=reward,
+        )
+        for completion, reward in zip(few, (0.0, 1.0), strict=True)
+    ]
+    return TrainRequest(
+        groups=(group.model_copy(update={"completions": tuple(long)}),),
+        expected_policy=policy,
+        idempotency_key="another model",
+    )
 
 
 # --- warnings -----------------------------------------------------------------------------------
