@@ -394,8 +394,22 @@ class RolloutStatus(Wire):
 
 
 class ScoredCompletion(Wire):
+    """A completion and how good it is. `rewards` are the parts that `reward` is the sum of, one per
+    reward of the run in the same order for all completions; without them it is the only part."""
+
     completion: Completion
     reward: float
+    rewards: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _rewards_add_up(self) -> ScoredCompletion:
+        error = abs(sum(self.rewards) - self.reward)
+        if self.rewards and error > 1e-6 * sum(map(abs, self.rewards)):
+            raise ValueError(
+                f"rewards add up to {sum(self.rewards)}, reward is {self.reward}: weigh each, and "
+                "let reward be their sum"
+            )
+        return self
 
 
 class ScoredGroup(Wire):
@@ -405,13 +419,40 @@ class ScoredGroup(Wire):
     sampling: SamplingParams
     completions: tuple[ScoredCompletion, ...] = Field(min_length=1)
 
+    @property
+    def is_constant(self) -> bool:
+        """All rewards are equal: comparing its completions teaches nothing."""
+        return len({scored.reward for scored in self.completions}) == 1
+
+
+class PreferencePair(Wire):
+    """Two answers to a prompt, of which one is the better: what DPO learns from."""
+
+    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)
+    chosen_token_ids: tuple[TokenId, ...] = Field(min_length=1)
+    rejected_token_ids: tuple[TokenId, ...] = Field(min_length=1)
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens of the prompt and its longer answer."""
+        longest = max(len(self.chosen_token_ids), len(self.rejected_token_ids))
+        return len(self.prompt_token_ids) + longest
+
 
 class TrainRequest(Wire):
-    """`POST /train`: one policy update from groups that somebody else sampled and scored."""
+    """`POST /train`: one policy update, from groups that somebody else sampled and scored, or, for
+    the algorithm `dpo`, from pairs."""
 
-    groups: tuple[ScoredGroup, ...] = Field(min_length=1)
+    groups: tuple[ScoredGroup, ...] = ()
+    pairs: tuple[PreferencePair, ...] = ()
     expected_policy: PolicyId
     idempotency_key: str = Field(min_length=1, max_length=128)
+
+    @model_validator(mode="after")
+    def _has_groups_or_pairs(self) -> TrainRequest:
+        if bool(self.groups) == bool(self.pairs):
+            raise ValueError("send groups or pairs, one of them and not both")
+        return self
 
 
 class LagKl(Wire):

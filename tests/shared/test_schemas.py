@@ -14,8 +14,12 @@ from shared.schemas import (
     Completion,
     GenerateRequest,
     PolicyId,
+    PreferencePair,
     SamplingParams,
+    ScoredCompletion,
+    ScoredGroup,
     Segment,
+    TrainRequest,
 )
 
 POLICY = PolicyId(run_id="run", version=3)
@@ -100,6 +104,25 @@ def test_every_token_has_a_logprob_and_a_version() -> None:
     for wrong in ((3, 2, 3), (3, 3, 2), (3, 3), (0, 0, 1)):
         with pytest.raises(ValidationError, match="must be equally many"):
             completion(*wrong)
+
+
+@pytest.mark.parametrize("rewards", [(), (0.3,), (0.1, 0.2), (1e9, -1e9 + 0.3)])
+def test_the_parts_of_a_reward_add_up_to_it(rewards: tuple[float, ...]) -> None:
+    ScoredCompletion(completion=completion(1, 1, 1), reward=0.3, rewards=rewards)
+    with pytest.raises(ValidationError, match="let reward be their sum"):
+        ScoredCompletion(completion=completion(1, 1, 1), reward=0.3, rewards=(0.3, 0.3))
+
+
+def test_a_train_request_has_groups_or_pairs() -> None:
+    pair = PreferencePair(prompt_token_ids=(1,), chosen_token_ids=(2, 3), rejected_token_ids=(4,))
+    assert pair.num_positions == 3
+    scored = ScoredCompletion(completion=completion(1, 1, 1), reward=1.0)
+    group = ScoredGroup(prompt_token_ids=(1,), sampling=SamplingParams(), completions=(scored,))
+    TrainRequest(pairs=(pair,), expected_policy=POLICY, idempotency_key="a")
+    TrainRequest(groups=(group,), expected_policy=POLICY, idempotency_key="a")
+    for pairs, groups in (((), ()), ((pair,), (group,))):
+        with pytest.raises(ValidationError, match="groups or pairs, one of them"):
+            TrainRequest(groups=groups, pairs=pairs, expected_policy=POLICY, idempotency_key="a")
 
 
 @pytest.mark.parametrize("logprob", [0.1, float("nan"), float("-inf")])
