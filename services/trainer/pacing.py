@@ -1,27 +1,35 @@
 """Groups ahead of the trainer: sampled and scored while it learns, never too far ahead.
 
     prompts ─▶ [start] ─▶ fleet.generate ─▶ rewards ─▶ ready ─▶ [take] ─▶ one update ─▶ [release]
-                  ▲                                                                         │
+                  ▲                              │                                          │
+                  ├──── set aside: constant ◀────┘                                          │
                   └──────────────── places: batch_size × (max_staleness + 1) ◀──────────────┘
 
 A group starts under the newest served version only when there is a place for it, so in the order of
 their start all groups can be trained within the bound. The trainer may take younger ones first as
 long as that stays so: it waits for a slow group only when the bound says that it must. Nothing is
 thrown away.
+
+Dynamic sampling (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2) is the exception that the
+user asks for: a group of equal rewards gives its place to a new one at the end of the queue. Those
+behind it only move forward, so the bound holds. The paper samples until a batch is full; here at
+most `max_set_aside` groups are set aside per batch, so that a run goes on without groups that vary.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Self
 
-from services.trainer.data import Consumed, Prompt, PromptStream
+from services.trainer.data import Consumed, Prompt, RowStream
 from shared.schemas import CompletionGroup, PolicyId, ScoredGroup
 
+log = logging.getLogger(__name__)
 Sample = Callable[[int, Prompt, PolicyId], Awaitable[CompletionGroup]]
 Score = Callable[[Sequence[Prompt], Sequence[CompletionGroup]], Awaitable[Sequence[ScoredGroup]]]
 
@@ -42,6 +50,10 @@ class AheadGroup:
     @property
     def is_ready(self) -> bool:
         return self.scored is not None
+
+    @property
+    def is_constant(self) -> bool:
+        return self.scored is not None and self.scored.is_constant
 
 
 def choose_batch(
@@ -68,8 +80,14 @@ class Batch:
     """What one update learns from, in the order of the prompts."""
 
     groups: Sequence[AheadGroup]
+    set_aside: Sequence[AheadGroup]  # constant ones, since the batch before
     num_ready_groups: int  # when it was taken, itself included
     num_in_flight_groups: int
+
+    @property
+    def positions(self) -> list[int]:
+        """What the run has consumed of its prompts once it has learned from this batch."""
+        return [group.position for group in (*self.groups, *self.set_aside)]
 
     @property
     def scored(self) -> list[ScoredGroup]:
@@ -89,10 +107,11 @@ class Ahead:
     """Starts groups, keeps them and hands them out. Use as an async context manager.
 
     `position`s come from `prompts` except for those in `consumed`; in all, no more than
-    `num_groups` groups are started. An error of sampling or scoring is raised by `take`.
+    `num_groups` groups are started, and one for each that is set aside. An error of sampling or
+    scoring is raised by `take`.
     """
 
-    prompts: PromptStream
+    prompts: RowStream[Prompt]
     consumed: Consumed
     sample: Sample
     score: Score
@@ -100,8 +119,10 @@ class Ahead:
     max_staleness: int
     num_groups: int
     policy: PolicyId  # that new groups start under
+    max_set_aside: int = 0  # constant groups per batch
     _groups: list[AheadGroup] = field(default_factory=list)  # in the order of their start
-    _taken: list[AheadGroup] = field(default_factory=list)  # until the version they make is served
+    _set_aside: list[AheadGroup] = field(default_factory=list)  # since the last batch was taken
+    _num_taken: int = 0  # groups of that batch, until the version it makes is served
     _next_position: int = 0
     _sampled: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -136,17 +157,27 @@ class Ahead:
         num_ready = sum(group.is_ready for group in self._groups)
         batch = Batch(
             sorted(groups, key=lambda group: group.position),
+            set_aside=self._set_aside,
             num_ready_groups=num_ready,
             num_in_flight_groups=len(self._groups) - num_ready,
         )
         self._groups = [group for group in self._groups if group not in groups]
-        self._taken = list(groups)
+        self._num_taken, self._set_aside = len(groups), []
+        num_constant = sum(group.is_constant for group in groups)
+        if num_constant and self.max_set_aside:
+            log.warning(
+                "%d of the %d groups of this update have equal rewards: %d were set aside before, "
+                "and no more may be; give prompts that are neither too easy nor too hard",
+                num_constant,
+                len(groups),
+                len(batch.set_aside),
+            )
+        self._set_aside_constant()  # what the batch before could not
         return batch
 
     def release(self, policy: PolicyId) -> None:
         """The batch that was taken made `policy`, which is served now: its places are free."""
-        self.consumed.add(group.position for group in self._taken)
-        self._taken = []
+        self._num_taken = 0
         self.policy = policy
         self._start_groups()
 
@@ -154,7 +185,7 @@ class Ahead:
 
     def _start_groups(self) -> None:
         num_places = self.batch_size * (self.max_staleness + 1)
-        while self.num_groups > 0 and len(self._groups) + len(self._taken) < num_places:
+        while self.num_groups > 0 and len(self._groups) + self._num_taken < num_places:
             while self._next_position in self.consumed:
                 self._next_position += 1
             position = self._next_position
@@ -195,4 +226,14 @@ class Ahead:
             scored = await self.score([group.prompt for group in waiting], groups)
             for group, result in zip(waiting, scored, strict=True):
                 group.scored, group.scored_at = result, time.perf_counter()
+            self._set_aside_constant()
             self._changed.set()
+
+    def _set_aside_constant(self) -> None:
+        """Give the places of constant groups to new ones, oldest first, as far as it is allowed."""
+        num_left = self.max_set_aside - len(self._set_aside)
+        constant = [group for group in self._groups if group.is_constant][:num_left]
+        self._set_aside += constant
+        self._groups = [group for group in self._groups if group not in constant]
+        self.num_groups += len(constant)
+        self._start_groups()

@@ -23,11 +23,12 @@ from services.trainer.run_config import (
     ExactMatchReward,
     FunctionReward,
     HttpReward,
+    OverlongConfig,
     RegexReward,
     RewardConfig,
 )
 from shared.errors import RewardFailed
-from shared.schemas import CompletionGroup, ScoredCompletion, ScoredGroup
+from shared.schemas import Completion, CompletionGroup, ScoredCompletion, ScoredGroup
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Reward(Protocol):
 
 
 class Scorer:
-    """The weighted sum of a run's rewards."""
+    """A run's rewards, weighted: each, and their sum."""
 
     def __init__(self, configs: Sequence[RewardConfig], encoder: PromptEncoder) -> None:
         self._rewards = [(config, build_reward(config)) for config in configs]
@@ -68,24 +69,56 @@ class Scorer:
             completions=[self._encoder.decode(completion.token_ids) for _, completion in pairs],
             columns={name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names},
         )
-        totals = [0.0] * len(pairs)
+        weighted = []
         for config, reward in self._rewards:
             name = config.path if isinstance(config, FunctionReward) else config.type
             async with self._lock:
                 values = _checked(await reward(batch), len(pairs), name)
-            totals = [t + config.weight * v for t, v in zip(totals, values, strict=True)]
-        remaining = iter(totals)
+            weighted.append([config.weight * value for value in values])
+        by_completion = zip(*weighted, strict=True)
         return [
             ScoredGroup(
                 prompt_token_ids=group.prompt_token_ids,
                 sampling=group.sampling,
                 completions=tuple(
-                    ScoredCompletion(completion=completion, reward=next(remaining))
-                    for completion in group.completions
+                    _scored(completion, next(by_completion)) for completion in group.completions
                 ),
             )
             for group in groups
         ]
+
+
+def overlong_penalty(
+    num_tokens: int, *, max_tokens: int, buffer_tokens: int, penalty: float
+) -> float:
+    """DAPO's soft overlong punishment (Yu et al. 2025, arXiv:2503.14476, equation 13), times
+    `penalty`: 0 for completions that leave `buffer_tokens` free, then linearly down to -penalty for
+    those of `max_tokens`."""
+    return -penalty * max(0.0, (num_tokens - (max_tokens - buffer_tokens)) / buffer_tokens)
+
+
+def punish_overlong(
+    groups: Sequence[ScoredGroup], config: OverlongConfig, *, max_tokens: int
+) -> list[ScoredGroup]:
+    """Groups that were sampled with `max_tokens`, with the penalty as one more reward."""
+
+    def punished(scored: ScoredCompletion) -> ScoredCompletion:
+        penalty = overlong_penalty(
+            len(scored.completion.token_ids),
+            max_tokens=max_tokens,
+            buffer_tokens=config.buffer_tokens,
+            penalty=config.penalty,
+        )
+        return _scored(scored.completion, (*scored.rewards, penalty))
+
+    return [
+        group.model_copy(update={"completions": tuple(map(punished, group.completions))})
+        for group in groups
+    ]
+
+
+def _scored(completion: Completion, rewards: tuple[float, ...]) -> ScoredCompletion:
+    return ScoredCompletion(completion=completion, reward=sum(rewards), rewards=rewards)
 
 
 def build_reward(config: RewardConfig) -> Reward:

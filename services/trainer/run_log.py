@@ -11,12 +11,14 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from services.trainer.pacing import AheadGroup
+from services.trainer.data import PairBatch
+from services.trainer.pacing import AheadGroup, Batch
 from shared.metrics import TrainerMetrics, scalars
 from shared.schemas import EvalRecord, RunEvent, RunState, StateRecord, StepRecord
 
@@ -172,22 +174,15 @@ class RunLog:
             EVENTS_FILE,
         )
 
-    def emit_groups(self, step: int, groups: Sequence[AheadGroup]) -> None:
-        """What `step` was trained on, one line per group."""
-        for group in groups:
-            assert group.scored, "it was trained on"
-            completions = group.scored.completions
-            line = {
-                "step": step,
-                "position": group.position,
-                "rewards": [scored.reward for scored in completions],
-                "segments": [
-                    [[str(segment.policy), segment.num_tokens] for segment in c.completion.segments]
-                    for c in completions
-                ],
-                "finish_reasons": [scored.completion.finish_reason for scored in completions],
-            }
-            self._write(self._groups, json.dumps(line))
+    def emit_batch(self, step: int, batch: Batch | PairBatch) -> None:
+        """What `step` was trained on, and what was set aside for it: a line per group or pair."""
+        if isinstance(batch, PairBatch):
+            lines = [{"position": position} for position in batch.positions]
+        else:
+            lines = [_group_line(group) for group in batch.groups]
+            lines += [{**_group_line(group), "set_aside": True} for group in batch.set_aside]
+        for line in lines:
+            self._write(self._groups, json.dumps({"step": step, **line}))
 
     def _note(self, event: RunEvent) -> None:
         if isinstance(event, StateRecord):
@@ -235,6 +230,20 @@ class RunLog:
                 self._tensorboard.close()
             except Exception as error:  # whatever its thread died of
                 self._give_up_tensorboard(error)
+
+
+def _group_line(group: AheadGroup) -> dict[str, Any]:
+    assert group.scored, "it was taken"
+    completions = group.scored.completions
+    return {
+        "position": group.position,
+        "rewards": [scored.reward for scored in completions],
+        "segments": [
+            [[str(segment.policy), segment.num_tokens] for segment in c.completion.segments]
+            for c in completions
+        ],
+        "finish_reasons": [scored.completion.finish_reason for scored in completions],
+    }
 
 
 def _cut(path: Path, num_bytes: int) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.trainer.data import Consumed, ConsumedState, Prompt, PromptStream
+from services.trainer.data import Consumed, ConsumedState, Prompt, RowStream
 from services.trainer.pacing import Ahead, Batch
 from shared.errors import RewardFailed
 from shared.schemas import (
@@ -24,21 +24,34 @@ from shared.schemas import (
 from tests import virtual_clock
 from tests.fake_replica import policy_at
 
-PROMPTS = PromptStream([Prompt(str(i), (i,), {}) for i in range(7)], seed=0)
+PROMPTS = RowStream([Prompt(str(i), (i,), {}) for i in range(7)], seed=0)
 
 
 class Trainer:
-    """Samples in `seconds[position]`, and trains `num_steps` updates of `update_s`."""
+    """Samples in `seconds[position]`, and trains `num_steps` updates of `update_s`.
+
+    Groups at `constant` positions have equal rewards; those set aside make positions go on beyond
+    `seconds`, which begin again.
+    """
 
     def __init__(
-        self, seconds: Sequence[float], *, batch_size: int, max_staleness: int, update_s: float = 1
+        self,
+        seconds: Sequence[float],
+        *,
+        batch_size: int,
+        max_staleness: int,
+        update_s: float = 1,
+        constant: Collection[int] = (),
+        max_set_aside: int = 0,
     ) -> None:
+        self.constant = constant
         self.seconds = seconds
         self.update_s = update_s
         self.steps: list[Batch] = []
         self.idle_s: list[float] = []
         self.batch_sizes_scored: list[int] = []
         self.fails_at: int | None = None
+        self.started: list[int] = []
         self.ahead = Ahead(
             prompts=PROMPTS,
             consumed=Consumed(),
@@ -48,20 +61,22 @@ class Trainer:
             max_staleness=max_staleness,
             num_groups=len(seconds),
             policy=policy_at(0),
+            max_set_aside=max_set_aside,
         )
 
     async def sample(self, position: int, prompt: Prompt, policy: PolicyId) -> CompletionGroup:
-        await asyncio.sleep(self.seconds[position])
+        self.started.append(position)
+        await asyncio.sleep(self.seconds[position % len(self.seconds)])
         if position == self.fails_at:
             raise RewardFailed("the judge is away")
         completion = Completion(
-            token_ids=(1,),
+            token_ids=(position,),
             logprobs=(-1.0,),
             segments=(Segment(policy=policy, num_tokens=1),),
             finish_reason="stop",
         )
         return CompletionGroup(
-            prompt_token_ids=(1,), completions=(completion,), sampling=SamplingParams()
+            prompt_token_ids=(1,), completions=(completion,) * 2, sampling=SamplingParams()
         )
 
     async def score(
@@ -74,11 +89,18 @@ class Trainer:
                 prompt_token_ids=group.prompt_token_ids,
                 sampling=group.sampling,
                 completions=tuple(
-                    ScoredCompletion(completion=c, reward=1.0) for c in group.completions
+                    ScoredCompletion(completion=completion, reward=reward)
+                    for completion, reward in zip(
+                        group.completions, self.rewards(group), strict=True
+                    )
                 ),
             )
             for group in groups
         ]
+
+    def rewards(self, group: CompletionGroup) -> tuple[float, float]:
+        (position,) = group.completions[0].token_ids
+        return (1.0, 1.0) if position in self.constant else (1.0, 0.0)
 
     async def train(self) -> None:
         clock = asyncio.get_running_loop().time
@@ -86,9 +108,11 @@ class Trainer:
         async with self.ahead as ahead:
             for step in range(num_steps):
                 started = clock()
-                self.steps.append(await ahead.take())
+                batch = await ahead.take()
+                self.steps.append(batch)
                 self.idle_s.append(clock() - started)
                 await asyncio.sleep(self.update_s)
+                ahead.consumed.add(batch.positions)
                 ahead.release(policy_at(step + 1))
 
     def positions(self) -> list[list[int]]:
@@ -166,6 +190,7 @@ def test_positions_of_an_earlier_life_are_not_sampled_again() -> None:
         async with trainer.ahead as ahead:
             for step in range(2):
                 trainer.steps.append(await ahead.take())
+                ahead.consumed.add(trainer.steps[-1].positions)
                 ahead.release(policy_at(step + 1))
 
     virtual_clock.run(two_steps())
@@ -179,3 +204,82 @@ def test_what_fails_while_sampling_is_raised_to_the_trainer() -> None:
     with pytest.raises(RewardFailed, match="judge"):
         run(trainer)
     assert len(trainer.steps) == 1
+
+
+# --- dynamic sampling ---------------------------------------------------------------------------
+
+
+@given(
+    seconds=st.lists(st.floats(0, 10), min_size=24, max_size=24),
+    batch_size=st.sampled_from([1, 2, 3, 4, 6]),
+    max_staleness=st.integers(0, 4),
+    update_s=st.floats(0, 5),
+    constant=st.sets(st.integers(0, 60)) | st.just(range(10_000)),
+    factor=st.sampled_from([1, 2, 4]),
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_groups_set_aside_loosen_no_bound_lose_no_position_and_end_no_run(
+    seconds: list[float],
+    batch_size: int,
+    max_staleness: int,
+    update_s: float,
+    constant: Collection[int],
+    factor: int,
+) -> None:
+    max_set_aside = (factor - 1) * batch_size
+    trainer = run(
+        Trainer(
+            seconds,
+            batch_size=batch_size,
+            max_staleness=max_staleness,
+            update_s=update_s,
+            constant=constant,
+            max_set_aside=max_set_aside,
+        )
+    )
+    assert [len(batch.groups) for batch in trainer.steps] == [batch_size] * (24 // batch_size)
+    assert max(trainer.staleness()) <= max_staleness
+    consumed = [position for batch in trainer.steps for position in batch.positions]
+    assert sorted(consumed) == sorted(trainer.started)  # none twice, and none is left over
+    assert trainer.ahead.consumed.state == ConsumedState(next=len(consumed))
+    for batch in trainer.steps:
+        set_aside = [group.position for group in batch.set_aside]
+        assert len(set_aside) <= max_set_aside
+        assert all(position in constant for position in set_aside)
+        if any(group.position in constant for group in batch.groups):
+            assert len(set_aside) == max_set_aside
+
+
+def test_a_batch_has_only_groups_that_vary_while_there_are_any() -> None:
+    trainer = run(
+        Trainer([1.0] * 4, batch_size=2, max_staleness=0, constant=(0, 2, 3, 6), max_set_aside=6)
+    )
+    assert trainer.positions() == [[1, 4], [5, 7]]
+    assert [[g.position for g in batch.set_aside] for batch in trainer.steps] == [[0, 2, 3], [6]]
+
+
+def test_a_run_whose_groups_are_all_constant_goes_on_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With a factor of 4, a batch of 2 is made of no more than 8 groups."""
+    trainer = run(
+        Trainer([1.0] * 4, batch_size=2, max_staleness=0, constant=range(99), max_set_aside=6)
+    )
+    assert trainer.positions() == [[6, 7], [14, 15]]
+    assert "2 of the 2 groups of this update have equal rewards: 6 were set aside" in caplog.text
+
+
+def test_a_long_update_sets_aside_no_more_than_one_batch_may() -> None:
+    """Else an update of an hour would sample the whole dataset for nothing."""
+    trainer = run(
+        Trainer(
+            [0.1] * 4,
+            batch_size=2,
+            max_staleness=1,
+            update_s=1000,
+            constant=range(999),
+            max_set_aside=6,
+        )
+    )
+    assert [len(batch.set_aside) for batch in trainer.steps] == [6, 6]
+    assert len(trainer.started) == 16

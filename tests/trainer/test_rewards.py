@@ -15,11 +15,18 @@ import pytest
 
 from services.tokens import PromptEncoder
 from services.trainer.data import Prompt
-from services.trainer.rewards import RewardBatch, Scorer, build_reward
+from services.trainer.rewards import (
+    RewardBatch,
+    Scorer,
+    build_reward,
+    overlong_penalty,
+    punish_overlong,
+)
 from services.trainer.run_config import (
     ExactMatchReward,
     FunctionReward,
     HttpReward,
+    OverlongConfig,
     RegexReward,
     RewardConfig,
 )
@@ -152,6 +159,30 @@ async def test_scores_are_weighted_sums_in_the_order_of_the_completions(
     configs: list[RewardConfig] = [ExactMatchReward(weight=2.0), function("always_half")]
     scored = await Scorer(configs, PromptEncoder.load(tiny_checkpoint)).score(PROMPTS, GROUPS)
     assert [[c.reward for c in group.completions] for group in scored] == [[2.5], [0.5]]
+    assert [[c.rewards for c in group.completions] for group in scored] == [[(2, 0.5)], [(0, 0.5)]]
+
+
+# --- overlong -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"), [(1, 0.0), (80, 0.0), (85, -0.5), (90, -1.0), (100, -2.0)]
+)
+def test_the_overlong_penalty_begins_at_the_buffer_and_is_full_at_max_tokens(
+    num_tokens: int, expected: float
+) -> None:
+    penalty = overlong_penalty(num_tokens, max_tokens=100, buffer_tokens=20, penalty=2.0)
+    assert penalty == pytest.approx(expected)
+
+
+async def test_the_overlong_penalty_is_one_more_reward(tiny_checkpoint: Path) -> None:
+    scored = await Scorer([ExactMatchReward()], PromptEncoder.load(tiny_checkpoint)).score(
+        PROMPTS, GROUPS
+    )
+    config = OverlongConfig(buffer_tokens=2)
+    (group, _) = punish_overlong(scored, config, max_tokens=4)
+    (completion,) = group.completions  # of 3 tokens
+    assert (completion.rewards, completion.reward) == ((1.0, -0.5), 0.5)
 
 
 # --- HTTP ---------------------------------------------------------------------------------------
