@@ -31,6 +31,17 @@ class PromptEncoder:
         self.check_vocabulary(ids)
         return ids
 
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        """The token ids of a whole answer to a prompt: the tokenizer's EOS is the last.
+
+        Raises InvalidRequest for a tokenizer without one.
+        """
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            raise InvalidRequest("this model's tokenizer has no EOS token: no answer can end")
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return ids if ids[-1:] == (end,) else (*ids, end)
+
     def decode(self, ids: tuple[int, ...]) -> str:
         """The text of a completion or prompt, special tokens left out."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -26,7 +26,6 @@ from statistics import fmean, stdev
 
 import torch
 
-from services.trainer.data import Prompt
 from services.trainer.policy import Policy, PublishedAdapter
 from services.trainer.run_config import ConformanceConfig
 from shared.errors import ConformanceFailed, DeadlineExceeded
@@ -139,11 +138,11 @@ class Probe:
 
 
 def make_probe(
-    policy: Policy, prompts: Sequence[Prompt], config: ConformanceConfig, *, seed: int
+    policy: Policy, prompts: Sequence[Sequence[int]], config: ConformanceConfig, *, seed: int
 ) -> Probe:
     """The probe of a run that `policy` has started. Takes some forward passes of the probe."""
     sequences = probe_sequences(
-        [prompt.token_ids for prompt in prompts] or [policy.encoder.encode("")],
+        prompts or [policy.encoder.encode("")],
         policy.encoder.ordinary_token_ids,
         num_sequences=config.num_sequences,
         num_tokens=min(config.num_tokens, policy.max_positions - 1),

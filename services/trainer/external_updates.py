@@ -1,13 +1,16 @@
-"""POST /train: updates from groups that somebody else sampled and scored, each exactly once."""
+"""POST /train: updates from groups or pairs that somebody else made, each exactly once."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import logging
+from collections.abc import Sequence
 
 from services.trainer.loop import Clock, Meter, Run, learn, step_record
 from services.trainer.policy import Policy
+from services.trainer.run_config import RunConfig
+from services.trainer.samples import make_samples, pair_samples
 from shared.errors import (
     IdempotencyConflict,
     InvalidRequest,
@@ -16,7 +19,7 @@ from shared.errors import (
     UnexpectedPolicy,
     UnsuitableForTraining,
 )
-from shared.schemas import ScoredGroup, SyncReceipt, TrainRequest, TrainResponse
+from shared.schemas import PreferencePair, ScoredGroup, SyncReceipt, TrainRequest, TrainResponse
 
 log = logging.getLogger(__name__)
 _KEPT_ANSWERS = 64
@@ -49,7 +52,8 @@ class ExternalUpdates:
         step = run.policy.id.version + 1  # every update of a run makes one version
         clock, meter = Clock(), Meter(run.fleet)
         try:
-            learned = await learn(run, request.groups, step=step, clock=clock)
+            samples = pair_samples(request.pairs) or make_samples(request.groups, run.policy.id)
+            learned = await learn(run, samples, step=step, clock=clock)
         except UnsuitableForTraining as error:  # nothing was applied: the run goes on
             log.error("%s", error.detail)
             raise
@@ -100,12 +104,44 @@ class ExternalUpdates:
                 "sample from it and send new groups",
                 extra={"current": run.policy.id.model_dump()},
             )
+        if run.config.learns_from_pairs != bool(request.pairs):
+            wanted, sent = ("pairs", "groups") if request.groups else ("groups", "pairs")
+            raise UnsuitableForTraining(
+                f"algorithm {run.config.algorithm.name} learns from {wanted}, the request has "
+                f"{sent}: send {wanted}, or start a run with another algorithm"
+            )
+        for index, pair in enumerate(request.pairs):
+            _check_pair(index, pair, run.policy)
+        _check_rewards(request.groups)
         for index, group in enumerate(request.groups):
-            _check_group(index, group, run.policy)
+            _check_group(index, group, run.config, run.policy)
 
 
-def _check_group(index: int, group: ScoredGroup, policy: Policy) -> None:
+def _check_pair(index: int, pair: PreferencePair, policy: Policy) -> None:
+    for ids in (pair.prompt_token_ids, pair.chosen_token_ids, pair.rejected_token_ids):
+        policy.encoder.check_vocabulary(ids)
+    if pair.num_positions > policy.max_positions:
+        raise InvalidRequest(
+            f"pair {index} has {pair.num_positions} tokens with its longer answer, the model has "
+            f"{policy.max_positions} positions"
+        )
+
+
+def _check_rewards(groups: Sequence[ScoredGroup]) -> None:
+    counts = {len(scored.rewards or (1,)) for group in groups for scored in group.completions}
+    if len(counts) > 1:
+        raise UnsuitableForTraining(
+            f"completions have {' or '.join(map(str, sorted(counts)))} rewards: give each as many"
+        )
+
+
+def _check_group(index: int, group: ScoredGroup, config: RunConfig, policy: Policy) -> None:
     """Refuse what a gradient cannot use."""
+    if config.compares_within_groups and len(group.completions) < 2:
+        raise UnsuitableForTraining(
+            f"group {index} has 1 completion, algorithm {config.algorithm.name} compares those of "
+            "a group: send 2 or more"
+        )
     if obstacles := group.sampling.gradient_obstacles():
         raise UnsuitableForTraining(
             f"group {index} was sampled with {', '.join(obstacles)}: sample with purpose 'train'"

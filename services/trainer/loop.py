@@ -4,7 +4,8 @@
        ▲                                                                                     │
        └──────────────── groups start under it, max_staleness updates ahead (pacing.py) ◀────┘
 
-With max_staleness 0 every group is sampled from the version that the step before made.
+With max_staleness 0 every group is sampled from the version that the step before made. Offline DPO
+takes its samples from the pairs of its dataset instead, and generates nothing.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from services.trainer.algorithms.grpo import group_advantages
 from services.trainer.checkpoints import Checkpoints
-from services.trainer.data import Consumed, Prompt, PromptStream
+from services.trainer.data import Consumed, PairBatch, PairsInOrder, Prompt, RowStream
 from services.trainer.fleet import Fleet
 from services.trainer.guards import GuardWatch, check_handshake, refused
 from services.trainer.pacing import Ahead, Batch
 from services.trainer.policy import Policy, PublishedAdapter
-from services.trainer.rewards import Scorer
+from services.trainer.rewards import Scorer, punish_overlong
 from services.trainer.run_config import RunConfig
 from services.trainer.run_log import RunLog
-from services.trainer.samples import Sample, make_samples
+from services.trainer.samples import Sample, group_indices, make_samples, pair_samples
 from services.trainer.stats import UpdateRefused, UpdateStats
 from shared.schemas import (
     CompletionGroup,
     EvalRecord,
     GenerateRequest,
     PolicyId,
+    PreferencePair,
     SamplingParams,
     ScoredGroup,
     StepRecord,
@@ -56,8 +57,9 @@ class Run:
     policy: Policy
     fleet: Fleet
     log: RunLog
-    prompts: PromptStream
-    consumed: Consumed  # positions of `prompts` that were trained on
+    prompts: RowStream[Prompt]
+    pairs: RowStream[PreferencePair]  # what `dpo` learns from instead of groups
+    consumed: Consumed  # positions of either
     checkpoints: Checkpoints
     first_step: int  # steps that an earlier life of the run did
     scorer: Scorer
@@ -71,7 +73,6 @@ class Learned:
     """What one policy update consumed and made."""
 
     step: int
-    groups: Sequence[ScoredGroup]
     samples: Sequence[Sample]
     stats: UpdateStats
     adapter: PublishedAdapter
@@ -83,14 +84,16 @@ async def train(run: Run) -> None:
     assert num_steps
     if needs_eval(config, run.first_step, run.log.last_eval):  # a stop may have cut it short
         await unless_stopped(run, evaluate(run, run.first_step))
-    async with groups_ahead(run) as ahead:
+    async with batches(run) as source:
         for step in range(run.first_step + 1, num_steps + 1):
             clock, meter = Clock(), Meter(run.fleet)
             with clock.measure("wait_s"):
-                batch = await unless_stopped(run, ahead.take())
+                take: Coroutine[Any, Any, Batch | PairBatch] = source.take()
+                batch = await unless_stopped(run, take)
             if batch is None:
                 return
-            learned = await learn(run, batch.scored, step=step, clock=clock)
+            learned = await learn(run, to_samples(run, batch), step=step, clock=clock)
+            run.consumed.add(batch.positions)
             with clock.measure("sync_s"):
                 # One upload is bounded by sync_timeout_s; a replica may first have to come back.
                 timeout_s = max(config.generate_timeout_s, config.sync_timeout_s)
@@ -102,9 +105,10 @@ async def train(run: Run) -> None:
                         learned.adapter.policy,
                     )
             if not run.stop.is_set():
-                ahead.release(learned.adapter.policy)
-            run.log.emit_groups(step, batch.groups)
-            await run.log.emit(step_record(learned, clock, meter, batch))
+                source.release(learned.adapter.policy)
+            run.log.emit_batch(step, batch)
+            sampled = batch if isinstance(batch, Batch) else None
+            await run.log.emit(step_record(learned, clock, meter, sampled))
             if needs_eval(config, step, run.log.last_eval):
                 await unless_stopped(run, evaluate(run, step))
             await run.checkpoints.save_if_due(run, step)
@@ -117,6 +121,19 @@ def needs_eval(config: RunConfig, step: int, last: EvalRecord | None) -> bool:
     return step % config.eval.every_steps == 0 or step == config.num_steps
 
 
+def batches(run: Run) -> AbstractAsyncContextManager[Ahead | PairsInOrder]:
+    """What the steps to come learn from: pairs of the dataset, or groups that are sampled ahead."""
+    if run.config.learns_from_pairs:
+        return nullcontext(PairsInOrder(run.pairs, run.consumed, run.config.prompts_per_step))
+    return groups_ahead(run)
+
+
+def to_samples(run: Run, batch: Batch | PairBatch) -> list[Sample]:
+    if isinstance(batch, PairBatch):
+        return pair_samples(batch.pairs)
+    return make_samples(batch.scored, run.policy.id)
+
+
 def groups_ahead(run: Run) -> Ahead:
     """The groups of the steps to come, sampled and scored as far ahead as the config allows."""
     config = run.config
@@ -127,15 +144,25 @@ def groups_ahead(run: Run) -> Ahead:
         (group,) = await run.fleet.generate([request], timeout_s=config.generate_timeout_s)
         return group
 
+    async def score(
+        prompts: Sequence[Prompt], groups: Sequence[CompletionGroup]
+    ) -> Sequence[ScoredGroup]:
+        scored = await run.scorer.score(prompts, groups)
+        if config.overlong is None:
+            return scored
+        assert config.sampling.max_tokens, "the config was refused else"
+        return punish_overlong(scored, config.overlong, max_tokens=config.sampling.max_tokens)
+
     return Ahead(
         prompts=run.prompts,
         consumed=run.consumed,
         sample=sample,
-        score=run.scorer.score,
+        score=score,
         batch_size=config.prompts_per_step,
         max_staleness=config.max_staleness,
         num_groups=(config.num_steps - run.first_step) * config.prompts_per_step,
         policy=run.policy.id,
+        max_set_aside=config.max_set_aside,
     )
 
 
@@ -159,21 +186,19 @@ async def unless_stopped(
         await asyncio.gather(task, stopped, return_exceptions=True)
 
 
-async def learn(run: Run, groups: Sequence[ScoredGroup], *, step: int, clock: Clock) -> Learned:
-    """One policy update from scored groups: the next version and its adapter.
+async def learn(run: Run, samples: Sequence[Sample], *, step: int, clock: Clock) -> Learned:
+    """One policy update: the next version and its adapter.
 
     Raises UnsuitableForTraining for an update that the guards refuse: nothing of it was applied.
     """
     policy, config = run.policy, run.config
-    rewards = [[scored.reward for scored in group.completions] for group in groups]
-    advantages = group_advantages(rewards, scale=config.algorithm.scale_rewards)
-    samples = make_samples(groups, advantages, policy.id)
-    if not any(sample.advantage for sample in samples):
+    num_varying = sum(group_varies(samples))
+    if config.compares_within_groups and not num_varying:
         log.warning(
             "step %d: all %d groups have equal rewards (mean %.3f): there is nothing to learn from",
             step,
-            len(groups),
-            statistics.fmean(all_rewards(groups)),
+            len(group_indices(samples)),
+            statistics.fmean(sample.reward for sample in samples),
         )
     if config.managed and step == run.first_step + 1:
         await asyncio.to_thread(check_handshake, policy, samples, config.guards)
@@ -184,6 +209,8 @@ async def learn(run: Run, groups: Sequence[ScoredGroup], *, step: int, clock: Cl
                 samples,
                 config.algorithm,
                 max_tokens_per_micro_batch=config.max_tokens_per_micro_batch,
+                max_completion_tokens=config.sampling.max_tokens,
+                reward_weights=config.reward_weights,
                 guards=config.guards,
             )
         except (UpdateRefused, FloatingPointError) as refusal:
@@ -191,7 +218,12 @@ async def learn(run: Run, groups: Sequence[ScoredGroup], *, step: int, clock: Cl
     run.watch.see(step, stats, config.guards)
     with clock.measure("publish_s"):
         adapter = await asyncio.to_thread(policy.publish)
-    return Learned(step, groups, samples, stats, adapter)
+    return Learned(step, samples, stats, adapter)
+
+
+def group_varies(samples: Sequence[Sample]) -> list[bool]:
+    """For each group, whether its rewards differ."""
+    return [len({samples[index].reward for index in group}) > 1 for group in group_indices(samples)]
 
 
 async def evaluate(run: Run, step: int) -> None:
@@ -228,7 +260,8 @@ async def _mean_reward(run: Run, sampling: SamplingParams) -> float:
         for start, chunk in _chunks(run.held_out, _EVAL_PROMPTS_PER_REQUEST)
     ]
     groups = await run.fleet.generate(requests, timeout_s=run.config.generate_timeout_s)
-    return statistics.fmean(all_rewards(await run.scorer.score(run.held_out, groups)))
+    scored = await run.scorer.score(run.held_out, groups)
+    return statistics.fmean(c.reward for group in scored for c in group.completions)
 
 
 def train_request(
@@ -245,34 +278,34 @@ def train_request(
 
 
 def step_record(
-    learned: Learned, clock: Clock, meter: Meter, batch: Batch | None = None
+    learned: Learned, clock: Clock, meter: Meter, sampled: Batch | None = None
 ) -> StepRecord:
-    """What a step did; `batch` says how its groups came when this service sampled them."""
-    groups, samples, stats = learned.groups, learned.samples, learned.stats
-    rewards = all_rewards(groups)
-    completions = [scored.completion for group in groups for scored in group.completions]
+    """What a step did; `sampled` says how its groups came when this service sampled them."""
+    samples, stats, varies = learned.samples, learned.stats, group_varies(learned.samples)
+    rewards = [sample.reward for sample in samples]
     num_tokens = sum(sample.num_tokens for sample in samples)
     staleness = [max(sample.staleness, default=0) for sample in samples]
     step_s = clock.total_s
     return StepRecord(
         step=learned.step,
         policy=learned.adapter.policy,
-        num_groups=len(groups),
-        num_constant_groups=sum(len({s.reward for s in g.completions}) == 1 for g in groups),
+        num_groups=len(varies),
+        num_constant_groups=varies.count(False),
+        num_constant_groups_set_aside=len(sampled.set_aside) if sampled else 0,
         num_samples=len(samples),
         num_tokens=num_tokens,
         reward_mean=statistics.fmean(rewards),
         reward_std=statistics.pstdev(rewards),
         completion_tokens_mean=num_tokens / len(samples),
-        truncated_fraction=statistics.fmean(c.finish_reason == "length" for c in completions),
+        truncated_fraction=statistics.fmean(sample.is_truncated for sample in samples),
         staleness_mean=statistics.fmean(staleness),
         staleness_max=max(staleness),
         staleness_histogram=dict(sorted(Counter(staleness).items())),
         num_continued=meter.num_continued,
-        num_ready_groups=batch.num_ready_groups if batch else 0,
-        num_in_flight_groups=batch.num_in_flight_groups if batch else 0,
-        generate_s=batch.generate_s if batch else 0.0,
-        reward_s=batch.reward_s if batch else 0.0,
+        num_ready_groups=sampled.num_ready_groups if sampled else 0,
+        num_in_flight_groups=sampled.num_in_flight_groups if sampled else 0,
+        generate_s=sampled.generate_s if sampled else 0.0,
+        reward_s=sampled.reward_s if sampled else 0.0,
         step_s=step_s,
         tokens_per_s=num_tokens / step_s,
         trainer_idle_fraction=clock.seconds.get("wait_s", 0.0) / step_s,
@@ -282,10 +315,6 @@ def step_record(
         **asdict(stats),
         **clock.seconds,
     )
-
-
-def all_rewards(groups: Sequence[ScoredGroup]) -> list[float]:
-    return [scored.reward for group in groups for scored in group.completions]
 
 
 def derived_seed(seed: int, name: str) -> int:

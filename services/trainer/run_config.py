@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from shared.adapters import LINEAR_MODULES
 from shared.schemas import RunId, SamplingParams
@@ -21,19 +29,40 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+# Options of PEFT that an adapter on a replica cannot have.
+_UNSERVABLE = {
+    "use_dora": "rescales every row of a weight, which the rollout engine does not",
+    "modules_to_save": "trains whole modules, which an adapter file does not carry",
+    "rank_pattern": "gives modules ranks of their own, the engine has one for all",
+    "alpha_pattern": "gives modules factors of their own, the engine has one for all",
+    "bias": "trains biases, which an adapter file does not carry",
+    "lora_dropout": "makes the policy that trains another one than the policy that sampled",
+}
+
+
 class LoraConfig(Config):
     rank: int = Field(ge=1, le=512, default=32)
     alpha: float = Field(gt=0, default=32.0)  # the factor on B·A is alpha / rank
+    use_rslora: bool = False  # the factor is alpha / √rank (arXiv:2312.03732)
     target_modules: tuple[str, ...] = Field(min_length=1, default=LINEAR_MODULES)
 
     @property
     def scaling(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_servable(cls, value: Any) -> Any:
+        for name, reason in _UNSERVABLE.items():
+            if isinstance(value, Mapping) and value.get(name):
+                raise ValueError(f"{name} {reason}: leave it out")
+        return value
 
 
 class OptimizerConfig(Config):
     """AdamW. The learning rate rises linearly over `warmup_steps` updates, then stays."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"  # 8 bits: a quarter of its memory
     learning_rate: float = Field(gt=0, default=5e-5)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(ge=0, default=0.0)
@@ -41,16 +70,146 @@ class OptimizerConfig(Config):
     warmup_steps: int = Field(ge=0, default=10)
 
 
-class GrpoConfig(Config):
+class KlConfig(Config):
+    """KL of the policy from the reference, which is the policy with its adapter off.
+
+    services/trainer/algorithms/kl.py; a coefficient of 0 computes no reference and costs nothing.
+    """
+
+    coefficient: float = Field(ge=0, default=0.0)
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    place: Literal["loss", "reward"] = "loss"
+    importance_weighted: bool = True  # in the loss: times policy / old, unbiased after the 1st step
+
+    @property
+    def in_loss(self) -> bool:
+        return self.coefficient > 0 and self.place == "loss"
+
+    @property
+    def in_reward(self) -> bool:
+        return self.coefficient > 0 and self.place == "reward"
+
+
+class RewardKlConfig(KlConfig):
+    """The same with the defaults of algorithms that take KL off the reward."""
+
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    place: Literal["loss", "reward"] = "reward"
+
+
+class CorrectionConfig(Config):
+    """Importance weights old / sampler against the mismatch of trainer and rollout engine.
+
+    services/trainer/algorithms/mismatch.py. `truncate` bounds a weight, `mask` makes one out of
+    bounds 0; at sequence level a weight is the product over the tokens of a completion.
+    """
+
+    level: Literal["token", "sequence", "none"] = "token"
+    mode: Literal["truncate", "mask"] = "truncate"
+    max_ratio: float = Field(gt=0, default=3.0)
+    min_ratio: float | None = Field(ge=0, default=None)
+    # Completions whose geometric mean ratio is outside are masked, as (0.99, 1.001).
+    geometric_band: tuple[float, float] | None = None
+    # Completions with a token whose ratio is below are masked, as 1e-4.
+    veto_ratio: float | None = Field(gt=0, default=None)
+
+
+LossName = Literal["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "luspo", "cispo", "sapo", "rloo"]
+
+
+class PolicyGradientConfig(Config):
+    """What GRPO, RLOO, REINFORCE++ and PPO share; services/trainer/algorithms/losses.py has the
+    losses. None is the value of the loss's paper."""
+
+    loss: LossName = "dapo"
+    ratio: Literal["token", "sequence", "sequence_product"] | None = None
+    clip_low: float | None = Field(ge=0, lt=1, default=None)
+    clip_high: float | None = Field(ge=0, default=None)  # cispo: the largest ratio itself
+    delta: float | None = Field(gt=1, default=None)  # bounds the ratio of bad tokens, too
+    sapo_temperature_positive: float = Field(gt=0, default=1.0)
+    sapo_temperature_negative: float = Field(gt=0, default=1.05)
+    kl: KlConfig = KlConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    entropy_bonus: float = Field(ge=0, default=0.0)
+    top_entropy_fraction: float = Field(gt=0, le=1, default=1.0)  # of tokens, that are trained on
+    off_policy_mask: float | None = Field(ge=0, default=None)  # nats; drops bad, unlikely ones
+    mask_truncated: bool = False  # completions that ran into max_tokens have no loss
+    num_epochs: int = Field(ge=1, default=1)  # passes over the groups of one update
+    num_minibatches: int = Field(ge=1, default=1)  # optimizer steps per pass
+
+
+class GrpoConfig(PolicyGradientConfig):
     """services/trainer/algorithms/grpo.py"""
 
     name: Literal["grpo"] = "grpo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    clip_low: float = Field(ge=0, lt=1, default=0.2)
-    clip_high: float = Field(ge=0, default=0.28)
-    importance_clip: float = Field(gt=0, default=3.0)  # truncates policy / sampler per token
-    num_epochs: int = Field(ge=1, default=1)  # passes over the groups of one update
-    num_minibatches: int = Field(ge=1, default=1)  # optimizer steps per pass
+    # several rewards: weigh and add them before the group is normalized, or after
+    reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+
+
+class RlooConfig(PolicyGradientConfig):
+    """services/trainer/algorithms/rloo.py"""
+
+    name: Literal["rloo"] = "rloo"
+    loss: LossName = "rloo"
+    kl: RewardKlConfig = RewardKlConfig()
+    whiten_advantages: bool = False
+
+
+class ReinforceConfig(PolicyGradientConfig):
+    """services/trainer/algorithms/reinforce.py; `_baseline` subtracts the mean of the group."""
+
+    name: Literal["reinforce_pp", "reinforce_pp_baseline"] = "reinforce_pp"
+    loss: LossName = "bnpo"
+    kl: RewardKlConfig = RewardKlConfig()
+    discount: float = Field(gt=0, le=1, default=1.0)
+    whiten_advantages: bool = True
+
+
+class PpoConfig(PolicyGradientConfig):
+    """services/trainer/algorithms/ppo.py; the critic is a second LoRA adapter with a value head."""
+
+    name: Literal["ppo"] = "ppo"
+    loss: LossName = "bnpo"
+    kl: RewardKlConfig = RewardKlConfig()
+    num_epochs: int = Field(ge=1, default=4)
+    discount: float = Field(gt=0, le=1, default=1.0)
+    gae_lambda: float = Field(ge=0, le=1, default=0.95)
+    whiten_advantages: bool = True
+    value_clip: float | None = Field(gt=0, default=0.2)
+    critic_learning_rate: float | None = Field(gt=0, default=None)  # None: the optimizer's
+
+
+class PreferenceConfig(Config):
+    """What online and offline DPO share."""
+
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: float = Field(gt=0, default=0.1)
+    num_epochs: int = Field(ge=1, default=1)
+    num_minibatches: int = Field(ge=1, default=1)
+
+
+class OnlineDpoConfig(PreferenceConfig):
+    """services/trainer/algorithms/dpo.py; a pair is the best and the worst of a group."""
+
+    name: Literal["online_dpo"] = "online_dpo"
+    missing_eos_penalty: float = Field(ge=0, default=0.0)  # off the reward of truncated ones
+
+
+class DpoConfig(PreferenceConfig):
+    """services/trainer/algorithms/dpo.py; pairs come from the dataset or POST /train."""
+
+    name: Literal["dpo"] = "dpo"
+
+
+def _by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+AlgorithmConfig = Annotated[
+    GrpoConfig | RlooConfig | ReinforceConfig | PpoConfig | OnlineDpoConfig | DpoConfig,
+    Field(discriminator="name"),
+]
 
 
 class ExactMatchReward(Config):
@@ -111,13 +270,52 @@ class FileDataset(Config):
     prompt_column: str = "prompt"
 
 
-DatasetConfig = Annotated[SortDigitsDataset | FileDataset, Field(discriminator="type")]
+class PreferenceDataset(Config):
+    """Pairs for `dpo`, from .jsonl or .parquet: a prompt as in `FileDataset`, and two answers.
+
+    An answer is a text, or chat messages of which the last is the assistant's; the tokenizer's EOS
+    is appended to one that does not end with it.
+    """
+
+    type: Literal["preferences"]
+    path: str
+    prompt_column: str = "prompt"
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+
+    @field_validator("path")
+    @classmethod
+    def _names_its_format(cls, path: str) -> str:
+        if not path.endswith((".jsonl", ".parquet")):
+            raise ValueError(f"{path} ends with neither .jsonl nor .parquet: convert it to one")
+        return path
+
+
+PromptDatasetConfig = Annotated[SortDigitsDataset | FileDataset, Field(discriminator="type")]
+DatasetConfig = Annotated[
+    SortDigitsDataset | FileDataset | PreferenceDataset, Field(discriminator="type")
+]
+
+
+class OverlongConfig(Config):
+    """One more reward, for training: down to -`penalty` over the last `buffer_tokens` before
+    `sampling.max_tokens` (services/trainer/rewards.py)."""
+
+    buffer_tokens: int = Field(ge=1)
+    penalty: float = Field(gt=0, default=1.0)
+
+
+class DynamicSamplingConfig(Config):
+    """Groups of equal rewards are set aside and others sampled in their place, until an update has
+    seen `max_groups_factor` times `prompts_per_step` groups (services/trainer/pacing.py)."""
+
+    max_groups_factor: float = Field(gt=1, le=1000, default=4.0)
 
 
 class EvalConfig(Config):
     """Rewards on held-out prompts: before the first step, every `every_steps`, and at the end."""
 
-    dataset: DatasetConfig
+    dataset: PromptDatasetConfig
     num_prompts: int = Field(ge=1, default=256)
     every_steps: int = Field(ge=1, default=10)
 
@@ -177,12 +375,14 @@ class RunConfig(Config):
     sampling: SamplingParams = SamplingParams(n=8, max_tokens=512)
     dataset: DatasetConfig | None = None
     rewards: tuple[RewardConfig, ...] = ()
+    overlong: OverlongConfig | None = None
+    dynamic_sampling: DynamicSamplingConfig | None = None
     eval: EvalConfig | None = None
 
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    algorithm: GrpoConfig = GrpoConfig()
-    max_tokens_per_micro_batch: int = Field(ge=1, default=16384)  # padded prompt + completion
+    algorithm: Annotated[AlgorithmConfig, BeforeValidator(_by_name)] = GrpoConfig()  # or its name
+    max_tokens_per_micro_batch: int = Field(ge=1, default=16384)  # prompts + completions
 
     max_staleness: int = Field(ge=0, le=64, default=0)  # versions; 0 is on-policy
     in_flight: Literal["finish", "continue"] = "finish"  # completions that run when a version comes
@@ -195,27 +395,86 @@ class RunConfig(Config):
     generate_timeout_s: float = Field(gt=0, default=600.0)
     sync_timeout_s: float = Field(gt=0, default=120.0)
 
+    @property
+    def learns_from_pairs(self) -> bool:
+        return self.algorithm.name == "dpo"
+
+    @property
+    def compares_within_groups(self) -> bool:
+        """True when a group of equal rewards teaches nothing but to stay near the reference."""
+        return self.algorithm.name in ("grpo", "rloo", "reinforce_pp_baseline", "online_dpo")
+
+    @property
+    def needs_replicas(self) -> bool:
+        """False for a run that samples nothing, or elsewhere."""
+        return self.managed and (not self.learns_from_pairs or self.eval is not None)
+
+    @property
+    def reward_weights(self) -> tuple[float, ...]:
+        """Of the rewards that a completion is scored with, in their order."""
+        penalties = (self.overlong.penalty,) if self.overlong else ()
+        return (*(reward.weight for reward in self.rewards), *penalties)
+
+    @property
+    def max_set_aside(self) -> int:
+        """Constant groups per update that dynamic sampling replaces."""
+        if self.dynamic_sampling is None:
+            return 0
+        return int((self.dynamic_sampling.max_groups_factor - 1) * self.prompts_per_step)
+
     @model_validator(mode="after")
-    def _a_managed_run_is_complete(self) -> RunConfig:
+    def _has_what_its_loop_needs(self) -> RunConfig:
+        loops_own = ("dataset", "rewards", "overlong", "dynamic_sampling", "eval", "num_steps")
         if not self.managed:
-            if self.dataset or self.rewards or self.eval or self.num_steps:
+            if any(getattr(self, name) for name in loops_own):
                 raise ValueError(
-                    "a run with managed: false has no dataset, rewards, eval or num_steps: they "
-                    "are your loop's"
+                    f"a run with managed: false has no {', '.join(loops_own[:-1])} or "
+                    f"{loops_own[-1]}: they are your loop's"
                 )
             return self
         for name in ("dataset", "rewards", "num_steps"):
-            if not getattr(self, name):
+            if not getattr(self, name) and (name != "rewards" or self.needs_replicas):
                 raise ValueError(f"a managed run needs {name}")
-        if obstacles := self.sampling.gradient_obstacles():
-            raise ValueError(
-                f"sampling has {', '.join(obstacles)}: a policy gradient needs logprobs of the "
-                "full softmax, so only the temperature may change"
-            )
         if self.sampling.seed is not None:
             raise ValueError("sampling.seed is derived from the run's seed: leave it out")
-        if self.sampling.n < 2:
-            raise ValueError("sampling.n is 1: a group needs at least 2 completions to compare")
+        has_pairs = isinstance(self.dataset, PreferenceDataset)
+        if self.learns_from_pairs and not has_pairs:
+            raise ValueError("algorithm dpo learns from pairs: set dataset.type to preferences")
+        if has_pairs and not self.learns_from_pairs:
+            raise ValueError(
+                f"algorithm {self.algorithm.name} samples completions itself, dataset.type "
+                "preferences has them: choose another type, or algorithm dpo"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_what_it_learns_from(self) -> RunConfig:
+        if self.managed and self.learns_from_pairs:
+            if self.rewards and not self.eval:
+                raise ValueError("rewards without eval are of no use to algorithm dpo: add eval")
+            for name in ("overlong", "dynamic_sampling"):
+                if getattr(self, name):
+                    raise ValueError(f"algorithm dpo samples no completions: leave {name} out")
+        elif self.managed:
+            if obstacles := self.sampling.gradient_obstacles():
+                raise ValueError(
+                    f"sampling has {', '.join(obstacles)}: a policy gradient needs logprobs of the "
+                    "full softmax, so only the temperature may change"
+                )
+            if self.sampling.n < 2 and (self.compares_within_groups or self.dynamic_sampling):
+                raise ValueError("sampling.n is 1: a group needs at least 2 completions to compare")
+        return self
+
+    @model_validator(mode="after")
+    def _completions_have_the_bound_that_is_used(self) -> RunConfig:
+        max_tokens = self.sampling.max_tokens
+        if max_tokens is None and self.algorithm.loss == "dr_grpo":
+            raise ValueError("loss dr_grpo divides by sampling.max_tokens: set it")
+        if self.overlong and self.overlong.buffer_tokens >= (max_tokens or 0):
+            raise ValueError(
+                f"overlong.buffer_tokens is {self.overlong.buffer_tokens}, sampling.max_tokens "
+                f"{max_tokens or 'not set'}: the buffer must be the shorter one"
+            )
         return self
 
 

@@ -10,8 +10,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from services.boot import report
 from services.trainer.checkpoints import Checkpoints, write_adapter
 from services.trainer.conformance import Conformance, Probe, make_probe
-from services.trainer.data import Consumed, Prompt, PromptStream, load_prompts
+from services.trainer.data import Consumed, Prompt, RowStream, load_pairs, load_prompts
 from services.trainer.durable import new_folder
 from services.trainer.external_updates import ExternalUpdates
 from services.trainer.fleet import Fleet
@@ -28,7 +28,7 @@ from services.trainer.member import Requirements
 from services.trainer.policy import Policy
 from services.trainer.preflight import check_start
 from services.trainer.rewards import Scorer
-from services.trainer.run_config import RunConfig
+from services.trainer.run_config import PreferenceDataset, RunConfig
 from services.trainer.run_folder import (
     RunFolder,
     dataset_digest,
@@ -50,6 +50,7 @@ from shared.rollout_client import RolloutClient
 from shared.schemas import (
     PolicyId,
     PolicyStatus,
+    PreferencePair,
     RunEvent,
     RunState,
     RunStatus,
@@ -259,7 +260,7 @@ class Trainer:
         current = await self._prepare(config)
         run = current.run
         detail = "waiting for a replica"
-        if config.managed and self._knows_no_replica:
+        if config.needs_replicas and self._knows_no_replica:
             detail = self._fleet.details()
         if current.folder.life.incarnation > 1:
             detail = f"resumed after step {run.first_step}; {detail}"
@@ -288,8 +289,8 @@ class Trainer:
                     f"num_steps is {config.num_steps}, run {config.run_id!r} has taken "
                     f"{saved.state.step} already: set it to more"
                 )
-            prompts, held_out = await asyncio.to_thread(_load_data, config, policy)
-            dataset = await asyncio.to_thread(dataset_digest, prompts)
+            data = await asyncio.to_thread(_load_data, config, policy)
+            dataset = await asyncio.to_thread(dataset_digest, (*data.prompts, *data.pairs))
             if folder:
                 folder.refuse_other_dataset(config, dataset)
             scorer = Scorer(config.rewards, policy.encoder)
@@ -299,7 +300,7 @@ class Trainer:
                 policy.start, begin, config.lora, config.optimizer, seed=config.seed
             )
             probe = await asyncio.to_thread(
-                make_probe, policy, [*prompts, *held_out], config.conformance, seed=config.seed
+                make_probe, policy, data.prompt_token_ids, config.conformance, seed=config.seed
             )
             policy.set_probe(probe.sequences)
             if folder is None:
@@ -322,12 +323,13 @@ class Trainer:
                     positions=saved.state.log_positions if saved else {},
                     first_step=saved.state.step if saved else 0,
                 ),
-                prompts=PromptStream(prompts, seed=config.seed),
+                prompts=RowStream(data.prompts, seed=config.seed),
+                pairs=RowStream(data.pairs, seed=config.seed),
                 consumed=Consumed(saved.state.consumed) if saved else Consumed(),
                 checkpoints=checkpoints,
                 first_step=saved.state.step if saved else 0,
                 scorer=scorer,
-                held_out=held_out,
+                held_out=data.held_out,
                 stop=asyncio.Event(),
             )
         except BaseException as error:
@@ -412,13 +414,13 @@ class Trainer:
     def _requirements(self, current: _CurrentRun) -> Requirements:
         run, config = current.run, current.run.config
         num_context_tokens = current.probe.longest + 1
-        if config.managed:  # a loop of the user's own samples as it likes
+        if config.needs_replicas:  # a loop of the user's own samples as it likes
             longest = max(len(p.token_ids) for p in (*run.prompts.rows, *run.held_out))
             num_context_tokens = max(
                 num_context_tokens, longest + (config.sampling.max_tokens or 1)
             )
         # Such a loop may also sample elsewhere, and fetch adapters from here.
-        needs_none = not config.managed and self._knows_no_replica
+        needs_none = not config.needs_replicas and self._knows_no_replica
         return Requirements(
             run=run.policy.id.model_copy(update={"version": 0}),
             base=run.policy.identity,
@@ -504,14 +506,32 @@ class Trainer:
         )
 
 
-def _load_data(config: RunConfig, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
-    if config.dataset is None:
-        return [], []
-    prompts = load_prompts(config.dataset, policy.encoder, seed=config.seed)
-    if config.eval is None:
-        return prompts, []
-    held_out = load_prompts(config.eval.dataset, policy.encoder, seed=config.seed, held_out=True)
-    return prompts, held_out[: config.eval.num_prompts]
+@dataclass(frozen=True, slots=True)
+class _Data:
+    prompts: Sequence[Prompt] = ()
+    pairs: Sequence[PreferencePair] = ()
+    held_out: Sequence[Prompt] = ()
+
+    @property
+    def prompt_token_ids(self) -> list[tuple[int, ...]]:
+        prompts = [prompt.token_ids for prompt in (*self.prompts, *self.held_out)]
+        return [*(pair.prompt_token_ids for pair in self.pairs), *prompts]
+
+
+def _load_data(config: RunConfig, policy: Policy) -> _Data:
+    data = _Data()
+    if isinstance(config.dataset, PreferenceDataset):
+        pairs = load_pairs(config.dataset, policy.encoder, max_positions=policy.max_positions)
+        data = replace(data, pairs=pairs)
+    elif config.dataset:
+        prompts = load_prompts(config.dataset, policy.encoder, seed=config.seed)
+        data = replace(data, prompts=prompts)
+    if config.eval:
+        held_out = load_prompts(
+            config.eval.dataset, policy.encoder, seed=config.seed, held_out=True
+        )
+        data = replace(data, held_out=held_out[: config.eval.num_prompts])
+    return data
 
 
 def save_adapter(run: Run) -> None:

@@ -144,7 +144,7 @@ def policy(tiny_checkpoint: Path) -> Policy:
 @pytest.fixture(scope="module")
 def probe(policy: Policy) -> Probe:
     prompts = load_prompts(SortDigitsDataset(num_prompts=64), policy.encoder, seed=0)
-    return make_probe(policy, prompts, ConformanceConfig(), seed=0)
+    return make_probe(policy, [p.token_ids for p in prompts], ConformanceConfig(), seed=0)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from services.trainer.checkpoints import Checkpoints
-from services.trainer.data import Consumed, PromptStream
+from services.trainer.data import Consumed, RowStream
 from services.trainer.fleet import Fleet
 from services.trainer.loop import Run
 from services.trainer.policy import Policy
@@ -51,7 +51,8 @@ def run(policy: Policy, tmp_path: Path) -> Iterator[Run]:
         policy=policy,
         fleet=Fleet((), connect=RolloutClient),
         log=RunLog(tmp_path, TrainerMetrics()),
-        prompts=PromptStream((), seed=0),
+        prompts=RowStream((), seed=0),
+        pairs=RowStream((), seed=0),
         consumed=Consumed(),
         checkpoints=checkpoints(tmp_path, every_steps=2, keep=2),
         first_step=0,

@@ -28,7 +28,6 @@ from services.trainer.conformance import (
     noise_floor,
     probe_sequences,
 )
-from services.trainer.data import Prompt
 from services.trainer.policy import Policy, PublishedAdapter
 from services.trainer.run_config import ConformanceConfig, GrpoConfig, LoraConfig, OptimizerConfig
 from services.trainer.samples import Sample, collate
@@ -220,7 +219,6 @@ def test_without_a_dataset_the_probe_is_ordinary_tokens() -> None:
 
 # --- the trainer's side -------------------------------------------------------------------------
 
-TINY_PROMPTS = [Prompt("", prompt, {}) for prompt in PROMPTS]
 RAGGED = ((1, 5, 6, 7, 8, 9, 4, 3), (1, 3), (1, 12, 3, 4, 9))
 
 
@@ -270,7 +268,7 @@ def test_scoring_leaves_no_trace(policy: Policy, samples: list[Sample]) -> None:
 def test_the_synthetic_adapter_moves_the_logprobs_by_about_a_nat(
     policy: Policy, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    probe = make_probe(policy, TINY_PROMPTS, ConformanceConfig(), seed=0)
+    probe = make_probe(policy, PROMPTS, ConformanceConfig(), seed=0)
     assert probe.base_logprobs == policy.score(probe.sequences, base=True)
     assert 0.5 <= distance(probe.synthetic.probe_logprobs, probe.base_logprobs) <= 2
     file = tmp_path / "adapter.safetensors"
@@ -284,11 +282,11 @@ def test_the_synthetic_adapter_moves_the_logprobs_by_about_a_nat(
 def test_making_a_probe_leaves_no_trace(policy: Policy, samples: list[Sample]) -> None:
     policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=100_000)
     before, rng = weights(policy), torch.get_rng_state()
-    first = make_probe(policy, TINY_PROMPTS, ConformanceConfig(), seed=0)
+    first = make_probe(policy, PROMPTS, ConformanceConfig(), seed=0)
     assert torch.equal(weights(policy), before)
     assert torch.equal(torch.get_rng_state(), rng)
     policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=100_000)
-    assert make_probe(policy, TINY_PROMPTS, ConformanceConfig(), seed=0) == first
+    assert make_probe(policy, PROMPTS, ConformanceConfig(), seed=0) == first
 
 
 def test_weights_come_back_when_what_needed_others_fails(policy: Policy) -> None:
@@ -317,7 +315,7 @@ def test_a_published_adapter_has_the_logprobs_of_the_runs_probe(
 
 def test_a_probe_is_never_longer_than_the_model_can_read(policy: Policy) -> None:
     config = ConformanceConfig(num_sequences=1, num_tokens=512)
-    assert make_probe(policy, TINY_PROMPTS, config, seed=0).longest == 511
+    assert make_probe(policy, PROMPTS, config, seed=0).longest == 511
 
 
 # --- the replica's side -------------------------------------------------------------------------

@@ -11,10 +11,18 @@ import pytest
 from jinja2 import TemplateError
 
 from services.tokens import PromptEncoder
-from services.trainer.data import Consumed, ConsumedState, Prompt, PromptStream, load_prompts
-from services.trainer.run_config import FileDataset, SortDigitsDataset
+from services.trainer.data import (
+    Consumed,
+    ConsumedState,
+    PairsInOrder,
+    Prompt,
+    RowStream,
+    load_pairs,
+    load_prompts,
+)
+from services.trainer.run_config import FileDataset, PreferenceDataset, SortDigitsDataset
 from shared.errors import InvalidRequest
-from shared.schemas import ChatMessage
+from shared.schemas import ChatMessage, PreferencePair
 
 PROMPTS = [Prompt(str(i), (i,), {}) for i in range(10)]
 
@@ -29,7 +37,7 @@ def texts(prompts: list[Prompt]) -> list[str]:
 
 
 def test_an_epoch_has_every_prompt_once_in_an_order_of_its_own() -> None:
-    stream = PromptStream(PROMPTS, seed=0)
+    stream = RowStream(PROMPTS, seed=0)
     first, second = (texts([stream.at(10 * epoch + i) for i in range(10)]) for epoch in (0, 1))
     assert sorted(first) == sorted(second) == sorted(texts(PROMPTS))
     assert first != second
@@ -37,10 +45,10 @@ def test_an_epoch_has_every_prompt_once_in_an_order_of_its_own() -> None:
 
 def test_the_prompt_at_a_position_depends_on_the_seed_alone() -> None:
     """trl#7036: resuming past the end of an epoch. Any position can be asked for first."""
-    whole = [PromptStream(PROMPTS, seed=3).at(position) for position in range(45)]
-    stream = PromptStream(PROMPTS, seed=3)
+    whole = [RowStream(PROMPTS, seed=3).at(position) for position in range(45)]
+    stream = RowStream(PROMPTS, seed=3)
     assert [stream.at(position) for position in reversed(range(45))] == whole[::-1]
-    assert [PromptStream(PROMPTS, seed=4).at(position) for position in range(45)] != whole
+    assert [RowStream(PROMPTS, seed=4).at(position) for position in range(45)] != whole
 
 
 def test_a_late_group_holds_back_no_position_but_its_own() -> None:
@@ -57,7 +65,7 @@ def test_a_late_group_holds_back_no_position_but_its_own() -> None:
 def test_no_position_is_consumed_twice(positions: list[int]) -> None:
     consumed = Consumed()
     consumed.add([0, 1, 3])
-    with pytest.raises(ValueError, match="were trained on already"):
+    with pytest.raises(ValueError, match="were consumed already"):
         consumed.add([*positions, 2])
     assert consumed.state == ConsumedState(next=2, beyond=(3,))
 
@@ -141,6 +149,101 @@ def test_a_file_of_another_format_is_named(
     path.write_text(content)
     with pytest.raises(ValueError, match=f"dataset {path} {complaint}"):
         load_prompts(FileDataset(type=kind, path=str(path)), encoder, seed=0)
+
+
+# --- pairs --------------------------------------------------------------------------------------
+
+
+def pairs_of(
+    row: dict[str, object], encoder: PromptEncoder, folder: Path, *, max_positions: int = 512
+) -> list[PreferencePair]:
+    path = folder / "pairs.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    config = PreferenceDataset(type="preferences", path=str(path))
+    return load_pairs(config, encoder, max_positions=max_positions)
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+CHAT = [message("user", "s12")]
+EOS = 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "s12=", "chosen": "12", "rejected": "21"},
+        {"prompt": "s12=", "chosen": "12<eos>", "rejected": "21"},
+        {"prompt": CHAT, "chosen": "12", "rejected": "21"},
+        {
+            "prompt": CHAT,
+            "chosen": [message("assistant", "12")],
+            "rejected": [*CHAT, message("assistant", "21")],
+        },
+    ],
+    ids=["text", "ended", "chat", "messages"],
+)
+def test_an_answer_is_a_text_or_a_last_message_and_ends_with_eos(
+    row: dict[str, object], encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    (pair,) = pairs_of(row, encoder, tmp_path)
+    assert pair == PreferencePair(
+        prompt_token_ids=encoder.encode("s12="),
+        chosen_token_ids=(4, 5, EOS),
+        rejected_token_ids=(5, 4, EOS),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chosen": None}, "row 0 of .*: chosen must be a text or a list of chat messages"),
+        ({"rejected": ""}, "row 0 of .*: rejected must be a text"),
+        ({"rejected": []}, "row 0 of .*: rejected must be a text"),
+        ({"rejected": CHAT}, "row 0 of .*: the last message of rejected must be the assistant's"),
+        (
+            {"rejected": [message("user", "s99"), message("assistant", "99")]},
+            "row 0 of .*: the messages of rejected before the answer are not the prompt's",
+        ),
+        ({"prompt": "s" * 510}, "row 0 of .* has 514 tokens .* the model has 512 positions"),
+    ],
+)
+def test_a_pair_that_cannot_be_used_is_named(
+    changes: dict[str, object], message: str, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    row = {"prompt": "s12=", "chosen": "12", "rejected": "21", **changes}
+    with pytest.raises(ValueError, match=message):
+        pairs_of(row, encoder, tmp_path)
+
+
+def test_a_pair_without_its_columns_says_which_there_are(
+    encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"no column 'chosen'; it has prompt, good"):
+        pairs_of({"prompt": "s12=", "good": "12"}, encoder, tmp_path)
+
+
+def test_a_tokenizer_without_eos_cannot_end_an_answer() -> None:
+    class Endless:
+        eos_token_id = None
+
+    with pytest.raises(InvalidRequest, match="has no EOS token"):
+        PromptEncoder(Endless(), 16).encode_answer("12")
+
+
+@pytest.mark.anyio
+async def test_pairs_come_in_the_order_of_the_stream_except_those_that_are_consumed() -> None:
+    rows = [
+        PreferencePair(prompt_token_ids=(i,), chosen_token_ids=(1,), rejected_token_ids=(2,))
+        for i in range(4)
+    ]
+    stream = RowStream(rows, seed=0)
+    source = PairsInOrder(stream, Consumed(ConsumedState(next=1, beyond=(2,))), batch_size=3)
+    batch = await source.take()
+    assert batch.positions == [1, 3, 4]
+    assert batch.pairs == [stream.at(position) for position in batch.positions]
 
 
 def test_messages_that_the_chat_template_refuses_are_an_invalid_request(

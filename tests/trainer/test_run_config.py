@@ -13,6 +13,11 @@ num_steps: 3
 dataset: {type: sort_digits}
 rewards: [{type: exact_match}]
 """
+OFFLINE = """
+num_steps: 3
+dataset: {type: preferences, path: pairs.jsonl}
+algorithm: dpo
+"""
 
 
 def test_yaml_and_json_are_read_alike() -> None:
@@ -32,6 +37,29 @@ def test_the_demo_config_is_valid() -> None:
     assert read_run_config(path).lora.scaling == 2.0
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce_pp"])
+def test_an_algorithm_that_compares_over_the_batch_may_have_groups_of_one(algorithm: str) -> None:
+    parse_run_config(MANAGED + f"sampling: {{n: 1}}\nalgorithm: {algorithm}")
+
+
+def test_an_offline_run_needs_replicas_for_its_evaluations_alone() -> None:
+    evaluated = "rewards: [{type: exact_match}]\neval: {dataset: {type: sort_digits}}"
+    assert not parse_run_config(OFFLINE).needs_replicas
+    assert parse_run_config(OFFLINE + evaluated).needs_replicas
+    assert parse_run_config(OFFLINE + "sampling: {n: 1, temperature: 0}").learns_from_pairs
+
+
+def test_a_factor_bounds_the_groups_of_an_update() -> None:
+    config = parse_run_config(MANAGED + "prompts_per_step: 6\ndynamic_sampling: {}")
+    assert config.max_set_aside + config.prompts_per_step == 4 * 6
+    assert parse_run_config(MANAGED).max_set_aside == 0
+
+
+def test_the_overlong_penalty_has_a_weight_as_rewards_do() -> None:
+    config = parse_run_config(MANAGED + "overlong: {buffer_tokens: 8, penalty: 0.5}")
+    assert config.reward_weights == (1.0, 0.5)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -48,6 +76,24 @@ def test_the_demo_config_is_valid() -> None:
         (MANAGED + "optimizer: {learning_rate: .nan}", "optimizer.learning_rate"),
         (MANAGED + "managed: false", "your loop's"),
         (MANAGED.replace("exact_match", "nearly"), "rewards.0"),
+        (MANAGED + "sampling: {n: 1}\nalgorithm: online_dpo", "at least 2"),
+        (MANAGED + "sampling: {n: 1}\nalgorithm: reinforce_pp_baseline", "at least 2"),
+        (
+            MANAGED + "sampling: {n: 1}\nalgorithm: ppo\ndynamic_sampling: {}",
+            "at least 2",
+        ),
+        (MANAGED + "sampling: {n: 2}\nalgorithm: {name: grpo, loss: dr_grpo}", "max_tokens"),
+        (MANAGED + "overlong: {buffer_tokens: 512}", "buffer must be the shorter one"),
+        (MANAGED + "sampling: {n: 2}\noverlong: {buffer_tokens: 4}", "max_tokens not set"),
+        (MANAGED + "dynamic_sampling: {max_groups_factor: 1}", "max_groups_factor"),
+        (MANAGED + "algorithm: dpo", "learns from pairs: set dataset.type to preferences"),
+        (OFFLINE + "rewards: [{type: exact_match}]", "rewards without eval"),
+        (OFFLINE + "eval: {dataset: {type: sort_digits}}", "needs rewards"),
+        (OFFLINE + "dynamic_sampling: {}", "leave dynamic_sampling out"),
+        (OFFLINE + "overlong: {buffer_tokens: 4}", "leave overlong out"),
+        (OFFLINE.replace("pairs.jsonl", "pairs.csv"), "neither .jsonl nor .parquet"),
+        (OFFLINE.replace("algorithm: dpo", "rewards: [{type: exact_match}]"), "grpo samples"),
+        ("managed: false\ndynamic_sampling: {}", "your loop's"),
     ],
 )
 def test_a_bad_config_is_refused_by_name(text: str, message: str) -> None:
