@@ -20,7 +20,7 @@ from services.trainer.run_folder import (
 from services.trainer.run_log import RunLog
 from shared.errors import BaseMismatch, Conflict, InvalidRequest, RunConflict
 from shared.metrics import TrainerMetrics
-from shared.schemas import BaseIdentity, RunState, StateRecord
+from shared.schemas import BaseIdentity, PreferencePair, RunState, StateRecord
 
 BASE = BaseIdentity(weights="a" * 64, recipe=None, tokenizer="b" * 64, chat_template=None)
 MANAGED: dict[str, Any] = {
@@ -187,6 +187,13 @@ def test_a_run_goes_on_with_the_prompts_that_it_began_with(tmp_path: Path) -> No
         with pytest.raises(Conflict, match="dataset sort_digits is not the one that run 'r' began"):
             folder.refuse_other_dataset(config(), dataset_digest(other))
     folder.close()
+
+
+def test_pairs_have_a_digest_too() -> None:
+    pair = PreferencePair(prompt_token_ids=(1,), chosen_token_ids=(2,), rejected_token_ids=(3,))
+    turned = PreferencePair(prompt_token_ids=(1,), chosen_token_ids=(3,), rejected_token_ids=(2,))
+    assert dataset_digest([pair]) == dataset_digest([pair]) != dataset_digest([turned])
+    assert dataset_digest(()) is None
 
 
 def test_a_run_that_cannot_be_written_is_not_locked(tmp_path: Path) -> None:

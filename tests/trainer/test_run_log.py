@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,23 @@ from tensorboard.backend.event_processing import (  # type: ignore[import-untype
     event_accumulator,
 )
 
+from services.trainer.data import PairBatch, Prompt
+from services.trainer.pacing import AheadGroup, Batch
 from services.trainer.run_log import RunLog, last_state
 from shared.metrics import TrainerMetrics, scalars
-from shared.schemas import EvalRecord, LagKl, PolicyId, RunEvent, StateRecord, StepRecord
+from shared.schemas import (
+    Completion,
+    EvalRecord,
+    LagKl,
+    PolicyId,
+    RunEvent,
+    SamplingParams,
+    ScoredCompletion,
+    ScoredGroup,
+    Segment,
+    StateRecord,
+    StepRecord,
+)
 from tests.trainer.conftest import no_file_longer_than
 
 pytestmark = pytest.mark.anyio
@@ -248,3 +263,39 @@ async def test_tensorboard_that_died_costs_no_event(
     told = [r.message for r in caplog.records if "tensorboard takes no more" in r.message]
     assert len(told) == 1
     assert last_state(tmp_path) == StateRecord(state="completed")
+
+
+async def test_groups_and_pairs_of_a_step_are_told_by_their_positions(tmp_path: Path) -> None:
+    """A group that was set aside was consumed, but nothing was learned from it."""
+
+    def group(position: int, *rewards: float) -> AheadGroup:
+        policy, prompt = PolicyId(run_id="r", version=3), Prompt("", (1,), {})
+        completion = Completion(
+            token_ids=(1, 2),
+            logprobs=(-1.0, -1.0),
+            segments=(Segment(policy=policy, num_tokens=2),),
+            finish_reason="stop",
+        )
+        scored = ScoredGroup(
+            prompt_token_ids=(1,),
+            sampling=SamplingParams(n=2),
+            completions=tuple(ScoredCompletion(completion=completion, reward=r) for r in rewards),
+        )
+        return AheadGroup(position, prompt, policy, 0.0, scored=scored)
+
+    run_log = RunLog(tmp_path, TrainerMetrics())
+    batch = Batch(
+        groups=[group(7, 0.0, 1.0)],
+        set_aside=[group(6, 1.0, 1.0)],
+        num_ready_groups=1,
+        num_in_flight_groups=0,
+    )
+    run_log.emit_batch(4, batch)
+    run_log.emit_batch(5, PairBatch([8], []))
+    run_log.close()
+    trained, set_aside, pair = map(json.loads, (tmp_path / "groups.jsonl").read_text().splitlines())
+    assert (trained["step"], trained["position"], trained["rewards"]) == (4, 7, [0.0, 1.0])
+    assert trained["segments"] == [[["r.1@3", 2]]] * 2
+    assert "set_aside" not in trained
+    assert (set_aside["step"], set_aside["position"], set_aside["set_aside"]) == (4, 6, True)
+    assert pair == {"step": 5, "position": 8}

@@ -25,11 +25,19 @@ from services.trainer.run_log import RunLog
 from services.trainer.samples import Sample
 from services.trainer.settings import TrainerSettings
 from services.trainer.trainer import Trainer
-from shared.errors import Conflict, InvalidRequest, NotFound, RunConflict, UnexpectedPolicy
+from shared.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    RunConflict,
+    UnexpectedPolicy,
+    UnsuitableForTraining,
+)
 from shared.schemas import (
     AdapterManifest,
     Completion,
     PolicyId,
+    PreferencePair,
     RunEvent,
     SamplingParams,
     ScoredCompletion,
@@ -575,3 +583,93 @@ async def test_a_replica_is_registered_and_removed_over_http(trainer: Trainer) -
         answer = await http.delete("/replicas/10.0.0.1:9")
         assert answer.status_code == 404
         assert "there is no replica '10.0.0.1:9'" in answer.json()["detail"]
+
+
+# --- pairs --------------------------------------------------------------------------------------
+
+
+def offline(tmp_path: Path, **changes: Any) -> RunConfig:
+    """Three pairs a step, of a dataset of eight."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"s{i}1=", "chosen": f"1{i}", "rejected": f"{i}1"} for i in range(2, 10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return RunConfig.model_validate(
+        {
+            "run_id": "offline",
+            "algorithm": "dpo",
+            "num_steps": 4,
+            "prompts_per_step": 3,
+            "dataset": {"type": "preferences", "path": str(path)},
+            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
+            "lora": {"rank": 8},
+            **changes,
+        }
+    )
+
+
+def trained_positions(trainer: Trainer) -> list[tuple[int, int]]:
+    lines = (Path(trainer.run_status().run_dir) / "groups.jsonl").read_text().splitlines()
+    return [(line["step"], line["position"]) for line in map(json.loads, lines)]
+
+
+async def test_an_offline_run_learns_from_its_pairs_without_a_replica(
+    trainer: Trainer, tmp_path: Path
+) -> None:
+    await trainer.start_run(offline(tmp_path, num_steps=24))
+    events = await history(trainer)
+    assert steps(events) == list(range(1, 25))
+    records = [event for event in events if isinstance(event, StepRecord)]
+    assert {(record.num_groups, record.num_samples) for record in records} == {(3, 6)}
+    assert records[-1].loss < records[0].loss / 2
+    assert trained_positions(trainer) == [(1 + p // 3, p) for p in range(72)]
+
+
+async def test_an_offline_run_that_stops_within_a_step_repeats_no_pair(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = trainer.policy.update
+
+    def stop_in_the_third(*args: Any, **options: Any) -> Any:
+        if trainer.policy.id.version == 2:
+            trainer._run().run.stop.set()
+        return update(*args, **options)
+
+    monkeypatch.setattr(trainer.policy, "update", stop_in_the_third)
+    for state in ("stopped", "completed"):
+        await trainer.start_run(offline(tmp_path))
+        assert await end_of_run(trainer) == state
+    assert trained_positions(trainer) == [(1 + p // 3, p) for p in range(12)]
+
+
+async def test_pairs_are_for_dpo_and_groups_for_the_others(trainer: Trainer) -> None:
+    policy = (await trainer.start_run(external(algorithm="dpo"))).policy
+    pair = PreferencePair(prompt_token_ids=(3, 4), chosen_token_ids=(5, 2), rejected_token_ids=(6,))
+    with pytest.raises(UnsuitableForTraining, match="dpo learns from pairs, the request has group"):
+        await trainer.train(train_request(policy))
+    request = TrainRequest(pairs=(pair,) * 2, expected_policy=policy, idempotency_key="b")
+    answer = await trainer.train(request)
+    assert (answer.policy, answer.step.num_samples) == (policy.next(), 4)
+    beyond = pair.model_copy(update={"chosen_token_ids": (5,) * 600})
+    request = TrainRequest(pairs=(pair, beyond), expected_policy=answer.policy, idempotency_key="c")
+    with pytest.raises(InvalidRequest, match=r"pair 1 has 602 tokens .* has 512 positions"):
+        await trainer.train(request)
+    await trainer.stop_run()
+    await end_of_run(trainer)
+    policy = (await trainer.start_run(EXTERNAL)).policy
+    request = TrainRequest(pairs=(pair,), expected_policy=policy, idempotency_key="d")
+    with pytest.raises(UnsuitableForTraining, match="grpo learns from groups, the request has pai"):
+        await trainer.train(request)
+
+
+async def test_groups_that_cannot_be_compared_are_refused(trainer: Trainer) -> None:
+    policy = (await trainer.start_run(EXTERNAL)).policy
+    request = train_request(policy)
+    (group,) = request.groups
+    alone = group.model_copy(update={"completions": group.completions[:1]})
+    with pytest.raises(UnsuitableForTraining, match="group 0 has 1 completion"):
+        await trainer.train(request.model_copy(update={"groups": (alone,)}))
+    bad, good = group.completions
+    parts = good.model_copy(update={"rewards": (0.5, 0.5)})
+    mixed = group.model_copy(update={"completions": (bad, parts)})
+    with pytest.raises(UnsuitableForTraining, match="1 or 2 rewards"):
+        await trainer.train(request.model_copy(update={"groups": (mixed,)}))
