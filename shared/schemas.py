@@ -523,7 +523,8 @@ class StepRecord(Wire):
     sync_s: float = 0.0
     step_s: float = 0.0  # wall time of the step: wait, update, publish and sync
     tokens_per_s: float = 0.0  # completion tokens over step_s
-    update_tokens_per_s: float = 0.0  # of prompts and completions, through the model in update_s
+    num_forward_tokens: int = 0  # of prompts and completions, that the update computed
+    update_tokens_per_s: float = 0.0  # of those, in update_s
     peak_memory_bytes: int = 0  # of the process so far: on its GPU, or of the host's
     trainer_idle_fraction: float = 0.0  # of step_s, waiting for groups
     rollout_idle_fraction: float = 0.0  # of step_s, replicas without a request; mean of the fleet

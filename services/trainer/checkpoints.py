@@ -3,7 +3,7 @@
     <run_dir>/checkpoints/step-000040/
         adapter_model.safetensors   the float32 master weights, as PEFT loads them
         adapter_config.json
-        optimizer.pt                the optimizer's state and torch's RNG states
+        optimizer.pt                the optimizer's state, torch's RNG states, PPO's critic
         state.json                  CheckpointState, with the digests of the other files
 
 A folder has its name only once it is whole and on disk. The newest one that is undamaged counts.
@@ -140,7 +140,8 @@ class Checkpoints:
             weights = save(dict(snapshot.lora), manifest_metadata(snapshot.manifest))
             digests = write_adapter(folder, weights, snapshot.manifest, self._source)
             optimizer = io.BytesIO()  # so that a full disk is an OSError, not torch's own
-            torch.save({"optimizer": snapshot.optimizer, "rng": snapshot.rng}, optimizer)
+            others = {"optimizer": snapshot.optimizer, "rng": snapshot.rng}
+            torch.save({**others, "critic": dict(snapshot.critic)}, optimizer)
             digests[_OPTIMIZER] = _write(folder / _OPTIMIZER, optimizer.getvalue())
             state = CheckpointState(
                 policy=snapshot.manifest.policy,
@@ -244,6 +245,7 @@ def _read(folder: Path) -> Checkpoint:
             optimizer=saved["optimizer"],
             num_updates=state.num_updates,
             rng=saved["rng"],
+            critic=saved.get("critic", {}),  # not there before there was PPO
         )
     except (KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"checkpoint {folder} is incomplete: {error}") from error

@@ -1,23 +1,23 @@
 """From hidden states to the logprobs of given tokens, without the [N, V] logits of all of them.
 
-Logits of one chunk of positions exist at a time, in float32 like the sampler's head, and are
-computed again in the backward pass.
+Logits of one chunk of positions exist at a time, accumulated in float32 like the sampler's head,
+and are computed again in the backward pass.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-_CHUNK_POSITIONS = 2048  # 1.2 GB of float32 logits at a vocabulary of 150k
+_CHUNK_LOGITS = 1 << 27  # 0.5 GiB of float32, of which two or three exist at a time
 
 
 class TokenLogprobs(NamedTuple):
     logprobs: Tensor  # [N] float32, of the labels under the tempered distribution
-    entropy: Tensor  # [N] float32, nats, of that distribution; carries no gradient
+    entropy: Tensor  # [N] float32, nats, of that distribution
 
 
 def token_logprobs(
@@ -27,34 +27,95 @@ def token_logprobs(
     temperatures: Tensor,
     *,
     head_bias: Tensor | None = None,
-    chunk_positions: int = _CHUNK_POSITIONS,
+    chunk_positions: int | None = None,
 ) -> TokenLogprobs:
     """log softmax((hidden · head_weightᵀ + bias) / temperature)[label] at every position.
 
-    hidden [N, H], head_weight [V, H] frozen, labels [N] int64, temperatures [N] float32.
+    hidden [N, H], head_weight [V, H] frozen, labels [N] int64, temperatures [N] float32. Both
+    results carry a gradient.
     """
-    weight = head_weight.detach().float()
-    bias = None if head_bias is None else head_bias.detach().float()
-    parts = [
-        checkpoint(
-            _chunk_logprobs, *chunk, weight, bias, use_reentrant=False, preserve_rng_state=False
+    num_positions = chunk_positions or max(1, _CHUNK_LOGITS // head_weight.shape[0])
+    return TokenLogprobs(
+        *_ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
+            hidden, head_weight.detach(), head_bias, labels, temperatures, num_positions
         )
-        for chunk in zip(
-            hidden.split(chunk_positions),
-            labels.split(chunk_positions),
-            temperatures.split(chunk_positions),
-            strict=True,
-        )
-    ]
-    return TokenLogprobs(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]))
+    )
 
 
-def _chunk_logprobs(
-    hidden: Tensor, labels: Tensor, temperatures: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = torch.nn.functional.linear(hidden.float(), weight, bias) / temperatures[:, None]
-        log_softmax = logits.log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(log_softmax.exp() * log_softmax).sum(-1)
-        return log_softmax.gather(-1, labels[:, None]).squeeze(-1), entropy
+class _ChunkedLogprobs(torch.autograd.Function):
+    """With z the tempered logits and p their softmax: ∂logp_y/∂z = 1_y - p and
+    ∂H/∂z = -p (log p + H), so that the gradient by z is g_y 1_y - p (g_y + g_H (log p + H))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        temperatures: Tensor,
+        num_positions: int,
+    ) -> tuple[Tensor, Tensor]:
+        head = _Head(weight, bias, hidden)
+        chunks, logprobs, entropies = [], [], []
+        for chunk in _chunks(len(hidden), num_positions):
+            logits = head.logits(hidden[chunk], temperatures[chunk])
+            normalizer = logits.logsumexp(-1)
+            logprobs.append(logits.gather(-1, labels[chunk, None]).squeeze(-1) - normalizer)
+            probabilities = torch.exp(logits - normalizer[:, None])
+            entropies.append(normalizer - torch.einsum("nv,nv->n", probabilities, logits))
+            chunks.append(normalizer)
+        normalizers, entropy = torch.cat(chunks), torch.cat(entropies)
+        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, normalizers, entropy)
+        ctx.num_positions = num_positions
+        ctx.set_materialize_grads(False)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        hidden, weight, bias, labels, temperatures, normalizers, entropy = ctx.saved_tensors
+        head, grads = _Head(weight, bias, hidden), []
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(entropy)
+        for chunk in _chunks(len(hidden), ctx.num_positions):
+            log_p = head.logits(hidden[chunk], temperatures[chunk])
+            log_p -= normalizers[chunk, None]
+            weight_of_p = grad_logprobs[chunk, None]
+            if grad_entropy is not None:
+                weight_of_p = weight_of_p + grad_entropy[chunk, None] * (
+                    log_p + entropy[chunk, None]
+                )
+            grad = log_p.exp_().mul_(weight_of_p).neg_()
+            grad.scatter_add_(-1, labels[chunk, None], grad_logprobs[chunk, None])
+            grads.append(head.hidden_gradient(grad.div_(temperatures[chunk, None])))
+        return torch.cat(grads), None, None, None, None, None
+
+
+class _Head:
+    """Products with the head. Half-precision operands on CUDA are multiplied as they are, into
+    float32; elsewhere in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> None:
+        self._dtype = hidden.dtype
+        self._in_half = hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32
+        self._weight = weight if self._in_half else weight.float()
+        self._bias = bias
+
+    def logits(self, hidden: Tensor, temperatures: Tensor) -> Tensor:
+        """[n, H] -> [n, V] float32."""
+        if self._in_half:
+            logits = torch.mm(hidden, self._weight.t(), out_dtype=torch.float32)
+        else:
+            logits = torch.mm(hidden.float(), self._weight.t())
+        if self._bias is not None:
+            logits += self._bias
+        return logits.div_(temperatures[:, None])
+
+    def hidden_gradient(self, grad_logits: Tensor) -> Tensor:
+        """[n, V] float32 -> [n, H] in the dtype of the hidden states."""
+        return torch.mm(grad_logits.to(self._weight.dtype), self._weight).to(self._dtype)
+
+
+def _chunks(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
@@ -37,8 +37,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
-
-from services.trainer.samples import Sample
 
 log = logging.getLogger(__name__)
 _STORE_TIMEOUT = timedelta(minutes=1)  # the store is there before its ranks start
@@ -50,6 +48,7 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
+Unit = TypeVar("Unit")
 
 
 class Mirrored(Protocol):
@@ -180,16 +179,16 @@ class Ranks:
 
     # --- within a call --------------------------------------------------------------------------
 
-    def share(self, samples: Sequence[Sample]) -> Sequence[Sample]:
-        """This rank's part: about as many tokens as any other's, long and short samples alike."""
+    def share(self, units: Sequence[Unit], cost: Callable[[Unit], int]) -> Sequence[Unit]:
+        """This rank's part: about as much of the cost as any other's, large ones and small ones."""
         if self.size == 1:
-            return samples
-        shares: list[list[Sample]] = [[] for _ in range(self.size)]
-        num_tokens = [0] * self.size
-        for sample in sorted(samples, key=lambda sample: sample.length, reverse=True):
-            rank = num_tokens.index(min(num_tokens))
-            shares[rank].append(sample)
-            num_tokens[rank] += sample.length
+            return units
+        shares: list[list[Unit]] = [[] for _ in range(self.size)]
+        costs = [0] * self.size
+        for unit in sorted(units, key=cost, reverse=True):
+            rank = costs.index(min(costs))
+            shares[rank].append(unit)
+            costs[rank] += cost(unit)
         return shares[self.rank]
 
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
@@ -206,15 +205,9 @@ class Ranks:
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def add_up(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The sums of all ranks, name by name. After the last step of a call."""
-        if self.size == 1:
-            return dict(sums)
-        total: dict[str, float] = {}
-        for word in self._meet(_Word(dict(sums), is_done=True)):
-            for name, value in word.value.items():
-                total[name] = total.get(name, 0.0) + value
-        return total
+    def gather(self, value: Result) -> list[Result]:
+        """Every rank's value, in their order, on all of them."""
+        return [value] if self.size == 1 else [word.value for word in self._meet(_Word(value))]
 
     # --- meeting --------------------------------------------------------------------------------
 

@@ -349,7 +349,9 @@ class GuardsConfig(Config):
     warn_sampler_kl: float | None = Field(gt=0, default=1e-3)  # nats per token
     max_sampler_kl: float | None = Field(gt=0, default=0.02)
     warn_probability_factor: float | None = Field(gt=1, default=1.03)  # mean exp |Δlogprob|
-    min_sequence_ess: float | None = Field(gt=0, le=1, default=0.5)
+    # The least effective sample size of completions; off, because it shrinks as they get longer:
+    # about e^(-2 · KL · tokens).
+    min_sequence_ess: float | None = Field(gt=0, le=1, default=None)
     max_masked_fraction: float | None = Field(ge=0, le=1, default=0.2)  # of the tokens
     # Completions of the first batch are scored by the trainer before it learns from them.
     max_handshake_kl: float | None = Field(gt=0, default=5e-3)

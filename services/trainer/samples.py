@@ -1,21 +1,36 @@
-"""From scored groups to the tensors one optimizer step consumes.
+"""From scored groups to the tensors one forward pass consumes.
 
-    ScoredGroup ─advantages─▶ Sample (lists) ─micro_batches─▶ list[Sample] ─collate─▶ TokenBatch
+    ScoredGroup ─▶ Sample (lists) ─trees─▶ Tree ─micro_batches─▶ list[Tree] ─collate─▶ TokenBatch
 
-A micro-batch is padded on the right; everything per token is flat over the completion tokens of all
-its rows, so nothing downstream sees padding.
+A tree is a prompt and the completions of it that are computed together, so that the prompt is
+computed once: P + ΣR tokens instead of Σ(P + R). Each completion attends to the prompt and to
+itself, at the positions that it has alone, so the numbers are those of the completion alone. (The
+idea: Prefix Grouper, Liu et al. 2025, arXiv:2506.05433.) A tree of one is a plain sequence.
+
+Everything per token is flat over the completion tokens of all trees: nothing downstream sees
+padding, packing or sharing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from shared.schemas import PolicyId, ScoredGroup
+from shared.schemas import PolicyId, PreferencePair, ScoredGroup
+
+# How trees become one batch.
+#   padded   a row is one sequence, padded on the right: any architecture
+#   masked   a row is one tree with a mask of its own: full attention, any device
+#   packed   all trees are one row, cut by sequence lengths: full attention, CUDA, no padding
+Layout = Literal["padded", "masked", "packed"]
+# FLOPs of the linears per token over those of attention per pair of tokens, per hidden size and
+# layer: 2·(4 + 3·3)·H² over 4·H for a gated MLP of three times the hidden size.
+_LINEAR_COST = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +39,16 @@ class Sample:
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
-    sampler_logprobs: tuple[float, ...]
+    sampler_logprobs: tuple[float, ...]  # () when no replica sampled it
     staleness: tuple[int, ...]  # per token: trainer version minus the version that sampled it
     temperature: float
-    advantage: float
+    group: int  # samples of a group have the same prompt and follow each other
+    rewards: tuple[float, ...]  # weighted, by reward of the run
+    is_truncated: bool  # it ran into max_tokens
+
+    @property
+    def reward(self) -> float:
+        return sum(self.rewards)
 
     @property
     def num_tokens(self) -> int:
@@ -39,27 +60,57 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Tree:
+    """Samples of one prompt, by their index in the batch."""
+
+    indices: tuple[int, ...]
+    num_positions: int  # nothing follows the last token of a completion: it is not computed
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAttention:
+    """Which keys the queries of a packed row see: segment i has queries [cu_q[i], cu_q[i + 1]) and
+    the keys kv_index[cu_k[i] : cu_k[i + 1]], causal from the end of both."""
+
+    kv_index: Tensor  # [K] int64, positions
+    cu_q: Tensor  # [S + 1] int32
+    cu_k: Tensor  # [S + 1] int32
+    max_q: int
+    max_k: int
+
+    def to(self, device: torch.device) -> PackedAttention:
+        return replace(self, **_tensors_on(device, self))
+
+
+@dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """A padded micro-batch of B rows and T positions with N completion tokens in all."""
+    """A micro-batch of B rows and T positions with N completion tokens in all."""
 
     input_ids: Tensor  # [B, T] int64
-    attention_mask: Tensor  # [B, T] int64
-    predicts: Tensor  # [B, T] bool: this position predicts a completion token
-    labels: Tensor  # [N] int64: the completion tokens, row by row
-    sampler_logprobs: Tensor  # [N] float32
-    advantages: Tensor  # [N] float32
+    position_ids: Tensor  # [B, T] int64
+    attention: Tensor | PackedAttention  # [B, T] int64 padded, [B, 1, T, T] bool masked, or packed
+    predicts: Tensor  # [N] int64: the position, of B·T, that predicts a completion token
+    labels: Tensor  # [N] int64: the completion tokens, completion by completion
     temperatures: Tensor  # [N] float32
-    is_fresh: Tensor  # [N] bool: sampled by the version that trains
+    sampler_logprobs: Tensor  # [N] float32, NaN where nobody sampled
+    staleness: Tensor  # [N] int64
+    rows: Tensor  # [N] int64: the completion that a token belongs to
+    num_rows: int
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(*(getattr(self, name).to(device) for name in self.__slots__))
+        moved = {"attention": self.attention.to(device), **_tensors_on(device, self)}
+        return replace(self, **moved)
 
 
-def make_samples(
-    groups: Sequence[ScoredGroup],
-    advantages: Sequence[Sequence[float]],
-    policy: PolicyId,
-) -> list[Sample]:
+def _tensors_on(device: torch.device, record: PackedAttention | TokenBatch) -> dict[str, Any]:
+    fields = {name: getattr(record, name) for name in record.__slots__}
+    return {name: t.to(device) for name, t in fields.items() if isinstance(t, Tensor)}
+
+
+# --- samples ------------------------------------------------------------------------------------
+
+
+def make_samples(groups: Sequence[ScoredGroup], policy: PolicyId) -> list[Sample]:
     """One sample per completion, in order. `policy` is the version about to be updated."""
     return [
         Sample(
@@ -73,52 +124,199 @@ def make_samples(
                 )
             ),
             temperature=group.sampling.temperature,
-            advantage=advantage,
+            group=number,
+            rewards=scored.rewards or (scored.reward,),
+            is_truncated=scored.completion.finish_reason == "length",
         )
-        for group, group_advantages in zip(groups, advantages, strict=True)
-        for scored, advantage in zip(group.completions, group_advantages, strict=True)
+        for number, group in enumerate(groups)
+        for scored in group.completions
     ]
 
 
-def micro_batches(samples: Sequence[Sample], max_tokens: int) -> Iterator[list[Sample]]:
-    """Cut samples into padded batches of at most `max_tokens` positions, longest first.
+def pair_samples(pairs: Sequence[PreferencePair]) -> list[Sample]:
+    """Two samples per pair that no replica sampled: the chosen one, of the higher reward, first."""
+    return [
+        Sample(
+            pair.prompt_token_ids, token_ids, (), (0,) * len(token_ids), 1.0, number, (r,), False
+        )
+        for number, pair in enumerate(pairs)
+        for token_ids, r in ((pair.chosen_token_ids, 1.0), (pair.rejected_token_ids, 0.0))
+    ]
 
-    A sample longer than that makes a batch of its own. The gradient does not depend on the cut.
+
+def group_indices(samples: Sequence[Sample]) -> list[list[int]]:
+    """The indices of each group's samples."""
+    indices = range(len(samples))
+    return [list(group) for _, group in groupby(indices, key=lambda i: samples[i].group)]
+
+
+# --- trees --------------------------------------------------------------------------------------
+
+
+def make_trees(
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    *,
+    layout: Layout,
+    max_tokens: int,
+    hidden_size: int,
+) -> list[Tree]:
+    """The trees of some samples of one prompt: one of them all where sharing the prompt pays and
+    fits in `max_tokens` positions, otherwise smaller ones."""
+    if not indices:
+        return []
+    num_prompt = len(samples[indices[0]].prompt_token_ids)
+    num_own = [samples[i].num_tokens - 1 for i in indices]
+    shared = Tree(tuple(indices), num_prompt + sum(num_own))
+    alone = [Tree((i,), num_prompt + n) for i, n in zip(indices, num_own, strict=True)]
+    if len(indices) == 1 or layout == "padded":
+        return alone
+    if shared.num_positions > max_tokens:
+        half = len(indices) // 2
+        return [
+            tree
+            for part in (indices[:half], indices[half:])
+            for tree in make_trees(
+                samples, part, layout=layout, max_tokens=max_tokens, hidden_size=hidden_size
+            )
+        ]
+    if layout == "masked" and _cost(shared, hidden_size) >= sum(
+        _cost(tree, hidden_size) for tree in alone
+    ):
+        return alone
+    return [shared]
+
+
+def _cost(tree: Tree, hidden_size: int) -> int:
+    """Of a tree as a row with a mask, whose every pair of positions is computed."""
+    return tree.num_positions * (_LINEAR_COST * hidden_size + tree.num_positions)
+
+
+def micro_batches(
+    units: Sequence[Sequence[Tree]], *, layout: Layout, max_tokens: int
+) -> Iterator[list[Tree]]:
+    """Cut trees into batches of at most `max_tokens` positions, longest first; the trees of a unit
+    stay together.
+
+    A unit larger than that makes a batch of its own. The gradient does not depend on the cut.
     """
-    batch: list[Sample] = []
-    for sample in sorted(samples, key=lambda sample: sample.length, reverse=True):
-        if batch and (len(batch) + 1) * batch[0].length > max_tokens:
+    batch: list[Tree] = []
+    for unit in sorted(units, key=lambda unit: max(t.num_positions for t in unit), reverse=True):
+        if batch and _num_positions([*batch, *unit], layout) > max_tokens:
             yield batch
             batch = []
-        batch.append(sample)
+        batch.extend(unit)
     if batch:
         yield batch
 
 
-def collate(samples: Sequence[Sample]) -> TokenBatch:
-    """The tensors of one micro-batch, on the CPU."""
-    num_rows, num_positions = len(samples), max(sample.length for sample in samples)
-    input_ids = torch.zeros(num_rows, num_positions, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    predicts = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        input_ids[row, : sample.length] = torch.tensor(sample.prompt_token_ids + sample.token_ids)
-        attention_mask[row, : sample.length] = 1
-        predicts[row, len(sample.prompt_token_ids) - 1 : sample.length - 1] = True
+def _num_positions(trees: Sequence[Tree], layout: Layout) -> int:
+    lengths = [tree.num_positions for tree in trees]
+    return sum(lengths) if layout == "packed" else max(lengths) * len(lengths)
+
+
+# --- tensors ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Row:
+    """Positions of one tree, or of all when packed, as lists."""
+
+    token_ids: list[int]
+    positions: list[int]
+    segments: list[int]  # 0: a prompt, k: the k-th completion
+    predicts: list[int]
+    spans: list[tuple[range, range]]  # queries, and the prompt before them that they see, too
+
+
+def collate(samples: Sequence[Sample], trees: Sequence[Tree], *, layout: Layout) -> TokenBatch:
+    """The tensors of one micro-batch, on the CPU; its completions in the order of the trees."""
+    ordered = [samples[i] for tree in trees for i in tree.indices]
+    rows = [_Row([], [], [], [], []) for _ in (trees[:1] if layout == "packed" else trees)]
+    for number, tree in enumerate(trees):
+        _append(rows[0 if layout == "packed" else number], [samples[i] for i in tree.indices])
+    num_positions = max(len(row.token_ids) for row in rows)
+
+    def padded(lists: Sequence[list[int]], filler: int) -> Tensor:
+        return torch.tensor([[*items, *[filler] * (num_positions - len(items))] for items in lists])
+
+    attention: Tensor | PackedAttention
+    if layout == "packed":
+        attention = _packed_attention(rows[0].spans)
+    elif layout == "masked":
+        attention = _mask(padded([row.segments for row in rows], -1))
+    else:
+        attention = padded([[1] * len(row.token_ids) for row in rows], 0)
 
     def flat(values: Iterator[float]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float32)
 
-    def per_token(name: str) -> Tensor:
-        return flat(getattr(s, name) for s in samples for _ in s.token_ids)
-
     return TokenBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        predicts=predicts,
-        labels=torch.tensor([token for s in samples for token in s.token_ids]),
-        sampler_logprobs=flat(logprob for s in samples for logprob in s.sampler_logprobs),
-        advantages=per_token("advantage"),
-        temperatures=per_token("temperature"),
-        is_fresh=torch.tensor([lag == 0 for s in samples for lag in s.staleness]),
+        input_ids=padded([row.token_ids for row in rows], 0),
+        position_ids=padded([row.positions for row in rows], 0),
+        attention=attention,
+        predicts=torch.tensor(
+            [
+                b * num_positions + position
+                for b, row in enumerate(rows)
+                for position in row.predicts
+            ]
+        ),
+        labels=torch.tensor([token for s in ordered for token in s.token_ids]),
+        temperatures=flat(s.temperature for s in ordered for _ in s.token_ids),
+        sampler_logprobs=flat(
+            logprob for s in ordered for logprob in s.sampler_logprobs or [torch.nan] * s.num_tokens
+        ),
+        staleness=torch.tensor([lag for s in ordered for lag in s.staleness]),
+        rows=torch.tensor([row for row, s in enumerate(ordered) for _ in s.token_ids]),
+        num_rows=len(ordered),
+    )
+
+
+def _append(row: _Row, samples: Sequence[Sample]) -> None:
+    """Add a tree: its prompt, then the completions without their last tokens."""
+    prompt, start = samples[0].prompt_token_ids, len(row.token_ids)
+    num_prompt = len(prompt)
+    prompt_range = range(start, start + num_prompt)
+    row.token_ids += prompt
+    row.positions += range(num_prompt)
+    row.segments += [0] * num_prompt
+    alone = len(samples) == 1
+    if not alone:
+        row.spans.append((prompt_range, range(0)))
+    for number, sample in enumerate(samples, start=1):
+        own = sample.token_ids[:-1]
+        begin = len(row.token_ids)
+        row.token_ids += own
+        row.positions += range(num_prompt, num_prompt + len(own))
+        row.segments += [number] * len(own)
+        own_range = range(begin, begin + len(own))
+        row.predicts += [prompt_range[-1], *own_range]
+        if alone:  # one causal sequence, whose prompt no other completion sees
+            row.spans.append((range(start, own_range.stop), range(0)))
+        elif own:
+            row.spans.append((own_range, prompt_range))
+
+
+def _mask(segments: Tensor) -> Tensor:
+    """[B, T] segments -> [B, 1, T, T] bool: a position sees the prompt, and its own completion."""
+    num_positions = segments.shape[1]
+    causal = torch.ones(num_positions, num_positions, dtype=torch.bool).tril()
+    keys, queries = segments[:, None, :], segments[:, :, None]
+    return (causal & ((keys == 0) | (keys == queries)))[:, None]
+
+
+def _packed_attention(spans: Sequence[tuple[range, range]]) -> PackedAttention:
+    num_q = [len(queries) for queries, _ in spans]
+    num_k = [len(queries) + len(prompt) for queries, prompt in spans]
+
+    def cumulative(lengths: Sequence[int]) -> Tensor:
+        return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+    return PackedAttention(
+        kv_index=torch.tensor([k for queries, prompt in spans for k in (*prompt, *queries)]),
+        cu_q=cumulative(num_q),
+        cu_k=cumulative(num_k),
+        max_q=max(num_q),
+        max_k=max(num_k),
     )

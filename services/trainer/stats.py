@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from services.trainer.algorithms.ratios import MAX_LOG_RATIO
 from services.trainer.run_config import GuardsConfig
 from shared.schemas import LagKl
 
-MAX_LOG_RATIO = 20.0  # nats; exp() of more says nothing, and of much more overflows
 # With fewer, one token that the two see 2 nats apart is more than max_sampler_kl by itself:
 # (e² - 3) / 0.02 = 219.
 MIN_FRESH_TOKENS = 256
@@ -137,6 +137,7 @@ class UpdateStats:
     num_fresh_tokens: int
     fresh_sequence_ess: float
     fresh_masked_fraction: float
+    num_forward_tokens: int
     update_tokens_per_s: float
     peak_memory_bytes: int
     reference_kl: float = 0.0
@@ -197,6 +198,7 @@ def update_stats(
         num_fresh_tokens=len(gaps),
         fresh_sequence_ess=effective_sample_size(sequences[is_fresh_sequence]),
         fresh_masked_fraction=_mean(columns.is_masked[is_fresh]),
+        num_forward_tokens=num_forward_tokens,
         update_tokens_per_s=num_forward_tokens / seconds if seconds > 0 else 0.0,
         peak_memory_bytes=peak_memory_bytes,
         reference_kl=reference_kl,

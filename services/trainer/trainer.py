@@ -297,7 +297,12 @@ class Trainer:
             incarnation = folder.life.incarnation + 1 if folder else 1
             begin = PolicyId(run_id=config.run_id, incarnation=incarnation, version=0)
             await asyncio.to_thread(
-                policy.start, begin, config.lora, config.optimizer, seed=config.seed
+                policy.start,
+                begin,
+                config.lora,
+                config.optimizer,
+                seed=config.seed,
+                algorithm=config.algorithm,
             )
             probe = await asyncio.to_thread(
                 make_probe, policy, data.prompt_token_ids, config.conformance, seed=config.seed

@@ -6,13 +6,20 @@ import random
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from services.trainer.policy import Policy
-from services.trainer.run_config import LoraConfig, OptimizerConfig
+from services.trainer.run_config import (
+    GuardsConfig,
+    LoraConfig,
+    OptimizerConfig,
+    ReinforceConfig,
+)
 from services.trainer.samples import Sample
+from services.trainer.stats import UpdateStats
 from shared.schemas import PolicyId
 
 VERSION_0 = PolicyId(run_id="test", version=0)
@@ -35,18 +42,40 @@ def policy(loaded_policy: Policy) -> Policy:
     return loaded_policy
 
 
+# The advantage of a token is the reward of its completion: tests choose them freely.
+PLAIN = ReinforceConfig(whiten_advantages=False)
+NO_GUARDS = GuardsConfig(
+    max_sampler_kl=None, min_sequence_ess=None, max_masked_fraction=None, max_handshake_kl=None
+)
+
+
 def make_sample(
-    seed: int, *, advantage: float, num_prompt: int = 5, num_completion: int = 4, lag: int = 0
+    seed: int,
+    *,
+    advantage: float,
+    num_prompt: int = 5,
+    num_completion: int = 4,
+    lag: int = 0,
+    group: int | None = None,
 ) -> Sample:
-    rng = random.Random(seed)
+    """A random completion with `advantage` under PLAIN; its prompt is that of its group."""
+    group = seed if group is None else group
+    prompts, rng = random.Random(f"prompt {group}"), random.Random(seed)
     return Sample(
-        prompt_token_ids=tuple(rng.randrange(3, 16) for _ in range(num_prompt)),
+        prompt_token_ids=tuple(prompts.randrange(3, 16) for _ in range(num_prompt)),
         token_ids=tuple(rng.randrange(3, 16) for _ in range(num_completion)),
         sampler_logprobs=tuple(-3 * rng.random() for _ in range(num_completion)),
         staleness=(lag,) * num_completion,
         temperature=1.0,
-        advantage=advantage,
+        group=group,
+        rewards=(advantage,),
+        is_truncated=False,
     )
+
+
+def repeatable(stats: UpdateStats) -> UpdateStats:
+    """Without what depends on the machine."""
+    return replace(stats, update_tokens_per_s=0.0, peak_memory_bytes=0)
 
 
 @pytest.fixture

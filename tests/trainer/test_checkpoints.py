@@ -21,7 +21,6 @@ from services.trainer.policy import Policy
 from services.trainer.rewards import Scorer
 from services.trainer.run_config import (
     CheckpointConfig,
-    GrpoConfig,
     LoraConfig,
     OptimizerConfig,
     RunConfig,
@@ -31,7 +30,7 @@ from services.trainer.samples import Sample
 from shared.metrics import TrainerMetrics
 from shared.rollout_client import RolloutClient
 from shared.schemas import PolicyId, StateRecord
-from tests.trainer.conftest import VERSION_0, no_file_longer_than
+from tests.trainer.conftest import VERSION_0, no_file_longer_than, repeatable
 from tests.trainer.test_policy import train_a_little, weights
 
 pytestmark = pytest.mark.anyio
@@ -86,8 +85,7 @@ async def test_the_step_after_a_resume_is_bit_for_bit_the_one_it_would_have_been
     for _ in range(2):
         await take_step(run, samples)
     uninterrupted = [
-        (policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=64), weights(policy))
-        for _ in range(2)
+        (repeatable(train_a_little(policy, samples)), weights(policy)) for _ in range(2)
     ]
 
     saved = checkpoints(tmp_path).load()
@@ -98,7 +96,7 @@ async def test_the_step_after_a_resume_is_bit_for_bit_the_one_it_would_have_been
     policy.restore(second_life, saved.snapshot)
     assert policy.id == second_life
     for stats, expected in uninterrupted:
-        assert policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=64) == stats
+        assert repeatable(train_a_little(policy, samples)) == stats
         assert torch.equal(weights(policy), expected)
     assert policy.id == second_life.model_copy(update={"version": 4})
 

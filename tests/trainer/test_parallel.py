@@ -24,13 +24,17 @@ from services.tokens import PromptEncoder
 from services.trainer.logprobs import TokenLogprobs
 from services.trainer.parallel import PeerFailed, Ranks, num_processes
 from services.trainer.policy import Policy
-from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig
+from services.trainer.run_config import (
+    AlgorithmConfig,
+    LoraConfig,
+    OptimizerConfig,
+)
 from services.trainer.samples import Sample, TokenBatch
 from shared.checkpoints import base_identity
 from shared.logs import configure_logging
 from shared.schemas import PolicyId
 from tests.replica_process import eventually, free_port
-from tests.trainer.conftest import VERSION_0, make_sample
+from tests.trainer.conftest import PLAIN, VERSION_0, make_sample
 from tests.trainer.test_trainer import train_request
 from tests.trainer_process import SLOW_BOOT, TrainerProcess, start_trainer
 
@@ -39,12 +43,15 @@ WHOLE_BATCH = 100_000
 FAILS_ON_RANK_0, FAILS_ON_RANK_1, DRIFTS_ON_RANK_1 = 100.0, 101.0, 102.0  # temperatures
 SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-CASES: dict[str, tuple[GrpoConfig, int]] = {
-    "more micro-batches than ranks": (GrpoConfig(), 20),
-    "a micro-batch for each rank": (GrpoConfig(), WHOLE_BATCH),
-    "minibatches and epochs": (GrpoConfig(num_epochs=2, num_minibatches=3), 25),
-    "a sample for one rank alone": (GrpoConfig(), WHOLE_BATCH),
-    "no sample for any rank": (GrpoConfig(), WHOLE_BATCH),
+CASES: dict[str, tuple[AlgorithmConfig, int]] = {
+    "more micro-batches than ranks": (PLAIN, 20),
+    "a micro-batch for each rank": (PLAIN, WHOLE_BATCH),
+    "minibatches and epochs": (
+        PLAIN.model_copy(update={"num_epochs": 2, "num_minibatches": 3}),
+        25,
+    ),
+    "a sample for one rank alone": (PLAIN, WHOLE_BATCH),
+    "no sample for any rank": (PLAIN, WHOLE_BATCH),
 }
 
 
@@ -126,7 +133,7 @@ def main(checkpoint: Path, results: Path) -> None:
     outcomes["resumed"] = resume(policy)
     torch.save(outcomes, results)
     told = [replace(s, temperature=DRIFTS_ON_RANK_1) for s in batch_of("", 0)]
-    policy.update(told, GrpoConfig(), max_tokens_per_micro_batch=WHOLE_BATCH)
+    policy.update(told, PLAIN, max_tokens_per_micro_batch=WHOLE_BATCH)
     raise AssertionError("two different policies went on")
 
 
@@ -165,7 +172,9 @@ def fail(policy: Policy, **told: float) -> Failure:
     good = [make_sample(8, advantage=1.0), make_sample(9, advantage=-1.0)]
     try:
         policy.update(
-            [*good, *bad], GrpoConfig(num_minibatches=2), max_tokens_per_micro_batch=WHOLE_BATCH
+            [*good, *bad],
+            PLAIN.model_copy(update={"num_minibatches": 2}),
+            max_tokens_per_micro_batch=WHOLE_BATCH,
         )
     except (PeerFailed, MemoryError, FloatingPointError) as error:
         return Failure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -16,48 +16,62 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from services.tokens import PromptEncoder
-from services.trainer.algorithms.grpo import clipped_policy_loss
 from services.trainer.logprobs import TokenLogprobs
+from services.trainer.parallel import Ranks
 from services.trainer.policy import Policy
-from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig
-from services.trainer.samples import Sample, TokenBatch, collate, micro_batches
+from services.trainer.run_config import AlgorithmConfig, LoraConfig, OptimizerConfig
+from services.trainer.samples import Sample, TokenBatch, Tree, collate
+from services.trainer.stats import UpdateRefused, UpdateStats
 from shared.adapters import check_tensors, read_header
 from shared.checkpoints import base_identity, linear_shapes
-from tests.trainer.conftest import VERSION_0, make_sample
+from tests.trainer.conftest import PLAIN, VERSION_0, make_sample
 
 WHOLE_BATCH = 100_000
 
 
-def gradient(policy: Policy, samples: Sequence[Sample], max_tokens: int = WHOLE_BATCH) -> Tensor:
-    """The flat gradient of one step, accumulated over micro-batches; leaves no trace."""
-    num_tokens = sum(sample.num_tokens for sample in samples)
-    for rows in micro_batches(samples, max_tokens):
-        batch = collate(rows)
-        logprobs = policy.logprobs(batch).logprobs
-        clipped_policy_loss(
-            logprobs,
-            logprobs.detach(),
-            batch,
-            clip_low=0.2,
-            clip_high=0.28,
-            importance_clip=3.0,
-            num_tokens=num_tokens,
-        ).loss.backward()
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    flat = torch.cat(
-        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
-    )
-    for parameter in parameters:
-        parameter.grad = None
-    return flat
+def gradient(
+    policy: Policy,
+    samples: Sequence[Sample],
+    max_tokens: int = WHOLE_BATCH,
+    algorithm: AlgorithmConfig = PLAIN,
+) -> Tensor:
+    """The flat gradient of the one step of an update, which is not taken; leaves no trace."""
+    seen: list[Tensor] = []
+
+    def look(ranks: Ranks) -> float:
+        parameters = policy.optimizer.parameters
+        seen.append(
+            torch.cat(
+                [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+            )
+        )
+        raise Looked
+
+    class Looked(Exception):
+        pass
+
+    step, policy.optimizer.step = policy.optimizer.step, look  # type: ignore[method-assign]
+    try:
+        with pytest.raises(Looked):
+            policy.update(samples, algorithm, max_tokens_per_micro_batch=max_tokens)
+    finally:
+        policy.optimizer.step = step  # type: ignore[method-assign]
+    return seen[0]
 
 
-def train_a_little(policy: Policy, samples: Sequence[Sample], **options: int) -> None:
-    policy.update(samples, GrpoConfig(**options), max_tokens_per_micro_batch=WHOLE_BATCH)
+def train_a_little(policy: Policy, samples: Sequence[Sample], **options: int) -> UpdateStats:
+    algorithm = PLAIN.model_copy(update=options)
+    return policy.update(samples, algorithm, max_tokens_per_micro_batch=WHOLE_BATCH)
+
+
+def whole(samples: Sequence[Sample]) -> TokenBatch:
+    """One padded batch of all samples, in their order."""
+    trees = [Tree((i,), sample.length - 1) for i, sample in enumerate(samples)]
+    return collate(samples, trees, layout="padded")
 
 
 def weights(policy: Policy) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in policy.model.parameters() if p.requires_grad])
+    return torch.cat([p.detach().flatten() for p in policy.optimizer.parameters])
 
 
 def test_every_linear_of_the_decoder_is_nf4_and_the_head_is_not(policy: Policy) -> None:
@@ -69,7 +83,7 @@ def test_every_linear_of_the_decoder_is_nf4_and_the_head_is_not(policy: Policy) 
 
 
 def test_a_fresh_adapter_is_the_base(policy: Policy, samples: list[Sample]) -> None:
-    batch = collate(samples)
+    batch = whole(samples)
     with torch.no_grad():
         adapted = policy.logprobs(batch).logprobs
         with policy.adapter_disabled():
@@ -84,7 +98,7 @@ def test_an_eval_forward_leaves_the_gradient_as_it_was(
     before = gradient(policy, samples)
     policy.model.eval()
     with torch.no_grad():
-        policy.logprobs(collate(samples))
+        policy.logprobs(whole(samples))
     policy.model.train()
     torch.testing.assert_close(gradient(policy, samples), before, atol=0, rtol=0)
 
@@ -118,7 +132,7 @@ def test_samples_without_advantage_count_as_tokens_and_change_nothing_else(
 ) -> None:
     """The skipped rows carry no gradient: computing them gives the same one."""
     expected = torch.linalg.norm(gradient(float32_policy, samples)).item()
-    stats = float32_policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=30)
+    stats = float32_policy.update(samples, PLAIN, max_tokens_per_micro_batch=30)
     assert stats.grad_norm == pytest.approx(expected, rel=1e-5)
 
 
@@ -129,7 +143,7 @@ def test_gradient_checkpointing_computes_every_layer_again_in_the_backward(
     layers = policy.model.get_base_model().get_decoder().layers
     handle = layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append("attention"))
     try:
-        policy.logprobs(collate(samples)).logprobs.sum().backward()
+        policy.logprobs(whole(samples)).logprobs.sum().backward()
     finally:
         handle.remove()
         policy.model.zero_grad()
@@ -138,10 +152,10 @@ def test_gradient_checkpointing_computes_every_layer_again_in_the_backward(
 
 def test_an_update_makes_the_next_version_and_raises_what_was_rewarded(policy: Policy) -> None:
     good, bad = make_sample(1, advantage=1.0), make_sample(2, advantage=-1.0)
-    before = policy.logprobs(collate([good, bad])).logprobs.detach()
+    before = policy.logprobs(whole([good, bad])).logprobs.detach()
     for _ in range(5):
         train_a_little(policy, [good, bad])
-    after = policy.logprobs(collate([good, bad])).logprobs.detach()
+    after = policy.logprobs(whole([good, bad])).logprobs.detach()
     assert policy.id.version == 5
     moved = (after - before).split([good.num_tokens, bad.num_tokens])
     assert moved[0].sum() > 0 > moved[1].sum()
@@ -161,7 +175,7 @@ def test_an_update_without_any_advantage_still_makes_a_version(policy: Policy) -
 
 def test_a_gradient_that_is_not_finite_takes_no_step(policy: Policy) -> None:
     before = weights(policy)
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(UpdateRefused, match="loss is -inf"):
         train_a_little(policy, [make_sample(0, advantage=float("inf"))])
     assert policy.id.version == 0
     torch.testing.assert_close(weights(policy), before, atol=0, rtol=0)
@@ -173,9 +187,7 @@ def test_the_learning_rate_warms_up_over_updates(
     optimizer = OptimizerConfig(learning_rate=4e-4, warmup_steps=4)
     loaded_policy.start(VERSION_0, LoraConfig(rank=8), optimizer, seed=0)
     rates = [
-        loaded_policy.update(
-            samples, GrpoConfig(), max_tokens_per_micro_batch=WHOLE_BATCH
-        ).learning_rate
+        loaded_policy.update(samples, PLAIN, max_tokens_per_micro_batch=WHOLE_BATCH).learning_rate
         for _ in range(6)
     ]
     assert rates == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4, 4e-4, 4e-4])
@@ -214,7 +226,7 @@ def test_the_latest_adapters_are_kept(policy: Policy, samples: list[Sample]) -> 
 def test_a_new_run_starts_from_the_base_again(policy: Policy, samples: list[Sample]) -> None:
     train_a_little(policy, samples)
     policy.start(VERSION_0, LoraConfig(rank=4), OptimizerConfig(), seed=0)
-    batch = collate(samples)
+    batch = whole(samples)
     with torch.no_grad():
         adapted = policy.logprobs(batch).logprobs
         with policy.adapter_disabled():
@@ -234,7 +246,7 @@ def test_an_update_that_fails_in_its_second_micro_batch_leaves_no_gradient(
 
     monkeypatch.setattr(policy, "logprobs", fail_the_second_time)
     with pytest.raises(StopIteration):
-        policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=20)
+        policy.update(samples, PLAIN, max_tokens_per_micro_batch=20)
     assert all(p.grad is None for p in policy.model.parameters())
     assert policy.id == VERSION_0
 
@@ -244,7 +256,7 @@ def test_an_update_that_fails_in_its_second_step_takes_the_first_back(policy: Po
     bad = replace(make_sample(2, advantage=1.0), temperature=math.nan)
     train_a_little(policy, [good])
     before, norm = weights(policy), gradient(policy, [good])
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(UpdateRefused, match="loss is nan"):
         train_a_little(policy, [good, bad], num_minibatches=2)
     assert torch.equal(weights(policy), before)
     assert torch.equal(gradient(policy, [good]), norm)
@@ -253,8 +265,9 @@ def test_an_update_that_fails_in_its_second_step_takes_the_first_back(policy: Po
 
 def test_a_token_the_sampler_thought_impossible_leaves_every_number_finite(policy: Policy) -> None:
     sample = replace(make_sample(1, advantage=1.0), sampler_logprobs=(-1e6,) * 4)
-    stats = policy.update([sample], GrpoConfig(), max_tokens_per_micro_batch=WHOLE_BATCH)
-    assert all(math.isfinite(getattr(stats, name)) for name in stats.__slots__)
+    stats = policy.update([sample], PLAIN, max_tokens_per_micro_batch=WHOLE_BATCH)
+    numbers = [value for value in astuple(stats) if isinstance(value, int | float)]
+    assert all(map(math.isfinite, numbers))
     assert stats.importance_truncated_fraction == 1.0
 
 

@@ -13,13 +13,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
-
-from services.trainer.algorithms.ratios import MAX_LOG_RATIO as MAX_LOG_RATIO
-from services.trainer.samples import TokenBatch
+from typing import Literal
 
 _EPSILON = 1e-4
 
@@ -78,33 +72,3 @@ def _centred(group: Sequence[float]) -> list[float]:
 
 def _std(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-class PolicyLoss(NamedTuple):
-    loss: Tensor  # [] float32
-    importance_weights: Tensor  # [N] old / sampler, before truncation
-    is_clipped: Tensor  # [N] bool: the clip removed this token's gradient
-
-
-def clipped_policy_loss(
-    policy_logprobs: Tensor,
-    old_logprobs: Tensor,
-    batch: TokenBatch,
-    *,
-    clip_low: float,
-    clip_high: float,
-    importance_clip: float,
-    num_tokens: int,
-) -> PolicyLoss:
-    """The loss of one micro-batch; micro-batches of a step add up to the step's loss.
-
-    policy_logprobs [N] with gradient, old_logprobs [N]: the policy before this update.
-    `num_tokens` counts the completion tokens of the whole step, those without advantage included.
-    """
-    weights = (old_logprobs - batch.sampler_logprobs).clamp(max=MAX_LOG_RATIO).exp()
-    ratio = (policy_logprobs - old_logprobs).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    gain = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
-    loss = -(gain * weights.clamp(max=importance_clip)).sum() / num_tokens
-    is_clipped = ratio * batch.advantages > clipped * batch.advantages
-    return PolicyLoss(loss, weights, is_clipped.detach())
