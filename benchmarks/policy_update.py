@@ -95,11 +95,15 @@ TANDEM = Side("Tandem")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    update_s: float  # median of the updates after the first
+    seconds: tuple[float, ...]  # of every update after the first
     loss: float  # of the first update
     grad_norm: float  # of the first update, before clipping
     num_positions: int  # that one update's forward passes computed
     peak_bytes: int  # CUDA, of the updates after the first; base and optimizer included
+
+    @property
+    def update_s(self) -> float:
+        return statistics.median(self.seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +215,7 @@ class _Meter:
         """`seconds` of all updates, the first of which warmed up."""
         peak = torch.cuda.max_memory_allocated() if self._is_cuda else 0
         return Outcome(
-            update_s=statistics.median(seconds[1:]),
+            seconds=tuple(seconds[1:]),
             loss=loss,
             grad_norm=grad_norm,
             num_positions=self._num_positions_of_first,
@@ -241,10 +245,13 @@ def _rewards(batch: Batch) -> list[float]:
 def _advantages(batch: Batch) -> list[float]:
     """What `_algorithm` makes of the rewards."""
     rewards = _rewards(batch)
-    size = batch.group_size if batch.group_size > 1 else batch.num_rows
+    if batch.group_size == 1:  # whitened over all tokens
+        tokens = [reward for reward in rewards for _ in range(batch.completion)]
+        mean, deviation = statistics.fmean(tokens), statistics.stdev(tokens)
+        return [(reward - mean) / deviation for reward in rewards]
     advantages = []
-    for start in range(0, len(rewards), size):
-        group = rewards[start : start + size]
+    for start in range(0, len(rewards), batch.group_size):
+        group = rewards[start : start + batch.group_size]
         mean, deviation = statistics.fmean(group), statistics.stdev(group)
         advantages += [(reward - mean) / (deviation + 1e-4) for reward in group]
     return advantages
@@ -385,7 +392,8 @@ def main() -> None:
         action="store_true",
         help="instead: memory against context and group size (CUDA)",
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3, help="of the sides, one after another")
+    parser.add_argument("--rounds", type=int, default=3, help="updates per turn, after the first")
     parser.add_argument("--report", action="store_true", help="keep it in benchmarks/reports/")
     arguments = parser.parse_args()
     for option in ("liger", "scaling"):
@@ -416,7 +424,10 @@ def _update(
     batch = Batch(arguments.groups, arguments.group_size, arguments.prompt, arguments.completion)
     if arguments.rows_no_sharing:
         batch = Batch(groups=16, group_size=1, prompt=512, completion=512)
-    outcomes = {side: measurement.of(side, batch) for side in sides}
+    outcomes: dict[Side, Outcome | None] = {}
+    for _ in range(arguments.turns):  # the sides take turns, as other load comes and goes
+        for side in sides:
+            outcomes[side] = _joined(outcomes.get(side), measurement.of(side, batch))
     tandem = outcomes[TANDEM]
     assert tandem, f"Tandem runs out of memory at {batch}"
     rows, ratios = [], []
@@ -447,8 +458,8 @@ def _update(
         setting=(
             f"{_where(arguments)}; batch of {batch} (groups × completions × (prompt + completion)) "
             f"tokens, at most {arguments.max_tokens:,} at once; {_algorithm(batch).name} with "
-            f"dapo's loss, LoRA of rank {_RANK} on all linears. Medians of {arguments.rounds} "
-            f"updates after one to warm up. {_SAMENESS}"
+            f"dapo's loss, LoRA of rank {_RANK} on all linears. The sides take {arguments.turns} "
+            f"turn(s) of {arguments.rounds} updates after one to warm up; medians. {_SAMENESS}"
         ),
         header=(
             "update",
@@ -463,6 +474,12 @@ def _update(
         rows=rows,
         conclusion=f"Tandem's tokens per second: {', '.join(ratios) or 'no peer had the memory'}.",
     )
+
+
+def _joined(earlier: Outcome | None, outcome: Outcome | None) -> Outcome | None:
+    if earlier is None or outcome is None:
+        return outcome
+    return replace(outcome, seconds=earlier.seconds + outcome.seconds)
 
 
 _SAMENESS = (
@@ -513,6 +530,7 @@ def _scaling(
                 axis.plot(*zip(*points, strict=True), marker="o", label=side.name)
             axis.set(xlabel=label, ylabel="peak memory, GiB", xscale="log", ylim=(0, None))
             axis.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
         axes[0].legend()
         figure.savefig(path, dpi=120)

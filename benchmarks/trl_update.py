@@ -83,7 +83,10 @@ def trl_steps(
                 adam_beta2=0.99,
                 use_liger_kernel=liger,
                 use_cpu=device == "cpu",
-                model_init_kwargs={"dtype": dtype, "device_map": {"": device}},
+                model_init_kwargs={
+                    "dtype": dtype,
+                    "device_map": {"": "cpu" if device == "cpu" else 0},
+                },
                 logging_steps=1,
                 save_strategy="no",
                 report_to="none",
