@@ -13,9 +13,11 @@ Tokens per second count what a completion is without sharing, prompt + completio
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -119,14 +121,14 @@ class Measurement:
     def of(self, side: Side, batch: Batch) -> Outcome | None:
         """None when the device's memory does not suffice."""
         measure = self._tandem if side.is_tandem else self._trl
-        try:
-            return measure(side, batch)
-        except torch.OutOfMemoryError:
-            return None
-        finally:
-            gc.collect()
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
+        outcome = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            outcome = measure(side, batch)
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        print(f"{side.name}, {batch}: {outcome or 'out of memory'}", file=sys.stderr)
+        return outcome
 
     def _tandem(self, _: Side, batch: Batch) -> Outcome:
         meter = _Meter(self.device)
