@@ -155,7 +155,7 @@ async def _rounds(
     rounds: int,
 ) -> list[Times]:
     from services.trainer.policy import Policy
-    from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig
+    from services.trainer.run_config import LoraConfig, OptimizerConfig, ReinforceConfig
     from services.trainer.samples import Sample
 
     policy = Policy.load(settings.model, device="cpu", gradient_checkpointing=False)
@@ -165,11 +165,12 @@ async def _rounds(
         OptimizerConfig(),
         seed=0,
     )
-    sample = Sample(_PROMPT, (4, 5), (-1.0, -1.0), (0, 0), 1.0, 1.0)
+    plain = ReinforceConfig(whiten_advantages=False)
+    sample = Sample(_PROMPT, (4, 5), (), (0, 0), 1.0, 0, (1.0,), False)
     times = []
     async with RolloutClient(url) as client:
         for number in range(rounds + 1):
-            policy.update([sample], GrpoConfig(), max_tokens_per_micro_batch=64)
+            policy.update([sample], plain, max_tokens_per_micro_batch=64)
 
             started = time.perf_counter()
             adapter = policy.publish()

@@ -263,10 +263,13 @@ class UpdateRefused(ValueError):
     together they are the sentence."""
 
     def __init__(self, reason: str, remedy: str, stats: UpdateStats) -> None:
-        super().__init__(f"{reason}: {remedy}")
+        super().__init__(reason, remedy, stats)  # what pickle makes it from
         self.reason = reason
         self.remedy = remedy
         self.stats = stats
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.remedy}"
 
 
 def check_guards(stats: UpdateStats, guards: GuardsConfig) -> None:

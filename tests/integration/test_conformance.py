@@ -18,7 +18,6 @@ from services.trainer.data import load_prompts
 from services.trainer.policy import Policy, PublishedAdapter
 from services.trainer.run_config import (
     ConformanceConfig,
-    GrpoConfig,
     LoraConfig,
     OptimizerConfig,
     SortDigitsDataset,
@@ -28,7 +27,7 @@ from shared.rollout_client import RolloutClient
 from shared.schemas import GenerateRequest, PolicyId, SamplingParams
 from tests.lying_replica import Lie
 from tests.replica_process import ReplicaProcess, start_replica, wait_until_ready
-from tests.trainer.conftest import make_sample
+from tests.trainer.conftest import PLAIN, make_sample
 
 pytestmark = pytest.mark.anyio
 
@@ -192,7 +191,7 @@ async def test_every_version_of_a_training_passes(run: Run, policy: Policy, prob
     effects = []
     for step in range(10):
         samples = [make_sample(16 * step + i, advantage=(-1.0) ** i) for i in range(16)]
-        policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=4096)
+        policy.update(samples, PLAIN, max_tokens_per_micro_batch=4096)
         adapter = policy.publish()
         await run.prove(adapter)
         effects.append(run.effect(adapter))

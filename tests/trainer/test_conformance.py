@@ -29,8 +29,8 @@ from services.trainer.conformance import (
     probe_sequences,
 )
 from services.trainer.policy import Policy, PublishedAdapter
-from services.trainer.run_config import ConformanceConfig, GrpoConfig, LoraConfig, OptimizerConfig
-from services.trainer.samples import Sample, collate
+from services.trainer.run_config import ConformanceConfig, LoraConfig, OptimizerConfig
+from services.trainer.samples import Sample
 from shared.adapters import check_tensors, read_header
 from shared.checkpoints import linear_shapes
 from shared.errors import ConformanceFailed, DeadlineExceeded
@@ -43,7 +43,8 @@ from shared.schemas import (
     ScoreResponse,
     SyncReceipt,
 )
-from tests.trainer.conftest import VERSION_0
+from tests.trainer.conftest import PLAIN, VERSION_0
+from tests.trainer.test_policy import whole
 
 NUM_TOKENS = 376  # of the default probe
 Logprobs = list[float]
@@ -235,22 +236,22 @@ def test_score_is_flat_in_the_order_of_the_sequences(policy: Policy) -> None:
 
 
 def test_score_is_what_training_computes(policy: Policy, samples: list[Sample]) -> None:
-    policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=100_000)
+    policy.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
     (sample,) = [s for s in samples if s.length == max(s.length for s in samples)]
-    trained = policy.logprobs(collate([sample])).logprobs
+    trained = policy.logprobs(whole([sample])).logprobs
     scored = policy.score([sample.prompt_token_ids + sample.token_ids])
     assert scored[-sample.num_tokens :] == tuple(trained.tolist())
 
 
 def test_the_base_is_scored_without_the_adapter(policy: Policy, samples: list[Sample]) -> None:
     before = policy.score(RAGGED)
-    policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=100_000)
+    policy.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
     assert policy.score(RAGGED, base=True) == before
     assert policy.score(RAGGED) != before
 
 
 def test_scoring_leaves_no_trace(policy: Policy, samples: list[Sample]) -> None:
-    policy.logprobs(collate(samples)).logprobs.sum().backward()
+    policy.logprobs(whole(samples)).logprobs.sum().backward()
     parameters = [p for p in policy.model.parameters() if p.requires_grad]
     gradients = [p.grad.clone() for p in parameters if p.grad is not None]
     rng = torch.get_rng_state()
@@ -280,12 +281,12 @@ def test_the_synthetic_adapter_moves_the_logprobs_by_about_a_nat(
 
 
 def test_making_a_probe_leaves_no_trace(policy: Policy, samples: list[Sample]) -> None:
-    policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=100_000)
+    policy.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
     before, rng = weights(policy), torch.get_rng_state()
     first = make_probe(policy, PROMPTS, ConformanceConfig(), seed=0)
     assert torch.equal(weights(policy), before)
     assert torch.equal(torch.get_rng_state(), rng)
-    policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=100_000)
+    policy.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
     assert make_probe(policy, PROMPTS, ConformanceConfig(), seed=0) == first
 
 
@@ -304,12 +305,12 @@ def test_weights_come_back_when_what_needed_others_fails(policy: Policy) -> None
 def test_a_published_adapter_has_the_logprobs_of_the_runs_probe(
     policy: Policy, samples: list[Sample]
 ) -> None:
-    policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=100_000)
+    policy.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
     assert policy.publish().probe_logprobs == ()
     policy.set_probe(RAGGED)
     assert policy.publish().probe_logprobs == policy.score(RAGGED)
     policy.start(VERSION_0, LoraConfig(rank=8), OptimizerConfig(), seed=0)
-    policy.update(samples, GrpoConfig(), max_tokens_per_micro_batch=100_000)
+    policy.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
     assert policy.publish().probe_logprobs == ()
 
 

@@ -26,15 +26,21 @@ from services.trainer.parallel import PeerFailed, Ranks, num_processes
 from services.trainer.policy import Policy
 from services.trainer.run_config import (
     AlgorithmConfig,
+    GrpoConfig,
+    KlConfig,
     LoraConfig,
+    OnlineDpoConfig,
     OptimizerConfig,
+    PpoConfig,
+    RewardKlConfig,
 )
 from services.trainer.samples import Sample, TokenBatch
+from services.trainer.stats import UpdateRefused
 from shared.checkpoints import base_identity
 from shared.logs import configure_logging
 from shared.schemas import PolicyId
 from tests.replica_process import eventually, free_port
-from tests.trainer.conftest import PLAIN, VERSION_0, make_sample
+from tests.trainer.conftest import NO_GUARDS, PLAIN, VERSION_0, make_sample, repeatable
 from tests.trainer.test_trainer import train_request
 from tests.trainer_process import SLOW_BOOT, TrainerProcess, start_trainer
 
@@ -43,21 +49,27 @@ WHOLE_BATCH = 100_000
 FAILS_ON_RANK_0, FAILS_ON_RANK_1, DRIFTS_ON_RANK_1 = 100.0, 101.0, 102.0  # temperatures
 SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
+SEVERAL_STEPS = PLAIN.model_copy(update={"num_epochs": 2, "num_minibatches": 3})
 CASES: dict[str, tuple[AlgorithmConfig, int]] = {
     "more micro-batches than ranks": (PLAIN, 20),
     "a micro-batch for each rank": (PLAIN, WHOLE_BATCH),
-    "minibatches and epochs": (
-        PLAIN.model_copy(update={"num_epochs": 2, "num_minibatches": 3}),
-        25,
-    ),
+    "minibatches and epochs": (SEVERAL_STEPS, 25),
     "a sample for one rank alone": (PLAIN, WHOLE_BATCH),
     "no sample for any rank": (PLAIN, WHOLE_BATCH),
+    "grpo with a reference": (
+        GrpoConfig(kl=KlConfig(coefficient=0.1), top_entropy_fraction=0.5),
+        WHOLE_BATCH,
+    ),
+    "ppo": (PpoConfig(num_epochs=2, kl=RewardKlConfig(coefficient=0.05)), 40),
+    "online_dpo": (OnlineDpoConfig(), WHOLE_BATCH),
 }
 
 
 def batch_of(case: str, update: int) -> list[Sample]:
-    """Nine samples of different lengths; some of them, or all, without advantage."""
+    """Nine samples of different lengths; some of them, or all, without advantage. In groups of
+    three where an algorithm compares within them."""
     advantages = [1.0, -0.5, 0.0, 0.7, -1.2, 0.0, 0.3, -0.3, 0.9]
+    in_groups = case in ("grpo with a reference", "ppo", "online_dpo")
     if case == "a sample for one rank alone":
         advantages[1:] = [0.0] * 8
     if case == "no sample for any rank":
@@ -66,9 +78,10 @@ def batch_of(case: str, update: int) -> list[Sample]:
         make_sample(
             10 * update + i,
             advantage=advantage,
-            num_prompt=3 + i,
+            num_prompt=3 + (i // 3 if in_groups else i),
             num_completion=2 + 3 * (i % 3),
             lag=i % 2,
+            group=i // 3 if in_groups else None,
         )
         for i, advantage in enumerate(advantages)
     ]
@@ -80,24 +93,27 @@ class Outcome:
     weights: Tensor
 
 
-def start(policy: Policy) -> None:
+def start(policy: Policy, algorithm: AlgorithmConfig = PLAIN) -> None:
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, warmup_steps=0)
-    policy.start(VERSION_0, LoraConfig(rank=8, alpha=16), optimizer, seed=0)
+    lora = LoraConfig(rank=8, alpha=16)
+    policy.start(VERSION_0, lora, optimizer, seed=0, algorithm=algorithm)
 
 
 def train(policy: Policy, case: str) -> Outcome:
-    start(policy)
+    start(policy, CASES[case][0])
     return Outcome([update(policy, case, k) for k in range(NUM_UPDATES)], weights(policy))
 
 
 def update(policy: Policy, case: str, index: int) -> tuple[float, ...]:
     algorithm, max_tokens = CASES[case]
     batch = batch_of(case, index)
-    return astuple(policy.update(batch, algorithm, max_tokens_per_micro_batch=max_tokens))
+    stats = policy.update(batch, algorithm, max_tokens_per_micro_batch=max_tokens, guards=NO_GUARDS)
+    values = astuple(repeatable(stats))
+    return tuple(value for value in values if isinstance(value, int | float))
 
 
 def weights(policy: Policy) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in policy.model.parameters() if p.requires_grad])
+    return torch.cat([p.detach().flatten() for p in policy.optimizer.parameters])
 
 
 def float32_policy(checkpoint: Path, ranks: Ranks) -> Policy:
@@ -128,7 +144,7 @@ def main(checkpoint: Path, results: Path) -> None:
     outcomes: dict[str, Any] = {case: train(policy, case) for case in CASES}
     for temperature in (FAILS_ON_RANK_0, FAILS_ON_RANK_1):
         outcomes[f"failure at {temperature}"] = fail(policy, temperature=temperature)
-    outcomes["not finite"] = fail(policy, advantage=float("inf"))
+    outcomes["not finite"] = fail(policy, rewards=(float("inf"),))
     outcomes["refused"] = refuse(policy)
     outcomes["resumed"] = resume(policy)
     torch.save(outcomes, results)
@@ -161,13 +177,13 @@ class Failure:
     next_update: tuple[float, ...]
 
 
-def fail(policy: Policy, **told: float) -> Failure:
+def fail(policy: Policy, **told: Any) -> Failure:
     """An update whose second step fails, then one that does not."""
     start(policy)
     before = weights(policy)
     bad = [
-        replace(make_sample(7, advantage=1.0, num_completion=n), **told)  # type: ignore[arg-type]
-        for n in (3, 3)
+        replace(make_sample(seed, advantage=1.0, num_completion=3), **told)
+        for seed in (6, 7)
     ]
     good = [make_sample(8, advantage=1.0), make_sample(9, advantage=-1.0)]
     try:
@@ -176,7 +192,7 @@ def fail(policy: Policy, **told: float) -> Failure:
             PLAIN.model_copy(update={"num_minibatches": 2}),
             max_tokens_per_micro_batch=WHOLE_BATCH,
         )
-    except (PeerFailed, MemoryError, FloatingPointError) as error:
+    except (PeerFailed, MemoryError, UpdateRefused) as error:
         return Failure(
             error,
             policy.id.version,
@@ -256,7 +272,7 @@ def test_two_processes_train_the_policy_that_one_trains(
 
     AdamW scales a gradient that is all rounding up to a whole step; of those there are few.
     """
-    start(alone)
+    start(alone, CASES[case][0])
     begin = weights(alone)
     expected, outcome = train(alone, case), two_ranks.outcomes[case]
     difference = outcome.weights - expected.weights
@@ -293,7 +309,7 @@ def test_a_gradient_that_is_not_finite_is_refused_by_all_ranks(
     two_ranks: TwoRanks, alone: Policy
 ) -> None:
     failure = two_ranks.outcomes["not finite"]
-    assert isinstance(failure.error, FloatingPointError)
+    assert isinstance(failure.error, UpdateRefused)
     check_nothing_is_left(failure, alone)
 
 
@@ -323,7 +339,7 @@ def test_ranks_whose_weights_differ_end(two_ranks: TwoRanks) -> None:
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_ranks_share_all_samples_in_equal_numbers_of_tokens(size: int) -> None:
     samples = [make_sample(i, advantage=1.0, num_completion=1 + i**2 % 97) for i in range(100)]
-    shares = [Ranks(rank, size).share(samples) for rank in range(size)]
+    shares = [Ranks(rank, size).share(samples, lambda s: s.length) for rank in range(size)]
     assert sorted(id(s) for share in shares for s in share) == sorted(map(id, samples))
     loads = [sum(sample.length for sample in share) for share in shares]
     assert max(loads) - min(loads) <= min(sample.length for sample in samples)

@@ -111,8 +111,8 @@ def test_a_long_completion_shares_no_prompt_under_a_mask_and_does_when_packed() 
     """A mask computes every pair of positions, also of two completions."""
     samples = [make_sample(k, advantage=1.0, num_completion=400, group=0) for k in range(8)]
     few = {"max_tokens": 10_000, "hidden_size": 64}
-    assert len(make_trees(samples, range(8), layout="masked", **few)) == 8  # type: ignore[arg-type]
-    assert len(make_trees(samples, range(8), layout="packed", **few)) == 1  # type: ignore[arg-type]
+    assert len(make_trees(samples, range(8), layout="masked", **few)) == 8
+    assert len(make_trees(samples, range(8), layout="packed", **few)) == 1
 
 
 def test_a_tree_over_the_budget_is_split() -> None:
