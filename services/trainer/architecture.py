@@ -17,7 +17,7 @@ _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm"
 _MAX_HEAD_DIM = 256  # of flash attention
 
 
-def choose_layout(model: Any, device: torch.device, compute_dtype: torch.dtype) -> Layout:
+def choose_layout(model: Any, device: torch.device) -> Layout:
     """How completions of one prompt are computed together: exactly, or else not at all.
 
     Sharing a prompt needs layers that mix positions by full causal attention and nothing else. On
@@ -28,7 +28,8 @@ def choose_layout(model: Any, device: torch.device, compute_dtype: torch.dtype) 
         return "padded"
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if device.type != "cuda" or compute_dtype is torch.float32 or head_dim > _MAX_HEAD_DIM:
+    half = model.get_input_embeddings().weight.dtype in (torch.bfloat16, torch.float16)
+    if device.type != "cuda" or not half or head_dim > _MAX_HEAD_DIM:
         return "masked"
     from transformers import AttentionInterface
 

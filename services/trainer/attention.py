@@ -8,6 +8,7 @@ its completions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ from torch.nn.attention.varlen import varlen_attn
 
 from services.trainer.samples import PackedAttention
 
+# torch 2.11 shares keys among query heads unasked, later ones on request.
+_GROUPED_QUERIES: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+)
 NAME = "tandem_packed"  # attn_implementation; Transformers then makes no mask
 
 
@@ -42,6 +47,6 @@ def packed_attention(
         packed.max_k,
         scale=scaling,
         window_size=(-1, 0),  # causal
-        enable_gqa=True,
+        **_GROUPED_QUERIES,
     )
     return out[None], None

@@ -56,17 +56,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         temperatures: Tensor,
         num_positions: int,
     ) -> tuple[Tensor, Tensor]:
-        head = _Head(weight, bias, hidden)
-        chunks, logprobs, entropies = [], [], []
+        head, logprobs, entropies = _Head(weight, bias, hidden), [], []
         for chunk in _chunks(len(hidden), num_positions):
-            logits = head.logits(hidden[chunk], temperatures[chunk])
-            normalizer = logits.logsumexp(-1)
-            logprobs.append(logits.gather(-1, labels[chunk, None]).squeeze(-1) - normalizer)
-            probabilities = torch.exp(logits - normalizer[:, None])
-            entropies.append(normalizer - torch.einsum("nv,nv->n", probabilities, logits))
-            chunks.append(normalizer)
-        normalizers, entropy = torch.cat(chunks), torch.cat(entropies)
-        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, normalizers, entropy)
+            log_p = head.logits(hidden[chunk], temperatures[chunk]).log_softmax(-1)
+            logprobs.append(log_p.gather(-1, labels[chunk, None]).squeeze(-1))
+            entropies.append(-torch.einsum("nv,nv->n", log_p.exp(), log_p))
+        entropy = torch.cat(entropies)
+        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, entropy)
         ctx.num_positions = num_positions
         ctx.set_materialize_grads(False)
         return torch.cat(logprobs), entropy
@@ -74,21 +70,20 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        hidden, weight, bias, labels, temperatures, normalizers, entropy = ctx.saved_tensors
+        hidden, weight, bias, labels, temperatures, entropy = ctx.saved_tensors
         head, grads = _Head(weight, bias, hidden), []
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(entropy)
+        grad_logprobs = grad_logprobs / temperatures
         for chunk in _chunks(len(hidden), ctx.num_positions):
-            log_p = head.logits(hidden[chunk], temperatures[chunk])
-            log_p -= normalizers[chunk, None]
-            weight_of_p = grad_logprobs[chunk, None]
+            log_p = head.logits(hidden[chunk], temperatures[chunk]).log_softmax(-1)
+            weight_of_p = -grad_logprobs[chunk, None]
             if grad_entropy is not None:
-                weight_of_p = weight_of_p + grad_entropy[chunk, None] * (
-                    log_p + entropy[chunk, None]
-                )
-            grad = log_p.exp_().mul_(weight_of_p).neg_()
+                surprise = log_p + entropy[chunk, None]
+                weight_of_p = weight_of_p - (grad_entropy / temperatures)[chunk, None] * surprise
+            grad = log_p.exp_().mul_(weight_of_p)
             grad.scatter_add_(-1, labels[chunk, None], grad_logprobs[chunk, None])
-            grads.append(head.hidden_gradient(grad.div_(temperatures[chunk, None])))
+            grads.append(head.hidden_gradient(grad))
         return torch.cat(grads), None, None, None, None, None
 
 

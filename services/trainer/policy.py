@@ -25,6 +25,7 @@ from services.tokens import PromptEncoder
 from services.trainer.architecture import choose_layout, fuse_kernels, refuse_scaled_logits
 from services.trainer.critic import Critic
 from services.trainer.logprobs import TokenLogprobs, token_logprobs
+from services.trainer.lora import use_fused_lora
 from services.trainer.optimizer import Optimizer
 from services.trainer.parallel import Ranks, mirrored
 from services.trainer.run_config import (
@@ -91,7 +92,6 @@ class Policy:
         *,
         source: str = "",
         kept_adapters: int = 2,
-        compute_dtype: torch.dtype = torch.bfloat16,
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks()
@@ -99,10 +99,9 @@ class Policy:
         self.encoder = encoder
         self.identity = identity
         self.device = device
-        self._compute_dtype = compute_dtype
         self._kept_adapters = kept_adapters
         self._base = model
-        self.layout = choose_layout(model, device, compute_dtype)
+        self.layout = choose_layout(model, device)
         self.model: Any = None
         self.critic: Critic | None = None  # of a run that has one
         self._id: PolicyId | None = None
@@ -219,6 +218,7 @@ class Policy:
             self.critic = Critic(self.model, options, self.hidden, self.device)
             learning_rate = algorithm.critic_learning_rate or optimizer.learning_rate
             sets.append((list(self.critic.tensors().values()), learning_rate))
+        use_fused_lora(self.model)
         self.model.train()  # without it gradient checkpointing is silently off
         self._id, self._lora = policy, lora
         self._optimizer = Optimizer(optimizer, sets)
@@ -247,20 +247,11 @@ class Policy:
         attention: dict[str, Any] = {"attention_mask": batch.attention}
         if isinstance(batch.attention, PackedAttention):
             attention = {"packed": batch.attention}
-        half = self._compute_dtype is not torch.float32
-        with torch.autocast(self.device.type, dtype=self._compute_dtype, enabled=half):
-            hidden = (
-                self.model.get_base_model()
-                .get_decoder()(
-                    input_ids=batch.input_ids,
-                    position_ids=batch.position_ids,
-                    use_cache=False,
-                    **attention,
-                )
-                .last_hidden_state
-            )  # [B, T, H]
-        picked: Tensor = hidden.flatten(0, 1).index_select(0, batch.predicts)
-        return picked
+        decoder = self.model.get_base_model().get_decoder()
+        hidden: Tensor = decoder(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **attention
+        ).last_hidden_state  # [B, T, H]
+        return hidden.flatten(0, 1).index_select(0, batch.predicts)
 
     def logprobs(self, batch: TokenBatch) -> TokenLogprobs:
         """Logprobs and entropies [N] of the batch's completion tokens under the current policy."""

@@ -123,7 +123,6 @@ def float32_policy(checkpoint: Path, ranks: Ranks) -> Policy:
         PromptEncoder.load(checkpoint),
         base_identity(checkpoint, None),
         torch.device("cpu"),
-        compute_dtype=torch.float32,
         ranks=ranks,
     )
 

@@ -22,7 +22,7 @@ from services.trainer.policy import Policy
 from services.trainer.run_config import AlgorithmConfig, LoraConfig, OptimizerConfig
 from services.trainer.samples import Sample, TokenBatch, Tree, collate
 from services.trainer.stats import UpdateRefused, UpdateStats
-from shared.adapters import check_tensors, read_header
+from shared.adapters import LINEAR_MODULES, check_tensors, read_header
 from shared.checkpoints import base_identity, linear_shapes
 from tests.trainer.conftest import PLAIN, VERSION_0, make_sample
 
@@ -91,10 +91,14 @@ def test_a_fresh_adapter_is_the_base(policy: Policy, samples: list[Sample]) -> N
     torch.testing.assert_close(adapted, base, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("target_modules", [LINEAR_MODULES, ("q_proj",)])
 def test_an_eval_forward_leaves_the_gradient_as_it_was(
-    policy: Policy, samples: list[Sample]
+    policy: Policy, samples: list[Sample], target_modules: tuple[str, ...]
 ) -> None:
-    """bitsandbytes repacks weights in the first eval forward on some CPUs; see policy.py."""
+    """bitsandbytes repacks a weight in the first eval forward on some CPUs, for a kernel without a
+    gradient: neither a linear with LoRA may do so, nor one without."""
+    lora = LoraConfig(rank=8, target_modules=target_modules)
+    policy.start(VERSION_0, lora, OptimizerConfig(), seed=0)
     before = gradient(policy, samples)
     policy.model.eval()
     with torch.no_grad():
@@ -112,7 +116,6 @@ def float32_policy(tiny_checkpoint: Path) -> Policy:
         PromptEncoder.load(tiny_checkpoint),
         base_identity(tiny_checkpoint, None),
         torch.device("cpu"),
-        compute_dtype=torch.float32,
     )
     policy.start(VERSION_0, LoraConfig(rank=8), OptimizerConfig(), seed=0)
     return policy

@@ -71,7 +71,6 @@ def float32_policy(checkpoint: Path) -> Policy:
         PromptEncoder.load(checkpoint),
         base_identity(checkpoint, None),
         torch.device("cpu"),
-        compute_dtype=torch.float32,
     )
 
 
