@@ -169,7 +169,7 @@ class TrainerMetrics:
         )
         self._steps_without_gradient = Gauge(
             "tandem_trainer_steps_without_gradient",
-            "Latest steps in a row in which every group was constant",
+            "Latest steps in a row in which nothing had a gradient",
             registry=self.registry,
         )
 
@@ -203,7 +203,7 @@ class TrainerMetrics:
         if isinstance(record, StepRecord):
             self.updates.inc()
             self._version_timestamp.set_to_current_time()
-            if record.num_constant_groups == record.num_groups:
+            if record.grad_norm == 0:
                 self._steps_without_gradient.inc()
             else:
                 self._steps_without_gradient.set(0)

@@ -421,8 +421,8 @@ class ScoredGroup(Wire):
 
     @property
     def is_constant(self) -> bool:
-        """All rewards are equal: comparing its completions teaches nothing."""
-        return len({scored.reward for scored in self.completions}) == 1
+        """All have the same rewards: comparing its completions teaches nothing."""
+        return len({scored.rewards or scored.reward for scored in self.completions}) == 1
 
 
 class PreferencePair(Wire):
@@ -476,7 +476,7 @@ class StepRecord(Wire):
     step: int
     policy: PolicyId  # the version this step made
     num_groups: int
-    num_constant_groups: int  # all rewards equal: no gradient
+    num_constant_groups: int  # of several completions, all with the same rewards
     num_constant_groups_set_aside: int = 0  # that others took the place of
     num_samples: int
     num_tokens: int  # completion tokens

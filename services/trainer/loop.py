@@ -222,8 +222,10 @@ async def learn(run: Run, samples: Sequence[Sample], *, step: int, clock: Clock)
 
 
 def group_varies(samples: Sequence[Sample]) -> list[bool]:
-    """For each group, whether its rewards differ."""
-    return [len({samples[index].reward for index in group}) > 1 for group in group_indices(samples)]
+    """For each group, whether the rewards of its completions differ."""
+    return [
+        len({samples[index].rewards for index in group}) > 1 for group in group_indices(samples)
+    ]
 
 
 async def evaluate(run: Run, step: int) -> None:
@@ -290,7 +292,10 @@ def step_record(
         step=learned.step,
         policy=learned.adapter.policy,
         num_groups=len(varies),
-        num_constant_groups=varies.count(False),
+        num_constant_groups=sum(
+            len(group) > 1 and not differs
+            for group, differs in zip(group_indices(samples), varies, strict=True)
+        ),
         num_constant_groups_set_aside=len(sampled.set_aside) if sampled else 0,
         num_samples=len(samples),
         num_tokens=num_tokens,

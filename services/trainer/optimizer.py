@@ -48,7 +48,7 @@ class Optimizer:
         """Inside, the `num_steps` steps of one update are taken. One that fails leaves nothing: its
         steps are undone and its gradients dropped."""
         weights, state = [], {}
-        if num_steps > 1:  # the last step is the last thing that can fail
+        if num_steps > 1 or len(self._learning_rates) > 1:  # one set's step is all or nothing
             weights = [parameter.detach().clone() for parameter in self.parameters]
             state = copy.deepcopy(self._optimizer.state_dict())
         share = min(1.0, (self.num_updates + 1) / max(self._config.warmup_steps, 1))

@@ -137,6 +137,14 @@ class PolicyGradientConfig(Config):
     num_epochs: int = Field(ge=1, default=1)  # passes over the groups of one update
     num_minibatches: int = Field(ge=1, default=1)  # optimizer steps per pass
 
+    @model_validator(mode="after")
+    def _has_only_what_its_loss_uses(self) -> PolicyGradientConfig:
+        unused = {"cispo": ("clip_low", "delta"), "sapo": ("clip_low", "clip_high", "delta")}
+        for name in unused.get(self.loss, ()):
+            if getattr(self, name) is not None:
+                raise ValueError(f"loss {self.loss} has no {name}: leave it out")
+        return self
+
 
 class GrpoConfig(PolicyGradientConfig):
     """services/trainer/algorithms/grpo.py"""
@@ -145,6 +153,15 @@ class GrpoConfig(PolicyGradientConfig):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     # several rewards: weigh and add them before the group is normalized, or after
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+
+    @model_validator(mode="after")
+    def _has_one_place_for_kl(self) -> GrpoConfig:
+        if self.reward_aggregation == "normalize_then_sum" and self.kl.in_reward:
+            raise ValueError(
+                "kl.place reward is one reward, which normalize_then_sum has no weight for: set "
+                "kl.place to loss"
+            )
+        return self
 
 
 class RlooConfig(PolicyGradientConfig):

@@ -14,8 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ from services.trainer.run_config import (
 from services.trainer.samples import (
     Sample,
     TokenBatch,
+    Tree,
     collate,
     group_indices,
     make_trees,
@@ -91,17 +92,18 @@ def take_update(
     else:
         forward = Forward(policy, samples, max_tokens_per_micro_batch)
         objective = PolicyGradient(forward, algorithm, max_completion_tokens, reward_weights)
-    minibatches = list(_minibatches(forward.samples, algorithm.num_minibatches))
-    num_steps = algorithm.num_epochs * len(minibatches)
-    objective.prepare(num_steps)
-    ranks, optimizer = policy.ranks, policy.optimizer
     progress = _Progress(policy, objective)
+    minibatches = _minibatches(
+        forward.samples, algorithm.num_minibatches, may_split=objective.may_split_groups
+    )
+    num_steps = algorithm.num_epochs * len(minibatches)
+    objective.prepare(num_steps, num_minibatches=len(minibatches))
+    ranks, optimizer = policy.ranks, policy.optimizer
     with optimizer.update(num_steps):
         for _ in range(algorithm.num_epochs):
             for minibatch in minibatches:
-                forward.begin_step()
                 objective.step(minibatch)
-                seen = _Seen.of_all(ranks.gather(forward.seen()))
+                seen = _Seen.of_all(ranks.gather(forward.take_seen()))
                 check_guards(progress.stats([seen]), guards)
                 progress.steps.append(seen)
                 progress.grad_norms.append(optimizer.step(ranks))
@@ -146,16 +148,15 @@ class _Progress:
         )
 
 
-def _minibatches(samples: Sequence[Sample], num_parts: int) -> Iterator[list[int]]:
-    """Contiguous parts of whole groups, or of single samples when there are fewer groups; their
-    sizes differ by at most one."""
+def _minibatches(samples: Sequence[Sample], num_parts: int, *, may_split: bool) -> list[list[int]]:
+    """At most `num_parts` contiguous parts of whole groups, or of single samples when there are
+    fewer groups and they may be split; their sizes differ by at most one."""
     units = group_indices(samples)
-    if len(units) < num_parts:
+    if len(units) < num_parts and may_split:
         units = [[index] for index in range(len(samples))]
-    for part in range(num_parts):
-        start, end = (len(units) * k // num_parts for k in (part, part + 1))
-        if start < end:
-            yield list(chain.from_iterable(units[start:end]))
+    bounds = [len(units) * part // num_parts for part in range(num_parts + 1)]
+    parts = (units[start:end] for start, end in pairwise(bounds))
+    return [list(chain.from_iterable(part)) for part in parts if part]
 
 
 # --- forward ------------------------------------------------------------------------------------
@@ -168,11 +169,8 @@ class Forward:
         self.policy = policy
         self.samples = samples
         self.max_tokens = max_tokens
-        self.begin_step()
-
-    def begin_step(self) -> None:
         self._records = TokenRecords()
-        self._sums: dict[str, Tensor | float] = {"steps": 1.0 / self.policy.ranks.size}
+        self._sums: dict[str, Tensor | float] = {}
 
     def micro_batches(
         self, units: Sequence[Sequence[int]], *, share: bool = True
@@ -183,22 +181,28 @@ class Forward:
         together and in its order.
         """
         policy = self.policy
-        trees = [
-            make_trees(
-                self.samples,
-                unit,
-                layout=policy.layout,
-                max_tokens=self.max_tokens,
-                hidden_size=policy.hidden_size,
-            )
-            for unit in units
-        ]
+        trees = self._trees(units, self.max_tokens)
+        if (size := policy.ranks.size) > 1:  # a prompt shared by all of a group is work of one rank
+            num_positions = sum(tree.num_positions for unit in trees for tree in unit)
+            trees = self._trees(units, min(self.max_tokens, num_positions // size))
         whole = [[tree] for unit in trees for tree in unit] if share else trees
         mine = policy.ranks.share(whole, lambda unit: sum(tree.num_positions for tree in unit))
         for batch in micro_batches(mine, layout=policy.layout, max_tokens=self.max_tokens):
             tensors = collate(self.samples, batch, layout=policy.layout).to(policy.device)
             self.add(positions=sum(tree.num_positions for tree in batch))
             yield tensors, [index for tree in batch for index in tree.indices]
+
+    def _trees(self, units: Sequence[Sequence[int]], max_tokens: int) -> list[list[Tree]]:
+        return [
+            make_trees(
+                self.samples,
+                unit,
+                layout=self.policy.layout,
+                max_tokens=max_tokens,
+                hidden_size=self.policy.hidden_size,
+            )
+            for unit in units
+        ]
 
     def score(
         self, indices: Sequence[int], compute: Callable[[TokenBatch], Tensor]
@@ -211,7 +215,8 @@ class Forward:
         with torch.no_grad():
             for batch, rows in self.micro_batches([unit for unit in units if unit]):
                 parts = compute(batch).cpu().split([self.samples[i].num_tokens for i in rows], -1)
-                mine.update(zip(rows, parts, strict=True))
+                # A view would carry its whole batch to the other ranks.
+                mine.update((i, part.clone()) for i, part in zip(rows, parts, strict=True))
         return {i: part for scores in self.policy.ranks.gather(mine) for i, part in scores.items()}
 
     def old(self, indices: Sequence[int]) -> tuple[Scores, Scores]:
@@ -242,14 +247,22 @@ class Forward:
             detached = value.detach() if isinstance(value, Tensor) else value
             self._sums[name] = self._sums.get(name, 0.0) + detached
 
-    def seen(self) -> _Seen:
-        return _Seen(self._records.columns(), {k: float(v) for k, v in self._sums.items()})
+    def take_seen(self) -> _Seen:
+        """What this rank has seen since the last call."""
+        self.add(steps=1.0 / self.policy.ranks.size)
+        seen = _Seen(self._records.columns(), {k: float(v) for k, v in self._sums.items()})
+        self._records, self._sums = TokenRecords(), {}
+        return seen
 
 
 class Objective(Protocol):
     """What an algorithm adds: scores before the first step, and the gradient of every step."""
 
-    def prepare(self, num_steps: int) -> None: ...
+    may_split_groups: ClassVar[bool]
+
+    def prepare(self, num_steps: int, *, num_minibatches: int) -> None:
+        """`num_steps` optimizer steps are to come, in passes of `num_minibatches`."""
+        ...
 
     def step(self, minibatch: Sequence[int]) -> None:
         """Accumulate the gradient of one optimizer step over some samples."""
@@ -282,8 +295,11 @@ class PolicyGradient:
     _values: Scores = field(default_factory=dict)
     _returns: Scores = field(default_factory=dict)
     _lengths: Sequence[int] = ()  # loss tokens by sample
+    _num_minibatches: int = 1
+    may_split_groups: ClassVar[bool] = True
 
-    def prepare(self, num_steps: int) -> None:
+    def prepare(self, num_steps: int, *, num_minibatches: int) -> None:
+        self._num_minibatches = num_minibatches
         samples, config, forward = self.forward.samples, self.config, self.forward
         self._lengths = [
             0 if config.mask_truncated and s.is_truncated else s.num_tokens for s in samples
@@ -420,7 +436,7 @@ class PolicyGradient:
             [self._lengths[i] for i in minibatch],
             normalization=LOSSES[self.config.loss].normalization,
             num_update_tokens=sum(self._lengths),
-            num_minibatches=self.config.num_minibatches,
+            num_minibatches=self._num_minibatches,
             max_tokens=self.max_completion_tokens or max(self._lengths),
         )
         return {
@@ -520,9 +536,9 @@ class PolicyGradient:
                     value_loss=result.loss.sum(),
                     value_clipped=result.is_clipped.sum(),
                     value_tokens=len(returns),
-                    returns=returns.sum(),
-                    squared_returns=returns.square().sum(),
-                    squared_errors=(returns - old_values).square().sum(),
+                    returns=returns.double().sum(),
+                    squared_returns=returns.double().square().sum(),
+                    squared_errors=(returns - old_values).double().square().sum(),
                 )
 
     def means(self, sums: Mapping[str, float]) -> dict[str, float]:
@@ -569,16 +585,22 @@ class Preferences:
 
     forward: Forward
     config: OnlineDpoConfig | DpoConfig
+    _old: Scores = field(default_factory=dict)  # empty: nothing to compare with, or no other policy
     _reference: Scores = field(default_factory=dict)
+    may_split_groups: ClassVar[bool] = False
 
-    def prepare(self, num_steps: int) -> None:
-        self._reference = self.forward.reference(range(len(self.forward.samples)))
+    def prepare(self, num_steps: int, *, num_minibatches: int) -> None:
+        samples = self.forward.samples
+        self._reference = self.forward.reference(range(len(samples)))
+        if num_steps > 1 and any(sample.sampler_logprobs for sample in samples):
+            self._old, _ = self.forward.old(range(len(samples)))
 
     def step(self, minibatch: Sequence[int]) -> None:
         forward, num_pairs = self.forward, len(minibatch) // 2
         pairs = [minibatch[k : k + 2] for k in range(0, len(minibatch), 2)]
         for batch, rows in forward.micro_batches(pairs, share=False):
             logprobs, entropy = forward.policy.logprobs(batch)
+            old = forward.on_device(self._old, rows) if self._old else logprobs.detach()
             reference = forward.on_device(self._reference, rows)
             result = preference_loss(
                 row_sums(logprobs, batch.rows, batch.num_rows),
@@ -594,12 +616,12 @@ class Preferences:
                 accurate=(result.margin > 0).sum(),
                 margin=result.margin.sum(),
                 tokens=len(logprobs),
-                reference_kl=kl_estimate(logprobs.detach(), reference, estimator="k3").sum(),
+                reference_kl=kl_estimate(old, reference, estimator="k3").sum(),
             )
             no = torch.zeros_like(batch.rows, dtype=torch.bool)
             forward.record(
                 batch,
-                policy_logprobs=logprobs,
+                policy_logprobs=old,
                 entropy=entropy,
                 weights=torch.ones_like(logprobs),
                 is_truncated=no,

@@ -6,15 +6,14 @@ from shared.metrics import TrainerMetrics
 from shared.schemas import PolicyId, StepRecord
 
 
-def step(num_constant_groups: int, *, num_groups: int = 2) -> StepRecord:
+def step(*, grad_norm: float) -> StepRecord:
     """1 in every other field that has no default."""
     required = (name for name, field in StepRecord.model_fields.items() if field.is_required())
     return StepRecord.model_validate(
         {
             **dict.fromkeys(required, 1),
             "policy": PolicyId(run_id="r", version=1),
-            "num_groups": num_groups,
-            "num_constant_groups": num_constant_groups,
+            "grad_norm": grad_norm,
         }
     )
 
@@ -54,8 +53,8 @@ def test_what_is_counted_is_0_before_it_happens() -> None:
 def test_steps_without_a_gradient_are_counted_in_a_row() -> None:
     metrics = TrainerMetrics()
     counts = []
-    for num_constant_groups in (1, 2, 2, 0, 2):
-        metrics.record(step(num_constant_groups))
+    for grad_norm in (0.5, 0.0, 0.0, 2.0, 0.0):
+        metrics.record(step(grad_norm=grad_norm))
         counts.append(
             metrics.registry.get_sample_value("tandem_trainer_steps_without_gradient", {})
         )
@@ -67,7 +66,7 @@ def test_steps_without_a_gradient_are_counted_in_a_row() -> None:
 def test_the_numbers_of_a_run_leave_with_it_and_come_with_the_next() -> None:
     metrics = TrainerMetrics()
     for _ in range(2):
-        metrics.record(step(0))
+        metrics.record(step(grad_norm=1.0))
         assert metrics.registry.get_sample_value("tandem_trainer_num_groups") == 2
         metrics.begin_run(max_staleness=0, min_ready_replicas=1)
         assert metrics.registry.get_sample_value("tandem_trainer_num_groups") is None

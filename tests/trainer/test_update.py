@@ -229,3 +229,44 @@ def test_groups_without_a_preference_make_no_pair_and_still_a_version(exact_base
     policy.update(same, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS)
     assert policy.id.version == 1
     assert torch.equal(weights(policy), before)
+
+
+@pytest.mark.parametrize("num_minibatches", [2, 5])
+def test_pairs_stay_together_however_many_minibatches_there_are(
+    exact_base: Policy, groups: list[Sample], num_minibatches: int
+) -> None:
+    algorithm = OnlineDpoConfig(num_minibatches=num_minibatches)
+    policy = begin(exact_base, algorithm)
+    stats = policy.update(groups, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS)
+    assert 0 <= stats.preference_accuracy <= 1
+    assert policy.id.version == 1
+
+
+def test_what_an_update_has_learned_is_no_drift_of_the_sampler(exact_base: Policy) -> None:
+    """Later steps of an update compare the policy of before it with the sampler."""
+    algorithm = OnlineDpoConfig(num_epochs=6)
+    policy = begin(exact_base, algorithm)
+    pairs = [
+        make_sample(10 * group + k, advantage=float(k), num_completion=20, group=group)
+        for group in range(16)
+        for k in range(2)
+    ]
+    logprobs = policy.sample_logprobs(pairs)
+    sampled = [
+        replace(s, sampler_logprobs=tuple(row)) for s, row in zip(pairs, logprobs, strict=True)
+    ]
+    stats = policy.update(sampled, algorithm, max_tokens_per_micro_batch=WHOLE_BATCH)
+    assert stats.num_fresh_tokens >= 256
+    assert stats.sampler_kl < 1e-6
+
+
+def test_positions_that_are_only_scored_count_as_computed(
+    exact_base: Policy, groups: list[Sample]
+) -> None:
+    computed = []
+    for coefficient in (0.0, 0.1):
+        algorithm = RlooConfig(kl=RewardKlConfig(coefficient=coefficient))
+        policy = begin(exact_base, algorithm)
+        stats = policy.update(groups, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS)
+        computed.append(stats.num_forward_tokens)
+    assert computed[1] > 2.5 * computed[0]
