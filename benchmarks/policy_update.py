@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
+import multiprocessing
 import random
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,16 +120,17 @@ class Measurement:
     rounds: int
 
     def of(self, side: Side, batch: Batch) -> Outcome | None:
-        """None when the device's memory does not suffice."""
-        measure = self._tandem if side.is_tandem else self._trl
-        outcome = None
-        with contextlib.suppress(torch.OutOfMemoryError):
-            outcome = measure(side, batch)
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
+        """None when the device's memory does not suffice. In a process of its own, because what
+        replaces a library's kernels does so for all models of a process."""
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+            outcome = alone.submit(self._measure, side, batch).result()
         print(f"{side.name}, {batch}: {outcome or 'out of memory'}", file=sys.stderr)
         return outcome
+
+    def _measure(self, side: Side, batch: Batch) -> Outcome | None:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._tandem(side, batch) if side.is_tandem else self._trl(side, batch)
+        return None
 
     def _tandem(self, _: Side, batch: Batch) -> Outcome:
         meter = _Meter(self.device)

@@ -67,7 +67,7 @@ def test_the_numbers_of_a_run_leave_with_it_and_come_with_the_next() -> None:
     metrics = TrainerMetrics()
     for _ in range(2):
         metrics.record(step(grad_norm=1.0))
-        assert metrics.registry.get_sample_value("tandem_trainer_num_groups") == 2
+        assert metrics.registry.get_sample_value("tandem_trainer_num_groups") == 1
         metrics.begin_run(max_staleness=0, min_ready_replicas=1)
         assert metrics.registry.get_sample_value("tandem_trainer_num_groups") is None
     assert metrics.registry.get_sample_value("tandem_trainer_updates_total") == 2
