@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 LONG_SUITES := gpu or faults or learning or compose
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-compose up check format rollout trainer requirements clean
+.PHONY: help setup demo test test-faults test-learning test-compose up check format rollout trainer requirements clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: $(INSTALLED) ## Run the test suite, with the real engine (ARGS="-k sync" p
 
 test-faults: $(INSTALLED) ## Kill, freeze, cut and fill what can be: the fault tests, minutes long
 	@$(BIN)/python -m pytest -m faults $(ARGS)
+
+test-learning: $(INSTALLED) ## Train with every algorithm, and with a random reward: 12 minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m learning $(ARGS)
 
 test-compose: $(INSTALLED) ## Build the CPU images and run the stack: needs a Docker engine, kubectl and promtool
 	@$(BIN)/python -m pytest -m compose $(ARGS)
