@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import multiprocessing
 import random
 import statistics
@@ -40,6 +41,7 @@ from services.trainer.samples import Sample
 from shared.adapters import LINEAR_MODULES
 from shared.schemas import PolicyId, QuantizationRecipe
 
+_NAME = str.maketrans({"×": "x", "+": "-", " ": None, "(": None, ")": None})  # of a report's file
 _LEARNING_RATE = 1e-6  # TRL's default; so small that the batch stays on-policy
 _RANK = 32
 _MAX_NORM_DIFFERENCE = 0.1  # TRL's LoRA gradients are bfloat16, Tandem's float32
@@ -50,8 +52,8 @@ _SHAPES: Mapping[str, tuple[int, int, int, int, int, int, int, bool]] = {
     "4b": (2560, 9728, 36, 32, 8, 128, 151936, True),
     "8b": (4096, 12288, 36, 32, 8, 128, 151936, False),
 }
-_CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
-_GROUP_SIZES = (2, 4, 8, 16, 32, 64)
+_CONTEXTS = (1024, 4096, 8192, 16384, 32768)
+_GROUP_SIZES = (4, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +121,23 @@ class Measurement:
     max_tokens: int
     rounds: int
 
-    def of(self, side: Side, batch: Batch) -> Outcome | None:
-        """None when the device's memory does not suffice. In a process of its own, because what
-        replaces a library's kernels does so for all models of a process."""
+    def of(self, side: Side, *batches: Batch) -> list[Outcome | None]:
+        """None where the device's memory does not suffice, and after that. In a process of its own,
+        because what replaces a library's kernels does so for all models of a process."""
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-            outcome = alone.submit(self._measure, side, batch).result()
-        print(f"{side.name}, {batch}: {outcome or 'out of memory'}", file=sys.stderr)
-        return outcome
+            return alone.submit(self._measure, side, batches).result()
 
-    def _measure(self, side: Side, batch: Batch) -> Outcome | None:
+    def _measure(self, side: Side, batches: Sequence[Batch]) -> list[Outcome | None]:
+        outcomes: list[Outcome | None] = [None] * len(batches)
         with contextlib.suppress(torch.OutOfMemoryError):
-            return self._tandem(side, batch) if side.is_tandem else self._trl(side, batch)
-        return None
+            for number, batch in enumerate(batches):
+                outcome = self._tandem(side, batch) if side.is_tandem else self._trl(side, batch)
+                print(f"{side.name}, {batch}: {outcome}", file=sys.stderr)
+                outcomes[number] = outcome
+                gc.collect()
+                if self.device == "cuda":
+                    torch.cuda.empty_cache()
+        return outcomes
 
     def _tandem(self, _: Side, batch: Batch) -> Outcome:
         meter = _Meter(self.device)
@@ -431,7 +438,8 @@ def _update(
     outcomes: dict[Side, Outcome | None] = {}
     for _ in range(arguments.turns):  # the sides take turns, as other load comes and goes
         for side in sides:
-            outcomes[side] = _joined(outcomes.get(side), measurement.of(side, batch))
+            (outcome,) = measurement.of(side, batch)
+            outcomes[side] = _joined(outcomes.get(side), outcome)
     tandem = outcomes[TANDEM]
     assert tandem, f"Tandem runs out of memory at {batch}"
     rows, ratios = [], []
@@ -457,7 +465,7 @@ def _update(
             ratios.append(f"{outcome.update_s / tandem.update_s:.2f} × {side.name}")
     return Report(
         name="policy_update",
-        variant=f"{arguments.device}-{'no-sharing' if arguments.rows_no_sharing else 'groups'}",
+        variant=f"{arguments.device}-{str(batch).translate(_NAME)}",
         title="One policy update against TRL's",
         setting=(
             f"{_where(arguments)}; batch of {batch} (groups × completions × (prompt + completion)) "
@@ -510,8 +518,8 @@ def _scaling(
     """Peak memory where a micro-batch is one row, and where it is one group."""
     contexts = [Batch(1, 2, length // 2, length // 2) for length in _CONTEXTS]
     groups = [Batch(1, size, 1024, 256) for size in _GROUP_SIZES]
-    by_context = _sweep(measurement, sides, contexts, [b.row for b in contexts])
-    by_group = _sweep(measurement, sides, groups, [b.num_tokens for b in groups])
+    by_context = _sweep(replace(measurement, max_tokens=1), sides, contexts)
+    by_group = _sweep(replace(measurement, max_tokens=groups[-1].num_tokens), sides, groups)
     rows = [
         (str(batch), *(_gibibytes(memory[side][i]) for side in sides))
         for batches, memory in ((contexts, by_context), (groups, by_group))
@@ -558,20 +566,13 @@ def _scaling(
 
 
 def _sweep(
-    measurement: Measurement,
-    sides: Sequence[Side],
-    batches: Sequence[Batch],
-    max_tokens: Sequence[int],
+    measurement: Measurement, sides: Sequence[Side], batches: Sequence[Batch]
 ) -> dict[Side, list[int]]:
     """Peak bytes per batch, 0 from the first one that runs out of memory."""
-    peaks: dict[Side, list[int]] = {}
+    peaks = {}
     for side in sides:
-        peaks[side] = [0] * len(batches)
-        for i, (batch, tokens) in enumerate(zip(batches, max_tokens, strict=True)):
-            outcome = replace(measurement, max_tokens=tokens, rounds=1).of(side, batch)
-            if outcome is None:
-                break
-            peaks[side][i] = outcome.peak_bytes
+        outcomes = replace(measurement, rounds=1).of(side, *batches)
+        peaks[side] = [outcome.peak_bytes if outcome else 0 for outcome in outcomes]
     return peaks
 
 
