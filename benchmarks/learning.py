@@ -203,9 +203,10 @@ def _report(outcomes: Mapping[str, Outcome], seed: int) -> Report:
             "same replica. Accuracy is exact match on 256 held-out prompts. Clipped are tokens "
             "whose loss a bound changed. KL is of sampler and trainer at the same version, per "
             "token, in the worst update. Settings are those of the algorithm that are not "
-            "defaults; two minibatches, because in the first optimizer step of an update every "
-            "ratio is 1. The learning rate is run.yaml's 1e-3 but for dpo, which forgets its "
-            "answers at that: 5e-4, and a beta that holds it nearer to the model it began from."
+            "defaults: two minibatches, because in the first optimizer step of an update every "
+            "ratio is 1; no KL term but where it says so. The learning rate is run.yaml's 1e-3. "
+            "For dpo it is 5e-4 and beta 1, because at 1e-3 and the default 0.1 it first rises and "
+            "then pushes the chosen answers down with the rejected ones."
         ),
         header=(
             "case",
@@ -284,10 +285,7 @@ def _plot(outcomes: Mapping[str, Outcome], path: Path) -> None:
                 color="#9aa5b1",
                 label="mean reward of the step",
             )
-        for name, style, color in (
-            ("sampled", "o-", "#1f6feb"),
-            ("greedy", "s--", "#d9730d"),
-        ):
+        for name, style, color in (("sampled", "o-", "#1f6feb"), ("greedy", "s--", "#d9730d")):
             axes.plot(
                 [evaluation.step for evaluation in evals],
                 [getattr(evaluation, f"{name}_reward") for evaluation in evals],
@@ -299,6 +297,7 @@ def _plot(outcomes: Mapping[str, Outcome], path: Path) -> None:
         axes.set_title(case, fontsize=9, color="#b3261e" if case == CONTROL else "black")
         axes.set(ylim=(0, 1.02), xlim=(0, NUM_STEPS))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.tick_params(labelbottom=True, labelsize=8)
         axes.grid(alpha=0.3)
     figure.supxlabel("update (policy version)", fontsize=9)
     handles, labels = grid[0, 0].get_legend_handles_labels()
