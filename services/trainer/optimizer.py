@@ -86,18 +86,19 @@ class Optimizer:
 
     def state(self) -> dict[str, Any]:
         """A copy of the state, on the CPU."""
-        state = self._optimizer.state_dict()
-        return {
-            "state": {
-                index: {
-                    name: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
-                    for name, value in moments.items()
-                }
-                for index, moments in state["state"].items()
-            },
-            "param_groups": copy.deepcopy(state["param_groups"]),
-        }
+        copied = _on_cpu(self._optimizer.state_dict())
+        assert isinstance(copied, dict)
+        return copied
 
     def restore(self, state: dict[str, Any], *, num_updates: int) -> None:
         self._optimizer.load_state_dict(copy.deepcopy(state))  # it keeps what it gets
         self.num_updates = num_updates
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy of what state dicts are made of."""
+    if isinstance(value, Tensor):
+        return value.to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return copy.deepcopy(value)

@@ -180,10 +180,7 @@ def fail(policy: Policy, **told: Any) -> Failure:
     """An update whose second step fails, then one that does not."""
     start(policy)
     before = weights(policy)
-    bad = [
-        replace(make_sample(seed, advantage=1.0, num_completion=3), **told)
-        for seed in (6, 7)
-    ]
+    bad = [replace(make_sample(seed, advantage=1.0, num_completion=3), **told) for seed in (6, 7)]
     good = [make_sample(8, advantage=1.0), make_sample(9, advantage=-1.0)]
     try:
         policy.update(

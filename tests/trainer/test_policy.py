@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -19,12 +21,12 @@ from services.tokens import PromptEncoder
 from services.trainer.logprobs import TokenLogprobs
 from services.trainer.parallel import Ranks
 from services.trainer.policy import Policy
-from services.trainer.run_config import AlgorithmConfig, LoraConfig, OptimizerConfig
+from services.trainer.run_config import AlgorithmConfig, LoraConfig, OptimizerConfig, PpoConfig
 from services.trainer.samples import Sample, TokenBatch, Tree, collate
 from services.trainer.stats import UpdateRefused, UpdateStats
 from shared.adapters import LINEAR_MODULES, check_tensors, read_header
 from shared.checkpoints import base_identity, linear_shapes
-from tests.trainer.conftest import PLAIN, VERSION_0, make_sample
+from tests.trainer.conftest import NO_GUARDS, PLAIN, VERSION_0, make_sample, repeatable
 
 WHOLE_BATCH = 100_000
 
@@ -282,3 +284,85 @@ def test_a_target_module_that_cannot_be_served_is_refused_before_the_run(
     with pytest.raises(ValueError, match=f"has {missing}, .* choose from q_proj, k_proj"):
         policy.start(VERSION_0, lora, OptimizerConfig(), seed=0)
     assert policy.lora.rank == 8
+
+
+def test_rank_stabilized_lora_scales_by_the_root_of_the_rank(
+    policy: Policy, samples: list[Sample]
+) -> None:
+    lora = LoraConfig(rank=16, alpha=8, use_rslora=True)
+    policy.start(VERSION_0, lora, OptimizerConfig(), seed=0)
+    train_a_little(policy, samples)
+    assert policy.publish().manifest.scaling == 8 / 4
+    assert policy.model.peft_config["default"].use_rslora
+    layer = next(m for m in policy.model.modules() if isinstance(m, LoraLayer))
+    assert layer.scaling["default"] == 8 / 4
+
+
+def tensor_types(state: Any) -> Iterator[torch.dtype]:
+    if isinstance(state, Tensor):
+        yield state.dtype
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from tensor_types(value)
+
+
+def test_the_8_bit_optimizer_learns_and_goes_on_from_its_snapshot(
+    policy: Policy, samples: list[Sample]
+) -> None:
+    """Moments of tensors of 4096 weights or more take 8 bits."""
+    options = OptimizerConfig(name="adamw_8bit", learning_rate=1e-3, warmup_steps=0)
+    lora = LoraConfig(rank=32, target_modules=("gate_proj",))
+    policy.start(VERSION_0, lora, options, seed=0)
+    train_a_little(policy, samples)
+    snapshot = policy.snapshot()
+    assert torch.uint8 in tensor_types(snapshot.optimizer)
+    train_a_little(policy, samples)
+    expected = weights(policy)
+    policy.start(VERSION_0, lora, options, seed=1)
+    policy.restore(VERSION_0.model_copy(update={"version": 1}), snapshot)
+    train_a_little(policy, samples)
+    assert torch.equal(weights(policy), expected)
+
+
+def test_a_critic_goes_on_from_its_snapshot(policy: Policy, samples: list[Sample]) -> None:
+    algorithm = PpoConfig(num_epochs=2)
+    options = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
+
+    def begin(seed: int) -> None:
+        policy.start(VERSION_0, LoraConfig(rank=8), options, seed=seed, algorithm=algorithm)
+
+    def learn() -> UpdateStats:
+        return repeatable(
+            policy.update(samples, algorithm, max_tokens_per_micro_batch=64, guards=NO_GUARDS)
+        )
+
+    begin(seed=0)
+    learn()
+    snapshot = policy.snapshot()
+    expected = learn(), weights(policy)
+    begin(seed=1)
+    policy.restore(VERSION_0.model_copy(update={"version": 1}), snapshot)
+    assert learn() == expected[0]
+    assert torch.equal(weights(policy), expected[1])
+    policy.start(VERSION_0, LoraConfig(rank=8), options, seed=0)
+    with pytest.raises(ValueError, match="do not fit this base"):
+        policy.restore(VERSION_0, snapshot)  # a run without a critic
+
+
+def test_a_lora_linear_is_peft_s_and_so_is_its_gradient(
+    policy: Policy, samples: list[Sample]
+) -> None:
+    train_a_little(policy, samples)
+    layer = next(m for m in policy.model.modules() if isinstance(m, LoraLayer))
+    x = torch.randn(3, 5, layer.base_layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    by_peft = type(layer).forward
+    results = []
+    for forward in (layer.forward, lambda x: by_peft(layer, x)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = forward(x)
+        inputs = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), inputs)))
+    for ours, peft in zip(*results, strict=True):
+        assert (ours - peft).norm() <= 0.01 * peft.norm()
+    with policy.adapter_disabled():
+        torch.testing.assert_close(layer.forward(x), layer.base_layer(x), atol=0, rtol=0)

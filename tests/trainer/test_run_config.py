@@ -100,3 +100,30 @@ def test_a_bad_config_is_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         parse_run_config(text)
     assert "\n" not in str(error.value).strip() or "YAML" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("use_dora: true", "use_dora rescales every row of a weight"),
+        ("modules_to_save: [lm_head]", "modules_to_save trains whole modules"),
+        ("rank_pattern: {q_proj: 4}", "rank_pattern gives modules ranks of their own"),
+        ("alpha_pattern: {q_proj: 4}", "alpha_pattern gives modules factors of their own"),
+        ("lora_dropout: 0.1", "lora_dropout makes the policy that trains another one"),
+    ],
+)
+def test_what_an_adapter_on_a_replica_cannot_have_is_refused_with_the_reason(
+    option: str, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^lora: {reason}.*: leave it out$"):
+        parse_run_config(f"managed: false\nlora: {{{option}}}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "ppo", "online_dpo", "dpo"],
+)
+def test_an_algorithm_is_chosen_by_its_name_alone(name: str) -> None:
+    algorithm = parse_run_config(f"managed: false\nalgorithm: {name}").algorithm
+    assert algorithm.name == name
+    assert algorithm == parse_run_config(f"managed: false\nalgorithm: {{name: {name}}}").algorithm
