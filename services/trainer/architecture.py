@@ -60,11 +60,7 @@ def _has_plain_attention(model: Any) -> bool:
 
 
 def fuse_kernels(model: Any) -> None:
-    """RMSNorm, rotary positions and SwiGLU as one kernel each, where liger-kernel has them.
-
-    An update of a 4B model took two thirds of the time with them, and torch.compile did not gain as
-    much (one H100; docs/algorithms.md).
-    """
+    """RMSNorm, rotary positions and SwiGLU as one kernel each, where liger-kernel has them."""
     if importlib.util.find_spec("liger_kernel") is None:
         log.warning("liger-kernel is not installed: updates are slower than they could be")
         return
