@@ -231,10 +231,11 @@ def changed(**numbers: Any) -> UpdateStats:
 def test_an_update_out_of_a_bound_is_refused_in_a_sentence_that_names_it(
     name: str, good: float, bad: float, guard: str
 ) -> None:
-    check_guards(changed(**{name: good}), GuardsConfig())
+    guards = GuardsConfig(min_sequence_ess=0.5)  # off by default
+    check_guards(changed(**{name: good}), guards)
     refused = changed(**{name: bad})
     with pytest.raises(UpdateRefused, match=rf"{name} is {bad}.*guards\.{guard} {good}") as caught:
-        check_guards(refused, GuardsConfig())
+        check_guards(refused, guards)
     assert caught.value.stats == refused
     check_guards(refused, GuardsConfig.model_validate({guard: None}))
 
