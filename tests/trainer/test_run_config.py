@@ -39,7 +39,8 @@ def test_the_demo_config_is_valid() -> None:
 
 @pytest.mark.parametrize("algorithm", ["ppo", "reinforce_pp"])
 def test_an_algorithm_that_compares_over_the_batch_may_have_groups_of_one(algorithm: str) -> None:
-    parse_run_config(MANAGED + f"sampling: {{n: 1}}\nalgorithm: {algorithm}")
+    config = parse_run_config(MANAGED + f"sampling: {{n: 1}}\nalgorithm: {algorithm}")
+    assert config.sampling.n == 1
 
 
 def test_an_offline_run_needs_replicas_for_its_evaluations_alone() -> None:

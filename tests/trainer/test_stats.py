@@ -243,6 +243,8 @@ def test_an_update_out_of_a_bound_is_refused_in_a_sentence_that_names_it(
 def test_numbers_of_few_tokens_refuse_nothing() -> None:
     few = changed(sampler_kl=1.0, num_fresh_tokens=MIN_FRESH_TOKENS - 1)
     check_guards(few, GuardsConfig())
+    with pytest.raises(UpdateRefused):
+        check_guards(replace(few, num_fresh_tokens=MIN_FRESH_TOKENS), GuardsConfig())
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])

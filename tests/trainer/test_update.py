@@ -219,6 +219,7 @@ def test_kl_that_is_off_computes_no_reference(
 
     monkeypatch.setattr(policy, "adapter_disabled", refuse)
     policy.update(groups, GrpoConfig(), max_tokens_per_micro_batch=60, guards=NO_GUARDS)
+    assert policy.id.version == 1
 
 
 def test_groups_without_a_preference_make_no_pair_and_still_a_version(exact_base: Policy) -> None:
