@@ -97,11 +97,29 @@ class RolloutMetrics:
         self.policy_version.set(receipt.newest.version)
 
 
+# Of the tokens that the very version being updated has sampled: without any, no number is better
+# than one that reads as healthy.
+_OF_FRESH_TOKENS = {
+    "logprob_gap",
+    "logprob_gap_p99",
+    "logprob_gap_max",
+    "probability_factor",
+    "sampler_kl",
+    "fresh_sequence_ess",
+    "fresh_masked_fraction",
+}
+
+
 class TrainerMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         self.updates = Counter("tandem_trainer_updates", "Policy updates", registry=self.registry)
+        self.refused_updates = Counter(
+            "tandem_trainer_refused_updates",
+            "Updates that the guards refused",
+            registry=self.registry,
+        )
         self.checkpoints = Counter(
             "tandem_trainer_checkpoints",
             "Checkpoints by outcome: saved or failed",
@@ -207,7 +225,10 @@ class TrainerMetrics:
                 self._steps_without_gradient.inc()
             else:
                 self._steps_without_gradient.set(0)
-        for name, value in {**scalars(record), "policy_version": record.policy.version}.items():
+        numbers = scalars(record)
+        if isinstance(record, StepRecord) and not record.num_fresh_tokens:
+            numbers = {name: v for name, v in numbers.items() if name not in _OF_FRESH_TOKENS}
+        for name, value in {**numbers, "policy_version": record.policy.version}.items():
             if name not in self._gauges:
                 self._gauges[name] = Gauge(
                     f"tandem_trainer_{name}", f"Latest {name}", registry=self.registry

@@ -419,11 +419,6 @@ class ScoredGroup(Wire):
     sampling: SamplingParams
     completions: tuple[ScoredCompletion, ...] = Field(min_length=1)
 
-    @property
-    def is_constant(self) -> bool:
-        """All have the same rewards: comparing its completions teaches nothing."""
-        return len({scored.rewards or scored.reward for scored in self.completions}) == 1
-
 
 class PreferencePair(Wire):
     """Two answers to a prompt, of which one is the better: what DPO learns from."""

@@ -179,6 +179,8 @@ def _encode_pair(
         encoder.encode_answer(_answer(row, column, prompt, where))
         for column in (config.chosen_column, config.rejected_column)
     )
+    if chosen == rejected:
+        raise ValueError(f"{where} has one answer twice, which teaches nothing: leave it out")
     pair = PreferencePair(
         prompt_token_ids=encoder.encode(prompt),
         chosen_token_ids=chosen,

@@ -65,7 +65,7 @@ class ExternalUpdates:
                 )
             except ServiceError as error:  # the update stands; replicas get it when they return
                 log.error("no replica has policy %s yet: %s", run.policy.id, error.detail)
-        record = step_record(learned, clock, meter)
+        record = step_record(run.config, learned, clock, meter)
         answer = TrainResponse(
             policy=run.policy.id, step=record, receipts=receipts, replicas=run.fleet.status()
         )

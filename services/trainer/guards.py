@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,13 @@ from pydantic_core import to_json
 from services.trainer.durable import write_file
 from services.trainer.run_config import GuardsConfig
 from services.trainer.samples import Sample
-from services.trainer.stats import MIN_FRESH_TOKENS, UpdateRefused, UpdateStats, mean_kl
+from services.trainer.stats import (
+    MIN_FRESH_TOKENS,
+    UpdateRefused,
+    UpdateStats,
+    mean_kl,
+    num_telling_tokens,
+)
 from shared.errors import ConformanceFailed, UnsuitableForTraining
 
 log = logging.getLogger(__name__)
@@ -38,9 +45,12 @@ def check_handshake(policy: Scores, samples: Sequence[Sample], guards: GuardsCon
     """
     bound = guards.max_handshake_kl
     fresh = [s for s in samples if s.sampler_logprobs and not any(s.staleness)]
-    fresh = fresh[: guards.num_handshake_completions]
     if bound is None or not fresh:
         return
+    num_needed = num_telling_tokens(bound)
+    ends = list(accumulate(sample.num_tokens for sample in fresh))
+    num_short = sum(end < num_needed for end in ends)  # completions that are too few tokens
+    fresh = fresh[: max(guards.num_handshake_completions, num_short + 1)]
     policy_logprobs = [value for row in policy.sample_logprobs(fresh) for value in row]
     sampler_logprobs = [value for sample in fresh for value in sample.sampler_logprobs]
     gaps = torch.tensor(policy_logprobs) - torch.tensor(sampler_logprobs)
@@ -49,8 +59,11 @@ def check_handshake(policy: Scores, samples: Sequence[Sample], guards: GuardsCon
         f"KL(sampler || trainer) of {len(fresh)} completions ({num_tokens} tokens) before the "
         f"first update is {kl:.2g}"
     )
+    if num_tokens < num_needed:
+        log.warning("%s, of too few tokens to be judged: that takes %d", found, num_needed)
+        return
     log.info("%s", found)
-    if num_tokens >= MIN_FRESH_TOKENS and kl > bound:
+    if kl > bound:
         raise ConformanceFailed(
             f"{found}, above guards.max_handshake_kl {bound:g}: the replicas compute another model "
             "than the trainer, as with ROLLOUT_BASE=original and a 4-bit trainer, with another "
@@ -66,12 +79,14 @@ def refused(
     refusal: UpdateRefused | FloatingPointError,
 ) -> UnsuitableForTraining:
     """Save the batch that was refused; the error that says why, and where it is."""
-    path = run_dir / "refused" / f"step-{step:06d}.json"
+    folder = run_dir / "refused"
+    number = len(list(folder.glob(f"step-{step:06d}*")))
+    path = folder / f"step-{step:06d}{f'-{number}' if number else ''}.json"
     stats = asdict(refusal.stats) if isinstance(refusal, UpdateRefused) else None
     batch = {"step": step, "reason": str(refusal), "stats": stats, "samples": samples}
     where = f"its batch is in {path}"
     try:
-        path.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         write_file(path, to_json(batch, inf_nan_mode="strings"))
     except OSError as error:  # the reason is worth more than the batch
         where = f"its batch could not be saved in {path}: {error.strerror or error}"
@@ -79,20 +94,33 @@ def refused(
 
 
 class GuardWatch:
-    """Warns when a number of the updates crosses its bound, not for as long as it is beyond."""
+    """Warns when a number of the updates crosses its bound, not for as long as it is beyond, and
+    once when there is nothing to guard by."""
 
     def __init__(self) -> None:
         self._beyond: set[str] = set()
+        self._is_blind = False
 
     def see(self, step: int, stats: UpdateStats, guards: GuardsConfig) -> None:
+        if not stats.num_fresh_tokens and stats.kl_by_lag and not self._is_blind:
+            self._is_blind = True
+            log.warning(
+                "step %d: no token was sampled by the very version that is updated, as with "
+                "max_staleness above 0: the guards of sampler and trainer see nothing; logprob_gap "
+                "per replica in GET /replicas compares them at every sync",
+                step,
+            )
         if stats.num_fresh_tokens < MIN_FRESH_TOKENS:
             return
         for name, value, bound in (
             ("sampler_kl", stats.sampler_kl, guards.warn_sampler_kl),
             ("probability_factor", stats.probability_factor, guards.warn_probability_factor),
         ):
-            is_beyond = value > (math.inf if bound is None else bound)
-            if is_beyond == (name in self._beyond):
+            was_beyond = name in self._beyond
+            limit = math.inf if bound is None else bound
+            # Back is well below, so that a number about the bound is not said at every step.
+            is_beyond = value > (_back_at(limit, name) if was_beyond else limit)
+            if is_beyond == was_beyond:
                 continue
             self._beyond ^= {name}
             if is_beyond:
@@ -107,3 +135,9 @@ class GuardWatch:
                 )
             else:
                 log.info("step %d: %s is back at %.4g", step, name, value)
+
+
+def _back_at(limit: float, name: str) -> float:
+    """Half of the way to no difference, which is 1 for a factor and 0 otherwise."""
+    none = 1.0 if name == "probability_factor" else 0.0
+    return none + (limit - none) / 2

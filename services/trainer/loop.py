@@ -108,7 +108,7 @@ async def train(run: Run) -> None:
                 source.release(learned.adapter.policy)
             run.log.emit_batch(step, batch)
             sampled = batch if isinstance(batch, Batch) else None
-            await run.log.emit(step_record(learned, clock, meter, sampled))
+            await run.log.emit(step_record(config, learned, clock, meter, sampled))
             if needs_eval(config, step, run.log.last_eval):
                 await unless_stopped(run, evaluate(run, step))
             await run.checkpoints.save_if_due(run, step)
@@ -153,6 +153,12 @@ def groups_ahead(run: Run) -> Ahead:
         assert config.sampling.max_tokens, "the config was refused else"
         return punish_overlong(scored, config.overlong, max_tokens=config.sampling.max_tokens)
 
+    def is_constant(group: ScoredGroup) -> bool:
+        return config.is_constant(
+            [scored.rewards or (scored.reward,) for scored in group.completions],
+            [scored.completion.finish_reason == "length" for scored in group.completions],
+        )
+
     return Ahead(
         prompts=run.prompts,
         consumed=run.consumed,
@@ -163,6 +169,7 @@ def groups_ahead(run: Run) -> Ahead:
         num_groups=(config.num_steps - run.first_step) * config.prompts_per_step,
         policy=run.policy.id,
         max_set_aside=config.max_set_aside,
+        is_constant=is_constant,
     )
 
 
@@ -192,8 +199,7 @@ async def learn(run: Run, samples: Sequence[Sample], *, step: int, clock: Clock)
     Raises UnsuitableForTraining for an update that the guards refuse: nothing of it was applied.
     """
     policy, config = run.policy, run.config
-    num_varying = sum(group_varies(samples))
-    if config.compares_within_groups and not num_varying:
+    if config.compares_within_groups and all(constant_groups(config, samples)):
         log.warning(
             "step %d: all %d groups have equal rewards (mean %.3f): there is nothing to learn from",
             step,
@@ -214,17 +220,23 @@ async def learn(run: Run, samples: Sequence[Sample], *, step: int, clock: Clock)
                 guards=config.guards,
             )
         except (UpdateRefused, FloatingPointError) as refusal:
-            raise refused(run.log.run_dir, step, samples, refusal) from refusal
+            run.log.count_refusal()
+            raise await asyncio.to_thread(
+                refused, run.log.run_dir, step, samples, refusal
+            ) from refusal
     run.watch.see(step, stats, config.guards)
     with clock.measure("publish_s"):
         adapter = await asyncio.to_thread(policy.publish)
     return Learned(step, samples, stats, adapter)
 
 
-def group_varies(samples: Sequence[Sample]) -> list[bool]:
-    """For each group, whether the rewards of its completions differ."""
+def constant_groups(config: RunConfig, samples: Sequence[Sample]) -> list[bool]:
+    """For each group, whether it has several completions and comparing them teaches nothing."""
+    groups = [[samples[index] for index in group] for group in group_indices(samples)]
     return [
-        len({samples[index].rewards for index in group}) > 1 for group in group_indices(samples)
+        len(group) > 1
+        and config.is_constant([s.rewards for s in group], [s.is_truncated for s in group])
+        for group in groups
     ]
 
 
@@ -280,10 +292,11 @@ def train_request(
 
 
 def step_record(
-    learned: Learned, clock: Clock, meter: Meter, sampled: Batch | None = None
+    config: RunConfig, learned: Learned, clock: Clock, meter: Meter, sampled: Batch | None = None
 ) -> StepRecord:
     """What a step did; `sampled` says how its groups came when this service sampled them."""
-    samples, stats, varies = learned.samples, learned.stats, group_varies(learned.samples)
+    samples, stats = learned.samples, learned.stats
+    is_constant = constant_groups(config, samples)
     rewards = [sample.reward for sample in samples]
     num_tokens = sum(sample.num_tokens for sample in samples)
     staleness = [max(sample.staleness, default=0) for sample in samples]
@@ -291,11 +304,8 @@ def step_record(
     return StepRecord(
         step=learned.step,
         policy=learned.adapter.policy,
-        num_groups=len(varies),
-        num_constant_groups=sum(
-            len(group) > 1 and not differs
-            for group, differs in zip(group_indices(samples), varies, strict=True)
-        ),
+        num_groups=len(is_constant),
+        num_constant_groups=sum(is_constant),
         num_constant_groups_set_aside=len(sampled.set_aside) if sampled else 0,
         num_samples=len(samples),
         num_tokens=num_tokens,

@@ -31,6 +31,12 @@ from shared.schemas import CompletionGroup, PolicyId, ScoredGroup
 
 log = logging.getLogger(__name__)
 Sample = Callable[[int, Prompt, PolicyId], Awaitable[CompletionGroup]]
+
+
+def has_equal_rewards(group: ScoredGroup) -> bool:
+    return len({scored.reward for scored in group.completions}) == 1
+
+
 Score = Callable[[Sequence[Prompt], Sequence[CompletionGroup]], Awaitable[Sequence[ScoredGroup]]]
 
 
@@ -46,14 +52,11 @@ class AheadGroup:
     sampled_at: float = 0.0
     scored: ScoredGroup | None = None
     scored_at: float = 0.0
+    is_constant: bool = False  # once it is scored
 
     @property
     def is_ready(self) -> bool:
         return self.scored is not None
-
-    @property
-    def is_constant(self) -> bool:
-        return self.scored is not None and self.scored.is_constant
 
 
 def choose_batch(
@@ -120,6 +123,7 @@ class Ahead:
     num_groups: int
     policy: PolicyId  # that new groups start under
     max_set_aside: int = 0  # constant groups per batch
+    is_constant: Callable[[ScoredGroup], bool] = has_equal_rewards
     _groups: list[AheadGroup] = field(default_factory=list)  # in the order of their start
     _set_aside: list[AheadGroup] = field(default_factory=list)  # since the last batch was taken
     _num_taken: int = 0  # groups of that batch, until the version it makes is served
@@ -226,6 +230,7 @@ class Ahead:
             scored = await self.score([group.prompt for group in waiting], groups)
             for group, result in zip(waiting, scored, strict=True):
                 group.scored, group.scored_at = result, time.perf_counter()
+                group.is_constant = self.is_constant(result)
             self._set_aside_constant()
             self._changed.set()
 

@@ -6,7 +6,8 @@ must name is a dataset, its rewards and `num_steps`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -113,6 +114,15 @@ class CorrectionConfig(Config):
     # Completions with a token whose ratio is below are masked, as 1e-4.
     veto_ratio: float | None = Field(gt=0, default=None)
 
+    @model_validator(mode="after")
+    def _has_bounds_in_order(self) -> CorrectionConfig:
+        if self.min_ratio is not None and not self.min_ratio < self.max_ratio:
+            raise ValueError(f"min_ratio {self.min_ratio} is not below max_ratio {self.max_ratio}")
+        low, high = self.geometric_band or (1.0, 2.0)
+        if not 0 < low < high:
+            raise ValueError(f"geometric_band [{low}, {high}] is no band of ratios above 0")
+        return self
+
 
 LossName = Literal["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "luspo", "cispo", "sapo", "rloo"]
 
@@ -153,6 +163,15 @@ class GrpoConfig(PolicyGradientConfig):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     # several rewards: weigh and add them before the group is normalized, or after
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_its_former_field(cls, value: Any) -> Any:
+        """`importance_clip`, of runs begun before there were other corrections."""
+        if isinstance(value, Mapping) and "importance_clip" in value:
+            rest = {name: item for name, item in value.items() if name != "importance_clip"}
+            return {"correction": {"max_ratio": value["importance_clip"]}, **rest}
+        return value
 
     @model_validator(mode="after")
     def _has_one_place_for_kl(self) -> GrpoConfig:
@@ -439,7 +458,20 @@ class RunConfig(Config):
         """Constant groups per update that dynamic sampling replaces."""
         if self.dynamic_sampling is None:
             return 0
-        return int((self.dynamic_sampling.max_groups_factor - 1) * self.prompts_per_step)
+        num_groups = round(self.dynamic_sampling.max_groups_factor * self.prompts_per_step, 6)
+        return math.ceil(num_groups) - self.prompts_per_step
+
+    def is_constant(self, rewards: Sequence[tuple[float, ...]], truncated: Sequence[bool]) -> bool:
+        """True when comparing the completions of a group teaches nothing, by what the algorithm
+        compares: `rewards` of each, and whether it was `truncated`."""
+        match self.algorithm:
+            case GrpoConfig(reward_aggregation="normalize_then_sum"):
+                return len(set(rewards)) == 1
+            case OnlineDpoConfig(missing_eos_penalty=penalty):
+                pairs = zip(rewards, truncated, strict=True)
+                return len({sum(own) - penalty * cut for own, cut in pairs}) == 1
+            case _:
+                return len({sum(own) for own in rewards}) == 1
 
     @model_validator(mode="after")
     def _has_what_its_loop_needs(self) -> RunConfig:

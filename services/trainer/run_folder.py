@@ -21,9 +21,10 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from services.trainer.algorithms.losses import LOSSES
 from services.trainer.data import Prompt
 from services.trainer.durable import new_folder, write_file
-from services.trainer.run_config import RunConfig
+from services.trainer.run_config import PolicyGradientConfig, RunConfig
 from services.trainer.run_log import FINAL_STATES, last_state
 from shared.checkpoints import identity_difference
 from shared.errors import BaseMismatch, Conflict, InvalidRequest, RunConflict
@@ -146,7 +147,7 @@ def read_config(path: Path) -> RunConfig:
     try:
         return RunConfig.model_validate_json((path / "config.json").read_bytes())
     except (OSError, ValidationError) as error:
-        raise _unusable(path, "config.json") from error
+        raise _unusable(path, "config.json", error) from error
 
 
 def newest_unfinished(runs_dir: Path) -> Path | None:
@@ -197,21 +198,39 @@ def _read_life(path: Path) -> Life:
     try:
         return Life.model_validate_json((path / "life.json").read_bytes())
     except (OSError, ValidationError) as error:
-        raise _unusable(path, "life.json") from error
+        raise _unusable(path, "life.json", error) from error
 
 
-def _unusable(path: Path, name: str) -> Conflict:
+def _unusable(path: Path, name: str, error: OSError | ValidationError) -> Conflict:
+    problem = error.strerror if isinstance(error, OSError) else _first_problem(error)
     return Conflict(
-        f"{path} has no usable {name}: it is not a run that can go on; choose another run_id"
+        f"{path} has no usable {name} ({problem}): it is not a run that can go on; choose another "
+        "run_id"
     )
 
 
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 def _refuse_changes(saved: RunConfig, config: RunConfig) -> None:
-    for name, before, now in _differences(saved.model_dump(), config.model_dump()):
+    for name, before, now in _differences(_resolved(saved), _resolved(config)):
         raise InvalidRequest(
             f"{name} is {now!r}, run {saved.run_id!r} began with {before!r}: leave it, or choose "
             "another run_id"
         )
+
+
+def _resolved(config: RunConfig) -> dict[str, Any]:
+    """The fields of a config, with the clips of its loss where it leaves them to it."""
+    fields = config.model_dump()
+    if isinstance(config.algorithm, PolicyGradientConfig):
+        loss = LOSSES[config.algorithm.loss]
+        for name in ("clip_low", "clip_high"):
+            if fields["algorithm"][name] is None:
+                fields["algorithm"][name] = getattr(loss, name)
+    return fields
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -136,6 +136,10 @@ class RunLog:
             self._metrics.record(event)
             self._plot(event)
 
+    def count_refusal(self) -> None:
+        """An update was refused: no event, its batch is kept elsewhere."""
+        self._metrics.refused_updates.inc()
+
     def _write(self, file: LineFile, line: str) -> None:
         """Append, or have the line wait: a full disk is said once, until lines are written."""
         num_waiting = file.num_waiting

@@ -27,9 +27,7 @@ from services.trainer.algorithms.ratios import MAX_LOG_RATIO
 from services.trainer.run_config import GuardsConfig
 from shared.schemas import LagKl
 
-# With fewer, one token that the two see 2 nats apart is more than max_sampler_kl by itself:
-# (e² - 3) / 0.02 = 219.
-MIN_FRESH_TOKENS = 256
+MIN_FRESH_TOKENS = 256  # what guards judge; see num_telling_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +268,11 @@ class UpdateRefused(ValueError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.remedy}"
+
+
+def num_telling_tokens(bound: float) -> int:
+    """The tokens over which one that policy and sampler see 2 nats apart is no KL above `bound`."""
+    return math.ceil((math.exp(2) - 3) / bound)
 
 
 def check_guards(stats: UpdateStats, guards: GuardsConfig) -> None:

@@ -44,6 +44,7 @@ from shared.errors import (
     NotReady,
     RunConflict,
     ServiceError,
+    UnsuitableForTraining,
 )
 from shared.metrics import TrainerMetrics
 from shared.rollout_client import RolloutClient
@@ -383,6 +384,8 @@ class Trainer:
             await self._end(run, StateRecord(state=state))
         except ServiceError as error:
             log.error("run %s failed: %s", run.config.run_id, error.detail)
+            if isinstance(error, UnsuitableForTraining):  # nothing of the refused update is left
+                await run.checkpoints.save(run, run.policy.id.version)
             await self._end(run, StateRecord(state=current.state_if_failed, detail=error.detail))
         except asyncio.CancelledError:
             detail = "the trainer was stopped within a step"
@@ -424,8 +427,9 @@ class Trainer:
             num_context_tokens = max(
                 num_context_tokens, longest + (config.sampling.max_tokens or 1)
             )
-        # Such a loop may also sample elsewhere, and fetch adapters from here.
-        needs_none = not config.needs_replicas and self._knows_no_replica
+        # Offline DPO samples nothing; a loop of the user's own may also sample elsewhere, and fetch
+        # adapters from here.
+        needs_none = not config.needs_replicas and (config.managed or self._knows_no_replica)
         return Requirements(
             run=run.policy.id.model_copy(update={"version": 0}),
             base=run.policy.identity,

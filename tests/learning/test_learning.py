@@ -34,6 +34,8 @@ async def test_held_out_accuracy_climbs(services: DemoServices, case: str) -> No
     assert 0.2 <= outcome.start <= 0.5
     # A policy that learns from others' pairs never sees what it says itself.
     assert outcome.rise >= (0.25 if case == "dpo" else 0.4)
+    is_sampled = case != "dpo"
+    assert all((step.num_fresh_tokens > 0) is is_sampled for step in outcome.history.steps)
     assert outcome.max_sampler_kl < 2e-4  # what the replica computes is the trainer's policy
     assert not outcome.complaints
 

@@ -257,3 +257,11 @@ def test_messages_that_the_chat_template_refuses_are_an_invalid_request(
 
     with pytest.raises(InvalidRequest, match="refuses the messages: roles must alternate"):
         PromptEncoder(Refusing(), 16).encode((ChatMessage(role="user", content="a"),))
+
+
+def test_a_pair_of_equal_answers_is_named(tmp_path: Path, encoder: PromptEncoder) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "s21=", "chosen": "12", "rejected": "12"}\n')
+    config = PreferenceDataset(type="preferences", path=str(path))
+    with pytest.raises(ValueError, match=r"row 0 of .* has one answer twice"):
+        load_pairs(config, encoder, max_positions=64)

@@ -84,13 +84,13 @@ def test_replicas_that_sample_from_what_trains_are_shaken_hands_with(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    check_handshake(Played(-1.01), [sampled(i) for i in range(16)], GUARDS)
-    assert "16 completions (256 tokens) before the first update is 5e-05" in caplog.text
+    check_handshake(Played(-1.01), [sampled(i) for i in range(64)], GUARDS)
+    assert "55 completions (880 tokens) before the first update is 5e-05" in caplog.text
 
 
 def test_another_model_fails_the_handshake_in_a_sentence_that_names_what_to_set() -> None:
     with pytest.raises(ConformanceFailed) as caught:
-        check_handshake(Played(-1.2), [sampled(i) for i in range(16)], GUARDS)
+        check_handshake(Played(-1.2), [sampled(i) for i in range(64)], GUARDS)
     k3 = math.exp(-0.2) - 1 + 0.2
     for part in (f"{k3:.2g}", "max_handshake_kl 0.005", "ROLLOUT_BASE=original"):
         assert part in caught.value.detail
@@ -104,16 +104,23 @@ def test_only_completions_without_an_older_token_shake_hands() -> None:
     assert policy.scored == [sampled(0), sampled(3)]
 
 
-def test_a_handshake_takes_as_many_completions_as_the_config_says() -> None:
+@pytest.mark.parametrize(("num_asked", "num_taken"), [(3, 55), (60, 60), (99, 64)])
+def test_a_handshake_takes_what_the_config_says_and_what_it_takes_to_judge(
+    num_asked: int, num_taken: int
+) -> None:
+    """One odd token of 878 or more is no KL above 0.005."""
     policy = Played(-1.0)
-    few = GuardsConfig(num_handshake_completions=3)
-    check_handshake(policy, [sampled(i) for i in range(16)], few)
-    assert len(policy.scored) == 3
+    guards = GuardsConfig(num_handshake_completions=num_asked)
+    check_handshake(policy, [sampled(i) for i in range(64)], guards)
+    assert len(policy.scored) == num_taken
 
 
-def test_a_handshake_over_few_tokens_or_switched_off_fails_nobody() -> None:
-    samples = [sampled(i) for i in range(16)]
-    check_handshake(Played(-9.0), samples[:15], GUARDS)
+def test_a_handshake_over_few_tokens_says_so_and_one_switched_off_scores_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    samples = [sampled(i) for i in range(54)]
+    check_handshake(Played(-9.0), samples, GUARDS)
+    assert "of too few tokens to be judged: that takes 878" in caplog.text
     off = Played(-9.0)
     check_handshake(off, samples, GuardsConfig(max_handshake_kl=None))
     assert off.scored == []

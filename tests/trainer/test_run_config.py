@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from services.trainer.run_config import parse_run_config, read_run_config
+from services.trainer.run_config import (
+    CorrectionConfig,
+    GrpoConfig,
+    parse_run_config,
+    read_run_config,
+)
 
 MANAGED = """
 num_steps: 3
@@ -128,3 +133,48 @@ def test_an_algorithm_is_chosen_by_its_name_alone(name: str) -> None:
     algorithm = parse_run_config(f"managed: false\nalgorithm: {name}").algorithm
     assert algorithm.name == name
     assert algorithm == parse_run_config(f"managed: false\nalgorithm: {{name: {name}}}").algorithm
+
+
+def test_the_config_of_a_run_of_the_first_version_is_understood() -> None:
+    algorithm = parse_run_config("managed: false\nalgorithm: {name: grpo, importance_clip: 2}")
+    assert algorithm.algorithm == GrpoConfig(correction=CorrectionConfig(max_ratio=2.0))
+
+
+@pytest.mark.parametrize(
+    ("correction", "problem"),
+    [
+        ("min_ratio: 5", "min_ratio 5.0 is not below max_ratio 3.0"),
+        ("geometric_band: [0, 2]", "is no band of ratios above 0"),
+        ("geometric_band: [2, 1]", "is no band of ratios above 0"),
+    ],
+)
+def test_bounds_of_the_correction_that_are_out_of_order_are_refused(
+    correction: str, problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        parse_run_config(f"managed: false\nalgorithm: {{name: grpo, correction: {{{correction}}}}}")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "is_constant"),
+    [
+        ("grpo", True),
+        ("{name: grpo, reward_aggregation: normalize_then_sum}", False),
+        ("online_dpo", True),
+        ("{name: online_dpo, missing_eos_penalty: 0.5}", False),
+    ],
+)
+def test_a_group_is_constant_by_what_its_algorithm_compares(
+    algorithm: str, is_constant: bool
+) -> None:
+    """Equal sums of different rewards, of which one completion was cut."""
+    config = parse_run_config(f"managed: false\nalgorithm: {algorithm}")
+    assert config.is_constant([(1.0, 0.0), (0.0, 1.0)], [True, False]) is is_constant
+
+
+@pytest.mark.parametrize(("factor", "num_prompts", "expected"), [(1.1, 8, 1), (1.2, 10, 2)])
+def test_dynamic_sampling_sets_as_many_groups_aside_as_its_factor_says(
+    factor: float, num_prompts: int, expected: int
+) -> None:
+    more = f"prompts_per_step: {num_prompts}\ndynamic_sampling: {{max_groups_factor: {factor}}}"
+    assert parse_run_config(MANAGED + more).max_set_aside == expected

@@ -209,3 +209,30 @@ async def test_a_completed_run_goes_on_only_for_more_steps(tmp_path: Path) -> No
     with pytest.raises(Conflict, match="has completed its 10 steps: set num_steps to more"):
         RunFolder.reopen(tmp_path / "r", config(), BASE)
     RunFolder.reopen(tmp_path / "r", config(num_steps=11), BASE).close()
+
+
+def test_a_run_begun_by_the_first_version_goes_on(tmp_path: Path) -> None:
+    """Its config.json has a field that is no more, and clips that a config leaves to its loss."""
+    path = tmp_path / "r"
+    RunFolder.create(path, config(), BASE).close()
+    saved = json.loads((path / "config.json").read_text())
+    saved["algorithm"] = {
+        "name": "grpo",
+        "scale_rewards": "group",
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "importance_clip": 3.0,
+        "num_epochs": 1,
+        "num_minibatches": 1,
+    }
+    (path / "config.json").write_text(json.dumps(saved))
+    RunFolder.reopen(path, config(), BASE).close()
+    with pytest.raises(InvalidRequest, match=r"algorithm\.clip_high is 0\.3"):
+        RunFolder.reopen(path, config(algorithm={"name": "grpo", "clip_high": 0.3}), BASE)
+
+
+def test_a_config_that_cannot_be_read_is_refused_with_its_problem(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "r", config(), BASE).close()
+    (tmp_path / "r" / "config.json").write_text('{"num_steps": "many"}')
+    with pytest.raises(Conflict, match=r"no usable config\.json \(num_steps: Input should be"):
+        RunFolder.reopen(tmp_path / "r", config(), BASE)

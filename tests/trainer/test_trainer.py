@@ -673,3 +673,39 @@ async def test_groups_that_cannot_be_compared_are_refused(trainer: Trainer) -> N
     mixed = group.model_copy(update={"completions": (bad, parts)})
     with pytest.raises(UnsuitableForTraining, match="1 or 2 rewards"):
         await trainer.train(request.model_copy(update={"groups": (mixed,)}))
+
+
+async def test_an_offline_run_waits_for_no_replica_that_is_configured_and_gone(
+    loaded_policy: Policy, tmp_path: Path
+) -> None:
+    settings = TrainerSettings(
+        model="tiny", runs_dir=tmp_path, rollout_urls="http://127.0.0.1:9", ready_timeout_s=600
+    )
+    trainer = Trainer(settings)
+    trainer._policy = loaded_policy
+    try:
+        await trainer.start_run(offline(tmp_path))
+        assert await end_of_run(trainer) == "completed"
+    finally:
+        await trainer.stop()
+
+
+async def test_a_refused_update_ends_the_run_and_costs_no_update_before_it(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = trainer.policy.update
+
+    def refuse_the_third(*args: Any, **options: Any) -> Any:
+        if trainer.policy.id.version == 2:
+            raise FloatingPointError("the gradient is not finite")
+        return update(*args, **options)
+
+    monkeypatch.setattr(trainer.policy, "update", refuse_the_third)
+    await trainer.start_run(offline(tmp_path))
+    assert await end_of_run(trainer) == "failed"
+    assert "refused/step-000003.json" in trainer.run_status().detail
+    assert trainer.metrics.registry.get_sample_value("tandem_trainer_refused_updates_total") == 1
+    monkeypatch.undo()
+    await trainer.start_run(offline(tmp_path))
+    assert await end_of_run(trainer) == "completed"
+    assert trained_positions(trainer) == [(1 + p // 3, p) for p in range(12)]
