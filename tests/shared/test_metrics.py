@@ -6,7 +6,7 @@ from shared.metrics import TrainerMetrics
 from shared.schemas import PolicyId, StepRecord
 
 
-def step(*, grad_norm: float) -> StepRecord:
+def step(*, grad_norm: float, num_fresh_tokens: int = 1) -> StepRecord:
     """1 in every other field that has no default."""
     required = (name for name, field in StepRecord.model_fields.items() if field.is_required())
     return StepRecord.model_validate(
@@ -14,6 +14,7 @@ def step(*, grad_norm: float) -> StepRecord:
             **dict.fromkeys(required, 1),
             "policy": PolicyId(run_id="r", version=1),
             "grad_norm": grad_norm,
+            "num_fresh_tokens": num_fresh_tokens,
         }
     )
 
@@ -71,3 +72,10 @@ def test_the_numbers_of_a_run_leave_with_it_and_come_with_the_next() -> None:
         metrics.begin_run(max_staleness=0, min_ready_replicas=1)
         assert metrics.registry.get_sample_value("tandem_trainer_num_groups") is None
     assert metrics.registry.get_sample_value("tandem_trainer_updates_total") == 2
+
+
+def test_a_step_without_a_fresh_token_shows_no_difference_that_nobody_measured() -> None:
+    metrics = TrainerMetrics()
+    metrics.record(step(grad_norm=1.0, num_fresh_tokens=0))
+    assert metrics.registry.get_sample_value("tandem_trainer_sampler_kl") is None
+    assert metrics.registry.get_sample_value("tandem_trainer_entropy") is not None
