@@ -10,7 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
+from services.tokens import PromptEncoder
+from services.trainer.parallel import Ranks
 from services.trainer.policy import Policy
 from services.trainer.run_config import (
     GuardsConfig,
@@ -20,6 +24,7 @@ from services.trainer.run_config import (
 )
 from services.trainer.samples import Sample
 from services.trainer.stats import UpdateStats
+from shared.checkpoints import base_identity
 from shared.schemas import PolicyId
 
 VERSION_0 = PolicyId(run_id="test", version=0)
@@ -70,6 +75,18 @@ def make_sample(
         group=group,
         rewards=(advantage,),
         is_truncated=False,
+    )
+
+
+def float32_policy(checkpoint: Path, ranks: Ranks | None = None) -> Policy:
+    """The same model without quantization and rounding, where equal means equal to 1e-5."""
+    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return Policy(
+        model.requires_grad_(False),
+        PromptEncoder.load(checkpoint),
+        base_identity(checkpoint, None),
+        torch.device("cpu"),
+        ranks=ranks,
     )
 
 

@@ -18,9 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
-from services.tokens import PromptEncoder
 from services.trainer.logprobs import TokenLogprobs
 from services.trainer.parallel import PeerFailed, Ranks, num_processes
 from services.trainer.policy import Policy
@@ -36,11 +34,17 @@ from services.trainer.run_config import (
 )
 from services.trainer.samples import Sample, TokenBatch
 from services.trainer.stats import UpdateRefused
-from shared.checkpoints import base_identity
 from shared.logs import configure_logging
 from shared.schemas import PolicyId
 from tests.replica_process import eventually, free_port
-from tests.trainer.conftest import NO_GUARDS, PLAIN, VERSION_0, make_sample, repeatable
+from tests.trainer.conftest import (
+    NO_GUARDS,
+    PLAIN,
+    VERSION_0,
+    float32_policy,
+    make_sample,
+    repeatable,
+)
 from tests.trainer.test_trainer import train_request
 from tests.trainer_process import SLOW_BOOT, TrainerProcess, start_trainer
 
@@ -114,17 +118,6 @@ def update(policy: Policy, case: str, index: int) -> tuple[float, ...]:
 
 def weights(policy: Policy) -> Tensor:
     return torch.cat([p.detach().flatten() for p in policy.optimizer.parameters])
-
-
-def float32_policy(checkpoint: Path, ranks: Ranks) -> Policy:
-    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    return Policy(
-        model.requires_grad_(False),
-        PromptEncoder.load(checkpoint),
-        base_identity(checkpoint, None),
-        torch.device("cpu"),
-        ranks=ranks,
-    )
 
 
 # --- what runs in two processes -----------------------------------------------------------------

@@ -15,9 +15,7 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
-from services.tokens import PromptEncoder
 from services.trainer.logprobs import TokenLogprobs
 from services.trainer.parallel import Ranks
 from services.trainer.policy import Policy
@@ -25,8 +23,15 @@ from services.trainer.run_config import AlgorithmConfig, LoraConfig, OptimizerCo
 from services.trainer.samples import Sample, TokenBatch, Tree, collate
 from services.trainer.stats import UpdateRefused, UpdateStats
 from shared.adapters import LINEAR_MODULES, check_tensors, read_header
-from shared.checkpoints import base_identity, linear_shapes
-from tests.trainer.conftest import NO_GUARDS, PLAIN, VERSION_0, make_sample, repeatable
+from shared.checkpoints import linear_shapes
+from tests.trainer.conftest import (
+    NO_GUARDS,
+    PLAIN,
+    VERSION_0,
+    float32_policy,
+    make_sample,
+    repeatable,
+)
 
 WHOLE_BATCH = 100_000
 
@@ -110,34 +115,27 @@ def test_an_eval_forward_leaves_the_gradient_as_it_was(
 
 
 @pytest.fixture
-def float32_policy(tiny_checkpoint: Path) -> Policy:
-    """The same model without rounding, where equal means equal to 1e-5."""
-    model = LlamaForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
-    policy = Policy(
-        model.requires_grad_(False),
-        PromptEncoder.load(tiny_checkpoint),
-        base_identity(tiny_checkpoint, None),
-        torch.device("cpu"),
-    )
+def exact_policy(tiny_checkpoint: Path) -> Policy:
+    policy = float32_policy(tiny_checkpoint)
     policy.start(VERSION_0, LoraConfig(rank=8), OptimizerConfig(), seed=0)
     return policy
 
 
 @pytest.mark.parametrize("max_tokens", [1, 25, 40])
 def test_the_gradient_does_not_depend_on_micro_batches_or_order(
-    float32_policy: Policy, samples: list[Sample], max_tokens: int
+    exact_policy: Policy, samples: list[Sample], max_tokens: int
 ) -> None:
-    whole = gradient(float32_policy, samples)
-    cut = gradient(float32_policy, samples[::-1], max_tokens)
+    whole = gradient(exact_policy, samples)
+    cut = gradient(exact_policy, samples[::-1], max_tokens)
     torch.testing.assert_close(cut, whole, atol=1e-6, rtol=1e-5)
 
 
 def test_samples_without_advantage_count_as_tokens_and_change_nothing_else(
-    float32_policy: Policy, samples: list[Sample]
+    exact_policy: Policy, samples: list[Sample]
 ) -> None:
     """The skipped rows carry no gradient: computing them gives the same one."""
-    expected = torch.linalg.norm(gradient(float32_policy, samples)).item()
-    stats = float32_policy.update(samples, PLAIN, max_tokens_per_micro_batch=30)
+    expected = torch.linalg.norm(gradient(exact_policy, samples)).item()
+    stats = exact_policy.update(samples, PLAIN, max_tokens_per_micro_batch=30)
     assert stats.grad_norm == pytest.approx(expected, rel=1e-5)
 
 

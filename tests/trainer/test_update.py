@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
-from services.tokens import PromptEncoder
 from services.trainer.attention import packed_attention
 from services.trainer.policy import Policy
 from services.trainer.run_config import (
@@ -29,8 +27,7 @@ from services.trainer.run_config import (
     RlooConfig,
 )
 from services.trainer.samples import Layout, Sample
-from shared.checkpoints import base_identity
-from tests.trainer.conftest import NO_GUARDS, VERSION_0, make_sample
+from tests.trainer.conftest import NO_GUARDS, VERSION_0, float32_policy, make_sample
 from tests.trainer.reference_attention import varlen_attention
 from tests.trainer.test_policy import WHOLE_BATCH, gradient, weights
 
@@ -62,16 +59,6 @@ ALGORITHMS: dict[str, AlgorithmConfig] = {
 def exact_base(tiny_checkpoint: Path) -> Policy:
     """The same model without rounding, where equal means equal to 1e-5."""
     return float32_policy(tiny_checkpoint)
-
-
-def float32_policy(checkpoint: Path) -> Policy:
-    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    return Policy(
-        model.requires_grad_(False),
-        PromptEncoder.load(checkpoint),
-        base_identity(checkpoint, None),
-        torch.device("cpu"),
-    )
 
 
 def begin(policy: Policy, algorithm: AlgorithmConfig) -> Policy:
