@@ -33,6 +33,8 @@ LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 class TensorInfo:
     dtype: str  # safetensors' name: BF16, F16, F32
     shape: tuple[int, ...]
+    start: int  # its bytes in the file: [start, end)
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,8 @@ def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _header_json(path: Path) -> dict[str, Any]:
+def _header_json(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the tensors' bytes begin."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -125,7 +128,7 @@ def _header_json(path: Path) -> dict[str, Any]:
         raise InvalidAdapter(f"the body is not a safetensors file: {error}") from error
     if not isinstance(header, dict):
         raise InvalidAdapter("the body is not a safetensors file: its header is not an object")
-    return header
+    return header, 8 + header_bytes
 
 
 def _parse_manifest(metadata: Any) -> AdapterManifest:
@@ -150,7 +153,7 @@ def _parse_manifest(metadata: Any) -> AdapterManifest:
         ) from error
 
 
-def _tensor_info(name: str, entry: Any) -> TensorInfo:
+def _tensor_info(name: str, entry: Any, first_byte: int) -> TensorInfo:
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
         start, end = (int(offset) for offset in entry["data_offsets"])
@@ -167,14 +170,15 @@ def _tensor_info(name: str, entry: Any) -> TensorInfo:
         raise InvalidAdapter(
             f"tensor {name!r} of shape {list(shape)} and dtype {dtype} spans {end - start} bytes"
         )
-    return TensorInfo(dtype, shape)
+    return TensorInfo(dtype, shape, first_byte + start, first_byte + end)
 
 
 def read_header(path: Path) -> AdapterHeader:
     """Parse the header of an adapter file without trusting it. Raises InvalidAdapter."""
-    header = _header_json(path)
+    header, first_byte = _header_json(path)
     manifest = _parse_manifest(header.pop("__metadata__", None))
-    return AdapterHeader(manifest, {name: _tensor_info(name, e) for name, e in header.items()})
+    tensors = {name: _tensor_info(name, entry, first_byte) for name, entry in header.items()}
+    return AdapterHeader(manifest, tensors)
 
 
 def expected_shapes(

@@ -375,6 +375,9 @@ class RolloutLimits(Wire):
     max_body_bytes: int  # of a JSON request
 
 
+ServingMode = Literal["lora", "merged"]
+
+
 class RolloutStatus(Wire):
     state: Literal["starting", "ready", "draining", "dead"]
     detail: str
@@ -382,7 +385,7 @@ class RolloutStatus(Wire):
     model: str
     vllm_version: str
     kv_cache_dtype: str
-    serving_mode: Literal["lora"] = "lora"
+    serving_mode: ServingMode = "lora"
     base: BaseIdentity | None  # None while starting
     limits: RolloutLimits
     newest: PolicyId

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from services.rollout.engine import Adapter, Engine
-from shared.errors import NoFreeSlot, RunConflict, StaleVersion, UnknownPolicy
+from shared.errors import InvalidRequest, NoFreeSlot, RunConflict, StaleVersion, UnknownPolicy
 from shared.schemas import BASE_POLICY, AdapterManifest, PolicyId, ResidentPolicy
 
 log = logging.getLogger(__name__)
@@ -67,13 +67,18 @@ class _Resident:
 
 
 class PolicyStore:
-    def __init__(self, engine: Engine, *, max_live_policies: int, wait_s: float) -> None:
+    def __init__(
+        self, engine: Engine, *, max_live_policies: int, wait_s: float, merges: bool = False
+    ) -> None:
+        """`merges`: the engine holds one version at a time (ROLLOUT_SERVING_MODE=merged)."""
         self.newest: PolicyId = BASE_POLICY
         self.is_loading = False  # an adapter into the engine
         self._engine = engine
         self._max_live = max_live_policies
         self._num_slots = max_live_policies + 1
         self._wait_s = wait_s
+        self._merges = merges
+        self._on_the_base: set[str] = set()  # interruptible request ids
         self._resident: list[_Resident] = []
         self._slot_ids = itertools.count(1)
         self._admitting = asyncio.Lock()
@@ -114,7 +119,12 @@ class PolicyStore:
         """
         policy = policy or self.newest
         if policy.is_base:
-            yield Lease(policy, None)
+            if interruptible:
+                self._on_the_base.add(request_id)
+            try:
+                yield Lease(policy, None)
+            finally:
+                self.ended(request_id)
             return
         item = self._find(policy, probes=not interruptible)
         item.num_leases += 1
@@ -133,6 +143,7 @@ class PolicyStore:
 
     def ended(self, request_id: str) -> None:
         """Nothing of a request runs any more, though its lease may still be held."""
+        self._on_the_base.discard(request_id)
         for item in self._resident:
             item.interruptible.discard(request_id)
 
@@ -185,6 +196,8 @@ class PolicyStore:
                 return Admission("already_resident", (), 0.0, 0.0)
             if not probe:
                 self.check_order(adapter, activate=activate, replace_run=replace_run)
+            if self._merges and not probe:
+                _check_merge(policy, activate=activate, in_flight=in_flight)
             started = time.perf_counter()
             retired = await self._free_slot()
             waited = time.perf_counter()
@@ -253,6 +266,9 @@ class PolicyStore:
 
     async def _activate(self, policy: PolicyId, in_flight: Literal["finish", "continue"]) -> None:
         self.newest = policy
+        if self._merges:
+            for item in self._resident:
+                item.superseded |= item.policy != policy and not item.is_probe
         if in_flight == "continue":
             await self._interrupt_all_but(policy)
 
@@ -261,6 +277,8 @@ class PolicyStore:
         for _ in range(_INTERRUPT_ATTEMPTS):
             others = [item for item in self._resident if item.policy != policy]
             request_ids = [request_id for item in others for request_id in item.interruptible]
+            if self._merges:  # else the base runs beside the adapters
+                request_ids += self._on_the_base
             if not request_ids:
                 return
             await self._engine.interrupt(request_ids)
@@ -315,3 +333,21 @@ class PolicyStore:
         shutil.rmtree(item.adapter.path)
         log.info("retired policy %s", item.policy)
         return item.policy
+
+
+def _check_merge(
+    policy: PolicyId, *, activate: bool, in_flight: Literal["finish", "continue"]
+) -> None:
+    """Refuse what a replica cannot do whose weights hold one version at a time."""
+    if not activate:
+        raise NoFreeSlot(
+            f"policy {policy} cannot be installed beside the newest: this replica merges adapters "
+            "into its weights and serves one version at a time"
+        )
+    if in_flight == "finish":
+        raise InvalidRequest(
+            f"running completions cannot finish under their version while {policy} comes: this "
+            "replica merges adapters into its weights and serves one version at a time; send "
+            "?in_flight=continue (in_flight: continue in the run config), or start it with "
+            "ROLLOUT_SERVING_MODE=lora"
+        )

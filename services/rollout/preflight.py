@@ -19,6 +19,7 @@ from services.machine import (
 )
 from services.rollout.settings import RolloutSettings
 from shared.adapters import LINEAR_MODULES
+from shared.checkpoints import linear_shapes
 
 log = logging.getLogger(__name__)
 CPU_KV_CACHE_BYTES = 256 << 20
@@ -41,22 +42,42 @@ def check_start(settings: RolloutSettings) -> tuple[RolloutSettings, Path]:
             f"ROLLOUT_TENSOR_PARALLEL_SIZE={settings.tensor_parallel_size} needs as many GPUs: on "
             "a CPU set it to 1"
         )
+    is_merged = settings.serving_mode == "merged"
+    if is_merged and settings.tensor_parallel_size > 1:
+        raise ValueError(
+            f"ROLLOUT_SERVING_MODE=merged with ROLLOUT_TENSOR_PARALLEL_SIZE="
+            f"{settings.tensor_parallel_size}: adapters are merged on one GPU alone; set one of "
+            "them back"
+        )
     check_writable("ROLLOUT_ADAPTER_DIR", settings.resolved_adapter_dir)
     gpus = [] if on_cpu else gpus_by_a_child(f"ROLLOUT_DEVICE={settings.device}")
     source = resolve_checkpoint(settings.model, "ROLLOUT_MODEL")
     weights = _served_bytes(settings, weight_bytes(source))
+    kept = kept_bytes(linear_shapes(source)) if is_merged else 0
     if on_cpu:
         kv_cache = settings.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES
-        parts = {"weights": weights, "KV cache": kv_cache, "vLLM": _VLLM_BYTES}
+        parts = {"weights": weights + kept, "KV cache": kv_cache, "vLLM": _VLLM_BYTES}
         check_memory(f"ROLLOUT_MODEL {settings.model}", parts, memory())
     else:
-        check_gpus(settings, weights, gpus)
+        check_gpus(settings, weights + kept, gpus)
+        # vLLM does not know of the copy: it comes after its start.
+        share = settings.gpu_memory_utilization - kept / gpus[0].memory.total_bytes
+        settings = settings.model_copy(update={"gpu_memory_utilization": share})
         settings = choose_attention(settings, gpus[: settings.tensor_parallel_size])
     return settings, source
 
 
 def _served_bytes(settings: RolloutSettings, weights: WeightBytes) -> int:
     return weights.bf16 if settings.base == "nf4-exact" else weights.stored
+
+
+def kept_bytes(linear_shapes: dict[str, tuple[int, int]]) -> int:
+    """Of the copy of the base that merged serving restores it from: its linears in bf16."""
+    return sum(
+        2 * num_out * num_in
+        for module, (num_out, num_in) in linear_shapes.items()
+        if module.endswith(LINEAR_MODULES)
+    )
 
 
 def check_gpus(settings: RolloutSettings, weights: int, gpus: list[Gpu]) -> None:
@@ -131,7 +152,7 @@ def warn_of_small_adapter_dir(
     """Log it when the folder cannot hold the adapters of the largest rank a run may have."""
     folder = settings.resolved_adapter_dir
     adapter = adapter_bytes(linear_shapes, settings.max_lora_rank)
-    num_adapters = settings.max_live_policies + 1  # the one that arrives
+    num_adapters = settings.num_live_policies + 1  # the one that arrives
     free = shutil.disk_usage(folder).free
     if num_adapters * adapter > free:
         log.warning(

@@ -145,7 +145,10 @@ class Replica:
         engine = booted.engine
         limits = settings.limits(engine.max_model_len)
         policies = PolicyStore(
-            engine, max_live_policies=settings.max_live_policies, wait_s=settings.sync_wait_s
+            engine,
+            max_live_policies=settings.num_live_policies,
+            wait_s=settings.sync_wait_s,
+            merges=settings.serving_mode == "merged",
         )
         sampler = Sampler(
             engine=engine,
@@ -287,6 +290,7 @@ class Replica:
             model=self.settings.model,
             vllm_version=serving.engine_version if serving else "",
             kv_cache_dtype=self.settings.resolved_kv_cache_dtype,
+            serving_mode=self.settings.serving_mode,
             base=serving.base.identity if serving else None,
             limits=serving.limits if serving else self.settings.limits(0),
             newest=serving.policies.newest if serving else BASE_POLICY,

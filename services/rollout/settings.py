@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.auth import ApiKey
 from shared.logs import LogLevel
-from shared.schemas import RolloutLimits
+from shared.schemas import RolloutLimits, ServingMode
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM has slots for
 AttentionBackend = Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION"]  # vLLM's
@@ -58,6 +58,8 @@ class RolloutSettings(BaseSettings):
     enforce_eager: bool = False
     seed: int = Field(default=0, ge=0, lt=1 << 32)
 
+    # lora: adapters beside the base, several at once. merged: one at a time, in the base's weights.
+    serving_mode: ServingMode = "lora"
     max_lora_rank: int = Field(default=32, ge=1, le=512)
     max_live_policies: int = Field(default=2, ge=1, le=16)  # one more slot receives the next one
 
@@ -100,6 +102,10 @@ class RolloutSettings(BaseSettings):
         return "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
 
     @property
+    def num_live_policies(self) -> int:
+        return 1 if self.serving_mode == "merged" else self.max_live_policies
+
+    @property
     def lora_slot_rank(self) -> int:
         """The smallest rank vLLM offers that holds `max_lora_rank`."""
         return next(rank for rank in _LORA_RANKS if rank >= self.max_lora_rank)
@@ -123,7 +129,7 @@ class RolloutSettings(BaseSettings):
         return RolloutLimits(
             max_model_len=max_model_len,
             max_lora_rank=self.max_lora_rank,
-            max_live_policies=self.max_live_policies,
+            max_live_policies=self.num_live_policies,
             max_num_seqs=self.max_num_seqs,
             max_completions=self.max_completions,
             max_adapter_bytes=self.max_adapter_bytes,

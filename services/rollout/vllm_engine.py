@@ -7,6 +7,7 @@ LoRARequest is built by keyword, and both families of validation errors are caug
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import os
@@ -30,8 +31,10 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from services.boot import one_line
 from services.rollout.engine import Adapter, FinishReason, SampledDelta
 from services.rollout.engine_output import EngineOutput, root_cause
+from services.rollout.engine_worker import LOADING, READY, MergedWorker, SlotWorker
 from services.rollout.preflight import CPU_KV_CACHE_BYTES
 from services.rollout.settings import RolloutSettings
+from services.rollout.weights_gate import WeightsGate
 from shared.adapters import LINEAR_MODULES
 from shared.errors import EngineDead, InternalError, InvalidAdapter, InvalidRequest
 from shared.schemas import SamplingParams
@@ -44,6 +47,7 @@ _FINISH_REASONS: dict[str, FinishReason] = {
     "length": "length",
     "abort": "interrupted",
 }
+_STAGE_POLL_S = 0.005
 
 
 # vLLM's words for its own settings, where those of RolloutSettings are others.
@@ -86,18 +90,27 @@ class VllmEngine:
             _check_libnuma()
         # vLLM's CPU kernels index a request of the base as adapter -1, the last slot, when adapters
         # run beside it: that slot stays empty, all zeros.
-        num_slots = settings.max_live_policies + (2 if on_cpu else 1)
-        options: dict[str, Any] = {}
-        # Without target modules vLLM adapts the head too, and its CPU kernels for that fail, with
-        # the whole engine, when prompt logprobs are asked for in a batch of several sequences.
-        # Nor can its CPU runner rewind the generator of a seeded request whose prefill it cut in
+        num_slots = settings.num_live_policies + (2 if on_cpu else 1)
+        options: dict[str, Any] = {"worker_extension_cls": _qualified_name(MergedWorker)}
+        if settings.serving_mode == "lora":
+            options = {
+                "worker_extension_cls": _qualified_name(SlotWorker),
+                "enable_lora": True,
+                "max_loras": num_slots,
+                "max_cpu_loras": num_slots,
+                "max_lora_rank": settings.lora_slot_rank,
+                # Without them vLLM adapts the head too, which costs time, and whose CPU kernels
+                # fail, with the whole engine, when prompt logprobs are asked for in a batch of
+                # several sequences.
+                "lora_target_modules": [*LINEAR_MODULES, "qkv_proj", "gate_up_proj"],
+            }
+        # vLLM's CPU runner cannot rewind the generator of a seeded request whose prefill it cut in
         # parts: the engine dies of it.
         if on_cpu:
             options |= {
                 "enable_chunked_prefill": False,
                 "distributed_executor_backend": "uni",
                 "enforce_eager": True,
-                "lora_target_modules": [*LINEAR_MODULES, "qkv_proj", "gate_up_proj"],
             }
         elif settings.attention_backend is not None:
             options["attention_backend"] = settings.attention_backend
@@ -114,10 +127,6 @@ class VllmEngine:
             or (CPU_KV_CACHE_BYTES if on_cpu else None),
             kv_cache_dtype=settings.resolved_kv_cache_dtype,
             tensor_parallel_size=settings.tensor_parallel_size,
-            enable_lora=True,
-            max_loras=num_slots,
-            max_cpu_loras=num_slots,
-            max_lora_rank=settings.lora_slot_rank,
             logprobs_mode="processed_logprobs",  # of the distribution actually sampled
             stream_interval=settings.stream_interval,
             hf_overrides={"head_dtype": "float32"},
@@ -133,7 +142,8 @@ class VllmEngine:
                 engine = AsyncLLM.from_vllm_config(config)
         except Exception as error:  # of any class: what failed is another process
             raise _boot_error(error, output.kept) from error
-        booted = cls(engine, config.model_config.max_model_len)
+        kind = MergedVllmEngine if settings.serving_mode == "merged" else cls
+        booted = kind(engine, config.model_config.max_model_len)
         booted._output = output
         return booted
 
@@ -192,10 +202,11 @@ class VllmEngine:
     ) -> AsyncGenerator[Any]:
         """vLLM's outputs of one request. Closed or cancelled, it is aborted in the engine too."""
         outputs = self.async_llm.generate(
-            tokens_input(list(token_ids)),
+            # The salt keeps the prefix cache of a policy apart from all others.
+            tokens_input(list(token_ids), cache_salt=adapter.name if adapter else None),
             params,
             request_id=request_id,
-            lora_request=_lora_request(adapter) if adapter else None,
+            lora_request=self._lora_request(adapter) if adapter else None,
         )
         finished = False
         async with _vllm_errors(), aclosing(outputs):
@@ -209,9 +220,20 @@ class VllmEngine:
         async with _vllm_errors():
             await self.async_llm.abort(list(request_ids))
 
+    def _lora_request(self, adapter: Adapter) -> LoRARequest | None:
+        return LoRARequest(
+            lora_name=adapter.name, lora_int_id=adapter.slot_id, lora_path=str(adapter.path)
+        )
+
     async def load_adapter(self, adapter: Adapter) -> None:
         try:
-            await self.async_llm.add_lora(_lora_request(adapter))
+            if reason := await self._stage(adapter):
+                log.warning(
+                    "an adapter cannot be loaded beside the engine's work (%s): vLLM loads it, and "
+                    "pauses for that",
+                    reason,
+                )
+                await self.async_llm.add_lora(self._lora_request(adapter))
         except EngineDeadError as error:
             raise EngineDead("the engine died while it loaded an adapter") from error
         except Exception as error:
@@ -219,6 +241,16 @@ class VllmEngine:
             async with _vllm_errors():
                 await self.async_llm.remove_lora(adapter.slot_id)
             raise InvalidAdapter(f"vLLM refused the adapter: {error}") from error
+
+    async def _stage(self, adapter: Adapter) -> str | None:
+        """Load an adapter beside the engine's work, on every rank. Why not, when that failed."""
+        call = self.async_llm.collective_rpc
+        await call("tandem_stage", args=(adapter.slot_id, str(adapter.path)))
+        states = [LOADING]
+        while LOADING in states:
+            await asyncio.sleep(_STAGE_POLL_S)
+            states = await call("tandem_commit", args=(adapter.slot_id,))
+        return next((state for state in states if state != READY), None)
 
     async def unload_adapter(self, adapter: Adapter) -> None:
         async with _vllm_errors():
@@ -246,6 +278,69 @@ class VllmEngine:
         del self.async_llm  # its __del__ fails when the interpreter is already gone
         if self._output:
             self._output.close()
+
+
+class MergedVllmEngine(VllmEngine):
+    """Has the adapter in its weights: runs as fast as the base, under one policy at a time."""
+
+    def __init__(self, engine: Any, max_model_len: int) -> None:
+        super().__init__(engine, max_model_len)
+        self._gate = WeightsGate(self._merge)
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        adapter: Adapter | None,
+        *,
+        stream: bool,
+    ) -> AsyncGenerator[SampledDelta]:
+        async with self._gate.under(request_id, adapter) as is_in:
+            if not is_in:
+                for index in range(sampling.n):
+                    yield SampledDelta(index, (), (), "interrupted", None)
+                return
+            deltas = super().generate(
+                request_id, prompt_token_ids, sampling, adapter, stream=stream
+            )
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    yield delta
+
+    async def score(
+        self, request_id: str, token_ids: Sequence[int], adapter: Adapter | None
+    ) -> list[float]:
+        async with self._gate.under(request_id, adapter):
+            return await super().score(request_id, token_ids, adapter)
+
+    async def interrupt(self, request_ids: Iterable[str]) -> None:
+        ids = list(request_ids)
+        self._gate.interrupt(ids)
+        await super().interrupt(ids)
+
+    def _lora_request(self, adapter: Adapter) -> None:
+        return None
+
+    async def _merge(self, adapter: Adapter | None) -> None:
+        async with _vllm_errors():
+            await self.async_llm.collective_rpc(
+                "tandem_merge", args=(adapter.slot_id if adapter else None,)
+            )
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        async with _vllm_errors():
+            reason = await self._stage(adapter)
+        if reason:
+            raise InvalidAdapter(f"the adapter cannot be merged: {reason}")
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        async with _vllm_errors():
+            await self.async_llm.collective_rpc("tandem_drop", args=(adapter.slot_id,))
+
+
+def _qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _check_libnuma() -> None:
@@ -276,12 +371,6 @@ def _boot_error(error: Exception, lines: list[str]) -> Exception:
     if "Free memory on device" in message:  # another process has it, and may end
         return MemoryError(sentence)
     return ValueError(sentence) if is_refusal else ChildProcessError(sentence)
-
-
-def _lora_request(adapter: Adapter) -> LoRARequest:
-    return LoRARequest(
-        lora_name=adapter.name, lora_int_id=adapter.slot_id, lora_path=str(adapter.path)
-    )
 
 
 def _delta(sequence: Any, *, with_text: bool) -> SampledDelta:

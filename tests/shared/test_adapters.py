@@ -102,7 +102,8 @@ def test_the_manifest_and_the_tensor_table_are_read(tmp_path: Path) -> None:
     )
     header = read_header(path)
     assert header.manifest == manifest()
-    assert header.tensors == {name: TensorInfo("F32", (2, 6))}
+    size = path.stat().st_size
+    assert header.tensors == {name: TensorInfo("F32", (2, 6), start=size - 48, end=size)}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_metadata_without_a_manifest_is_refused(
 
 def complete(**fields: Any) -> AdapterHeader:
     shapes = expected_shapes(manifest(**fields), LINEAR_SHAPES)
-    tensors = {name: TensorInfo("BF16", shape) for name, shape in shapes.items()}
+    tensors = {name: TensorInfo("BF16", shape, 0, 0) for name, shape in shapes.items()}
     return AdapterHeader(manifest(**fields), tensors)
 
 
@@ -207,10 +208,10 @@ def test_missing_extra_and_misshapen_tensors_are_named() -> None:
     without = AdapterHeader(header.manifest, {first: header.tensors[first]})
     with pytest.raises(InvalidAdapter, match=f"has no tensor '{second}'$"):
         check_tensors(without, LINEAR_SHAPES)
-    surplus = AdapterHeader(header.manifest, {**header.tensors, "x": TensorInfo("F32", (1,))})
+    surplus = AdapterHeader(header.manifest, {**header.tensors, "x": TensorInfo("F32", (1,), 0, 0)})
     with pytest.raises(InvalidAdapter, match=r"has an unexpected tensor 'x'$"):
         check_tensors(surplus, LINEAR_SHAPES)
-    thin = AdapterHeader(header.manifest, {**header.tensors, first: TensorInfo("F32", (1, 6))})
+    thin = AdapterHeader(header.manifest, {**header.tensors, first: TensorInfo("F32", (1, 6), 0, 0)})
     with pytest.raises(InvalidAdapter, match=r"has shape \[1, 6\], .* rank 2 need \[2, 6\]"):
         check_tensors(thin, LINEAR_SHAPES)
 

@@ -1,0 +1,256 @@
+"""What the engine's own processes do with adapters: vLLM mixes one of these into its worker.
+
+vLLM's add_lora reads, scales, pins and copies an adapter on the thread that steps the model, which
+stands still meanwhile. Here a thread beside it moves the file to the device, to where no running
+request reads; the stepping thread then only makes it known, between two steps.
+
+    stage(slot_id, folder) ─▶ a thread ─▶ commit(slot_id): loading, ready, or what went wrong
+
+Methods are called by name through collective_rpc, on the stepping thread of every rank. What they
+need of vLLM they find on `self`, so that only vllm_engine.py imports it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.adapters import LINEAR_MODULES, read_header
+from shared.checkpoints import linear_shapes, weight_files
+
+READY, LOADING = "ready", "loading"  # of commit; anything else is what went wrong
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_YIELD_S = 1e-5  # between two layers the stepping thread gets the interpreter
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """What an adapter adds to one linear: scaling · B · A, in bfloat16 on the device."""
+
+    a: torch.Tensor  # [rank, in]
+    b: torch.Tensor  # [out, rank]
+
+
+@dataclass(slots=True)
+class _Staged:
+    """An adapter on its way in."""
+
+    thread: threading.Thread
+    scaling: float = 1.0
+    pairs: dict[str, _Pair] = field(default_factory=dict)  # by the linear's path in the base
+    error: str | None = None
+
+
+class _Stage:
+    """Moves adapters to the device beside the engine's work."""
+
+    device: torch.device  # this and the next are the worker's
+    model_runner: Any
+
+    @cached_property
+    def tandem_staged(self) -> dict[int, _Staged]:
+        return {}
+
+    @cached_property
+    def tandem_stream(self) -> Any:
+        """One for all: the allocator keeps the memory of each."""
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def tandem_stage(self, slot_id: int, folder: str) -> None:
+        """Begin to load an adapter; returns at once."""
+        thread = threading.Thread(target=self.tandem_load, args=(slot_id, Path(folder)))
+        thread.daemon = True
+        self.tandem_staged[slot_id] = _Staged(thread)
+        thread.start()
+
+    def tandem_load(self, slot_id: int, folder: Path) -> None:
+        staged = self.tandem_staged[slot_id]
+        try:
+            with torch.inference_mode(), self.tandem_beside():
+                staged.scaling, staged.pairs = _read(folder, self.device)
+                self.tandem_place(slot_id, staged)
+        except BaseException as error:  # whoever commits is told; the engine goes on
+            staged.error = f"{type(error).__name__}: {error}"
+
+    @contextmanager
+    def tandem_beside(self) -> Iterator[None]:
+        """Inside, work goes to a stream of its own, which is done at the end."""
+        if self.tandem_stream is None:
+            yield
+            return
+        with torch.cuda.stream(self.tandem_stream):
+            yield
+        self.tandem_stream.synchronize()
+
+    def tandem_place(self, slot_id: int, staged: _Staged) -> None:
+        """What else can be done before the adapter is known to requests."""
+
+
+class SlotWorker(_Stage):
+    """Adapters go into vLLM's LoRA slots."""
+
+    def tandem_commit(self, slot_id: int) -> str:
+        """Make the adapter servable under `slot_id` once it is loaded; again is READY again."""
+        if slot_id not in self.tandem_staged:
+            return READY
+        if self.tandem_staged[slot_id].thread.is_alive():
+            return LOADING
+        staged, slots = self.tandem_staged.pop(slot_id), self._tandem_slots
+        if staged.error:
+            if slot_id in slots.lora_index_to_id:
+                slots.lora_index_to_id[slots.lora_index_to_id.index(slot_id)] = None
+            return staged.error
+        slots._registered_adapters[slot_id] = _InItsSlot(slot_id)
+        slots._active_adapters[slot_id] = None
+        return READY
+
+    def tandem_place(self, slot_id: int, staged: _Staged) -> None:
+        """Fill a free slot, which no running request reads."""
+        slots, pairs = self._tandem_slots, staged.pairs
+        index = slots.lora_index_to_id.index(None)
+        slots.lora_index_to_id[index] = slot_id
+        for pair in pairs.values():
+            pair.b.mul_(staged.scaling)
+        for name, module in slots.modules.items():
+            parts = slots.packed_modules.get(name)
+            found = [pairs.pop(part, None) for part in parts or [name]]
+            a, b = ([getattr(pair, side, None) for pair in found] for side in ("a", "b"))
+            if not any(found):
+                module.reset_lora(index)
+            elif parts:
+                module.set_lora(index, a, b)
+            else:
+                module.set_lora(index, a[0], b[0])
+            time.sleep(_YIELD_S)
+        if pairs:
+            raise LookupError(f"the engine has no LoRA layer for {next(iter(pairs))}")
+
+    @property
+    def _tandem_slots(self) -> Any:
+        return self.model_runner.lora_manager._adapter_manager
+
+
+@dataclass(frozen=True, slots=True)
+class _InItsSlot:
+    """In place of the LoRAModel from which vLLM would fill an evicted slot again: none ever is."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """A linear of the engine, which may be several of the base in one."""
+
+    module: Any
+    parts: Mapping[str, int]  # path in the base -> rows of the weight, from the first on
+    base: torch.Tensor  # the weight without an adapter
+
+
+class MergedWorker(_Stage):
+    """One adapter at a time is added to the weights themselves, and taken out again exactly."""
+
+    @cached_property
+    def tandem_linears(self) -> list[_Linear]:
+        """With a copy of the base: of the engine's weights, or where it packs them (on a CPU) of
+        the checkpoint's."""
+        model, folder = self.model_runner.model, Path(self.model_runner.model_config.model)
+        packed, shapes = model.packed_modules_mapping, linear_shapes(folder)
+        linears = []
+        for name, module in model.named_modules():
+            prefix, _, leaf = name.rpartition(".")
+            paths = [f"{prefix}.{part}" for part in packed.get(leaf, [leaf])]
+            if not (paths[0] in shapes and paths[0].endswith(LINEAR_MODULES)):
+                continue
+            base = module.weight.detach().clone()
+            if not base.numel():
+                base = torch.cat([_stored_weight(folder, path) for path in paths])
+            linears.append(_Linear(module, {path: shapes[path][0] for path in paths}, base))
+        return linears
+
+    @cached_property
+    def tandem_merged(self) -> set[str]:
+        """The paths in the base of what has an adapter in its weights now."""
+        return set()
+
+    def tandem_commit(self, slot_id: int) -> str:
+        """Say when the adapter can be merged."""
+        staged = self.tandem_staged[slot_id]
+        if staged.thread.is_alive():
+            return LOADING
+        if staged.error:
+            del self.tandem_staged[slot_id]
+        return staged.error or READY
+
+    def tandem_place(self, slot_id: int, staged: _Staged) -> None:
+        known = {path for linear in self.tandem_linears for path in linear.parts}
+        if unknown := sorted(staged.pairs.keys() - known):
+            raise LookupError(f"the engine has no layer {unknown[0]} to merge an adapter into")
+
+    def tandem_drop(self, slot_id: int) -> None:
+        del self.tandem_staged[slot_id]
+
+    def tandem_merge(self, slot_id: int | None) -> None:
+        """Make the weights those of the base with this adapter, or with None of the base alone.
+
+        Nothing may run meanwhile. base + scaling · B · A is rounded to bfloat16 once.
+        """
+        staged = self.tandem_staged[slot_id] if slot_id is not None else None
+        pairs, scaling = (staged.pairs, staged.scaling) if staged else ({}, 1.0)
+        self.tandem_merged.update(pairs)
+        with torch.inference_mode():
+            for linear in self.tandem_linears:
+                if not linear.parts.keys().isdisjoint(self.tandem_merged):
+                    _write(linear, pairs, scaling)
+        self.tandem_merged.intersection_update(pairs)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _write(linear: _Linear, pairs: Mapping[str, _Pair], scaling: float) -> None:
+    is_packed = not linear.module.weight.numel()
+    weight = torch.empty_like(linear.base) if is_packed else linear.module.weight
+    rows = list(linear.parts.values())
+    parts = zip(linear.parts, linear.base.split(rows), weight.split(rows), strict=True)
+    for path, base, target in parts:
+        if pair := pairs.get(path):
+            torch.addmm(base, pair.b, pair.a, alpha=scaling, out=target)
+        else:
+            target.copy_(base)
+    if is_packed:
+        linear.module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        linear.module.quant_method.process_weights_after_loading(linear.module)
+
+
+def _stored_weight(folder: Path, path: str) -> torch.Tensor:
+    from safetensors import safe_open
+
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            if f"{path}.weight" in tensors.keys():  # noqa: SIM118 (not a dict)
+                weight: torch.Tensor = tensors.get_tensor(f"{path}.weight")
+                return weight.to(torch.bfloat16)
+    raise LookupError(f"{folder} has no weight of {path}")
+
+
+def _read(folder: Path, device: torch.device) -> tuple[float, dict[str, _Pair]]:
+    """Scaling and tensors of a verified adapter file, which goes to the device in one copy."""
+    file = folder / "adapter_model.safetensors"
+    header, num_bytes = read_header(file), file.stat().st_size
+    blob = torch.from_file(str(file), shared=False, size=num_bytes, dtype=torch.uint8).to(device)
+    tensors = {}
+    for name, info in header.tensors.items():
+        view = blob[info.start : info.end].view(_DTYPES[info.dtype]).view(info.shape)
+        tensors[name.removeprefix("base_model.model.")] = view.to(torch.bfloat16)
+    paths = (name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name)
+    return header.manifest.scaling, {
+        path: _Pair(tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"])
+        for path in paths
+    }
