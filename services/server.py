@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import uvicorn
+import uvloop
 from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
@@ -76,7 +77,7 @@ class Server(uvicorn.Server):
             )
             return 2
         self._listener = listener.dup()  # uvicorn closes the other one
-        asyncio.run(self._serve_with_signals(listener))
+        uvloop.run(self._serve_with_signals(listener))
         return self.exit_code if self.started else 1
 
     async def _serve_with_signals(self, listener: socket.socket) -> None:

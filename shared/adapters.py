@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -76,6 +77,21 @@ def check_digest(*, announced: str, received: str, num_bytes: int) -> None:
 def manifest_metadata(manifest: AdapterManifest) -> dict[str, str]:
     """The safetensors metadata that makes an adapter file self-describing."""
     return {MANIFEST_KEY: manifest.model_dump_json()}  # one key: two would come in any order
+
+
+def file_header(manifest: AdapterManifest, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """The start of an adapter file in bfloat16; the tensors' bytes follow in the order of `shapes`.
+
+    Writing them one by one through safetensors copies each twice.
+    """
+    entries: dict[str, Any] = {"__metadata__": manifest_metadata(manifest)}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + ELEMENT_BYTES["BF16"] * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that the tensors are aligned
+    return struct.pack("<Q", len(header)) + header
 
 
 def peft_config(manifest: AdapterManifest, base_model: str) -> dict[str, Any]:

@@ -285,7 +285,13 @@ class FakeProver:
         return 0.01
 
     async def check(
-        self, client: RolloutClient, adapter: PublishedAdapter, *, floor: float, timeout_s: float
+        self,
+        client: RolloutClient,
+        adapter: PublishedAdapter,
+        *,
+        floor: float,
+        timeout_s: float,
+        scores_base: bool = True,
     ) -> float:
         await client.status()
         replica = self._replicas[client.url]

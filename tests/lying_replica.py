@@ -7,7 +7,6 @@ moment: the receipt is the same, what is served is not.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -46,9 +45,8 @@ def lose_a_layer(tensors: Tensors) -> Tensors:
     return {name: tensor * (name not in lost) for name, tensor in tensors.items()}
 
 
-def scale_twice(config: Path) -> None:
-    fields = json.loads(config.read_text())
-    config.write_text(json.dumps(fields | {"lora_alpha": 2 * fields["lora_alpha"]}))
+def scale_twice(tensors: Tensors) -> Tensors:
+    return {name: 2 * t if ".lora_B." in name else t for name, t in tensors.items()}
 
 
 def rewrite(file: Path, change: Callable[[Tensors], Tensors]) -> None:
@@ -84,7 +82,7 @@ def boot_liar(settings: RolloutSettings, model_dir: Path) -> BootedEngine:
                 case "swapped":
                     rewrite(weights, swap_gate_and_up)
                 case "twice":
-                    scale_twice(served.path / "adapter_config.json")
+                    rewrite(weights, scale_twice)
                 case "layer_lost":
                     rewrite(weights, lose_a_layer)
                 case _:

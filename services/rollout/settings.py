@@ -153,7 +153,8 @@ def prepare_environment(settings: RolloutSettings) -> None:
     """Set what torch and vllm read when they are imported; call before that.
 
     CPU: without torch.compile and with one engine process the boot takes 3 s instead of 35 s, and
-    one OpenMP thread is faster than two that spin. CUDA: a forked engine core hangs at start-up.
+    one OpenMP thread is faster than two that spin. CUDA: a forked engine core hangs at start-up,
+    and what is compiled is kept, which halves the next start.
     """
     environment = {"VLLM_NO_USAGE_STATS": "1"}
     if settings.resolved_device == "cpu":
@@ -164,7 +165,11 @@ def prepare_environment(settings: RolloutSettings) -> None:
             "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings there are about GPUs
         }
     else:
+        compiled = settings.cache_dir.expanduser() / "vllm"
         environment |= {
+            "VLLM_CACHE_ROOT": str(compiled),
+            "TRITON_CACHE_DIR": str(compiled / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             # It is compiled at the first use, for which an image need not have the tools. It would
             # seldom be used: it returns no logprobs of the distribution that was sampled.

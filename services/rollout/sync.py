@@ -22,10 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+import numpy as np
+
 from services.http import too_large
 from services.rollout.base import Base
 from services.rollout.policies import PolicyStore, VerifiedAdapter
 from shared.adapters import (
+    ELEMENT_BYTES,
     AdapterHeader,
     check_digest,
     check_tensors,
@@ -36,9 +39,10 @@ from shared.adapters import (
 from shared.checkpoints import identity_difference
 from shared.errors import BaseMismatch, InvalidAdapter, Unavailable
 from shared.metrics import RolloutMetrics
-from shared.schemas import AdapterManifest, RolloutLimits, SyncReceipt
+from shared.schemas import RolloutLimits, SyncReceipt
 
 log = logging.getLogger(__name__)
+_PIECE_BYTES = 4 << 20
 _MAX_WEIGHT_CHANGE = 1e3  # of an element of A, B or scaling · B · A; trained ones stay near 1
 _DIVERGED = (
     "the trainer's step diverged; lower its learning rate, or resume from an earlier version"
@@ -138,15 +142,35 @@ class AdapterReceiver:
         return receipt
 
     async def _store(self, body: AsyncIterator[bytes], path: Path, announced: str) -> int:
-        """Write the body to `path` as it comes, hashing it; the number of bytes."""
-        sha256, num_bytes = hashlib.sha256(), 0
+        """Write the body to `path` as it comes, hashing it; the number of bytes.
+
+        Both in a thread, a piece at a time, while the next one comes.
+        """
+        sha256, num_bytes, piece = hashlib.sha256(), 0, bytearray()
+
+        def keep(content: bytearray) -> None:
+            sha256.update(content)
+            file.write(content)
+
         with self._full_disk(), path.open("xb") as file:
-            async for chunk in body:
-                num_bytes += len(chunk)
-                if num_bytes > self._limits.max_adapter_bytes:
-                    raise too_large(self._limits.max_adapter_bytes)
-                sha256.update(chunk)
-                file.write(chunk)
+            keeping: asyncio.Future[None] | None = None
+            try:
+                async for chunk in body:
+                    num_bytes += len(chunk)
+                    if num_bytes > self._limits.max_adapter_bytes:
+                        raise too_large(self._limits.max_adapter_bytes)
+                    piece += chunk
+                    if len(piece) >= _PIECE_BYTES:
+                        if keeping:
+                            await keeping
+                        keeping = asyncio.ensure_future(asyncio.to_thread(keep, piece))
+                        piece = bytearray()
+            finally:
+                if keeping:
+                    await asyncio.wait([keeping])
+            if keeping:
+                keeping.result()
+            await asyncio.to_thread(keep, piece)
         check_digest(announced=announced, received=sha256.hexdigest(), num_bytes=num_bytes)
         return num_bytes
 
@@ -163,7 +187,7 @@ class AdapterReceiver:
                     adapter, activate=options.activate, replace_run=options.replace_run
                 )
             check_tensors(header, self._base.linear_shapes)
-            _check_values(file, header.manifest)
+            _check_values(file, header)
         config = peft_config(header.manifest, str(self._base.path))
         with self._full_disk():
             (path / "adapter_config.json").write_text(json.dumps(config))
@@ -197,12 +221,12 @@ class AdapterReceiver:
             )
 
 
-def _check_values(file: Path, manifest: AdapterManifest) -> None:
+def _check_values(file: Path, header: AdapterHeader) -> None:
     """Refuse NaN, Inf, and finite weights so large that activations overflow to them.
 
     A NaN that a forward pass writes into the KV cache outlives its adapter: other policies read it.
     """
-    largest = _largest_values(file)
+    largest, manifest = _largest_values(file, header), header.manifest
     for name in (name for name in largest if name.endswith(".lora_A.weight")):
         a, b = largest[name], largest[name.replace(".lora_A.", ".lora_B.")]
         bound = max(a, b, manifest.scaling * manifest.rank * a * b)
@@ -213,20 +237,29 @@ def _check_values(file: Path, manifest: AdapterManifest) -> None:
             )
 
 
-def _largest_values(file: Path) -> dict[str, float]:
-    """Tensor name -> largest absolute value. Raises InvalidAdapter for NaN and Inf."""
+def _largest_values(file: Path, header: AdapterHeader) -> dict[str, float]:
+    """Tensor name -> largest absolute value. Raises InvalidAdapter for NaN and Inf.
+
+    Without their signs, numbers of one dtype have the order of their bits read as integers, in
+    which NaN and Inf come last.
+    """
     from safetensors import SafetensorError, safe_open
 
-    largest: dict[str, float] = {}
     try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                low, high = (float(value) for value in tensors.get_tensor(name).aminmax())
-                if not (math.isfinite(low) and math.isfinite(high)):
-                    raise InvalidAdapter(f"tensor {name!r} has NaN or Inf: {_DIVERGED}")
-                largest[name] = max(-low, high)
+        with safe_open(file, framework="np"):  # no tensor overlaps another, and no byte is left
+            content = np.memmap(file, np.uint8, mode="r")
     except SafetensorError as error:
         raise InvalidAdapter(f"the body is not a safetensors file: {error}") from error
+    largest: dict[str, float] = {}
+    for name, info in header.tensors.items():
+        bits = content[info.start : info.end].view(f"<u{ELEMENT_BYTES[info.dtype]}")
+        sign = 1 << (8 * bits.itemsize - 1)
+        top = np.array([(bits & (sign - 1)).max()], bits.dtype)
+        if info.dtype == "BF16":  # the upper half of a float32
+            top = top.astype("<u4") << 16
+        largest[name] = float(top.view("<f2" if info.dtype == "F16" else "<f4")[0])
+        if not math.isfinite(largest[name]):
+            raise InvalidAdapter(f"tensor {name!r} has NaN or Inf: {_DIVERGED}")
     return largest
 
 

@@ -1,6 +1,7 @@
 """`python -m services.trainer`: settings -> policy -> fleet -> app -> uvicorn.
 
 With TRAINER_DATA_PARALLEL_SIZE above 1 it starts followers, which hold the policy and nothing else.
+`python -m services.trainer plan` is the memory planner instead, which imports no torch.
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ import logging
 import os
 import sys
 
-import torch.distributed as dist
-
-from services.server import Server, read_settings
-from services.trainer import parallel
-from services.trainer.app import create_app
-from services.trainer.settings import TrainerSettings
-from services.trainer.trainer import Trainer
-from shared.auth import check_bind
-from shared.logs import configure_logging
-
 
 def main() -> int:
+    if sys.argv[1:2] == ["plan"]:
+        from services.trainer.plan.cli import main as plan
+
+        return plan(sys.argv[2:])
+    return _serve()
+
+
+def _serve() -> int:
+    from services.server import Server, read_settings
+    from services.trainer import parallel
+    from services.trainer.app import create_app
+    from services.trainer.settings import TrainerSettings
+    from services.trainer.trainer import Trainer
+    from shared.auth import check_bind
+    from shared.logs import configure_logging
+
     settings = read_settings(TrainerSettings)
     rank = parallel.own_rank()
     configure_logging(f"trainer-{rank}" if rank else "trainer", settings.log_level)
@@ -55,6 +62,8 @@ def _leave(code: int, followers: contextlib.ExitStack) -> None:
 
     Once all have met, the thread may be in a call with them, and they end with this process.
     """
+    import torch.distributed as dist
+
     if not dist.is_initialized():
         followers.close()
     os._exit(code)

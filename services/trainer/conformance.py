@@ -224,6 +224,7 @@ class Conformance:
         self._probe = probe
         self._config = config
         self._versions: dict[PolicyId, Logprobs] = {}  # the last ones published
+        self._bases: dict[str, Logprobs] = {}  # of replicas (URL), at their last admission
 
     def remember(self, adapter: PublishedAdapter) -> None:
         """Recognize this version when a replica serves it in place of a later one."""
@@ -238,7 +239,7 @@ class Conformance:
         """
         synthetic = self._probe.synthetic
         async with _deadline(client, timeout_s):
-            base = await self._score(client, run)
+            base = self._bases[client.url] = await self._score(client, run)
             base_gap = distance(self._probe.base_logprobs, base)
             if base_gap > self._config.max_base_gap:
                 raise ConformanceFailed(
@@ -266,16 +267,26 @@ class Conformance:
         return max(floor, SYNTHETIC_NOISE * distance(trainer.policy, replica.policy))
 
     async def check(
-        self, client: RolloutClient, adapter: PublishedAdapter, *, floor: float, timeout_s: float
+        self,
+        client: RolloutClient,
+        adapter: PublishedAdapter,
+        *,
+        floor: float,
+        timeout_s: float,
+        scores_base: bool = True,
     ) -> float:
         """Prove that a replica serves `adapter`; its gap. `floor` is what `admit` returned.
+
+        Without `scores_base` the base is as it was at admission: a replica that merges adapters
+        into its weights would have to stop for it.
 
         Raises ConformanceFailed, and what the client raises.
         """
         run = adapter.policy.model_copy(update={"version": 0})
         async with _deadline(client, timeout_s):
-            base, logprobs = await asyncio.gather(
-                self._score(client, run), self._score(client, adapter.policy)
+            logprobs, base = await asyncio.gather(
+                self._score(client, adapter.policy),
+                self._score(client, run) if scores_base else _at_once(self._bases[client.url]),
             )
         trainer = Scores(self._probe.base_logprobs, adapter.probe_logprobs)
         others = {str(p): known for p, known in self._versions.items() if p != adapter.policy}
@@ -298,6 +309,10 @@ class Conformance:
                 "same version of Tandem"
             )
         return tuple(chain.from_iterable(answer.logprobs))
+
+
+async def _at_once(logprobs: Logprobs) -> Logprobs:
+    return logprobs
 
 
 @asynccontextmanager

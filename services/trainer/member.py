@@ -61,7 +61,13 @@ class Prover(Protocol):
         """The noise floor between trainer and replica. Raises ConformanceFailed."""
 
     async def check(
-        self, client: RolloutClient, adapter: PublishedAdapter, *, floor: float, timeout_s: float
+        self,
+        client: RolloutClient,
+        adapter: PublishedAdapter,
+        *,
+        floor: float,
+        timeout_s: float,
+        scores_base: bool = True,
     ) -> float:
         """The gap under the adapter. Raises ConformanceFailed."""
 
@@ -164,6 +170,7 @@ class Member:
         self.receipts: dict[PolicyId, SyncReceipt] = {}  # of versions that were pushed
         self._proven: dict[PolicyId, float] = {}  # version -> gap
         self._floor: float | None = None  # None: not admitted to this run
+        self._merges = False  # adapters into its weights
         self._last_sync_s: float | None = None
         self._interval_s = interval_s
         self._probe_timeout_s = probe_timeout_s
@@ -361,6 +368,7 @@ class Member:
             if self.state != "serving":
                 self._move("admitting", "checking that it fits the run")
                 check_fit(status, goal.requirements)
+                self._merges = status.serving_mode == "merged"
             if self._floor is None:
                 await self._admit(goal)
             if goal is self._goal:
@@ -435,7 +443,11 @@ class Member:
         gap = 0.0
         if wanted.prover:
             gap = await wanted.prover.check(
-                self.client, adapter, floor=floor, timeout_s=wanted.sync_timeout_s
+                self.client,
+                adapter,
+                floor=floor,
+                timeout_s=wanted.sync_timeout_s,
+                scores_base=not self._merges,
             )
         if goal is not self._goal or policy not in self.receipts:
             return
@@ -521,6 +533,11 @@ def check_fit(status: RolloutStatus, wanted: Requirements) -> None:
         log.warning(
             "a replica serves the original 16-bit weights of a 4-bit policy: expect a larger "
             "logprob gap; ROLLOUT_BASE=nf4-exact serves what is trained"
+        )
+    if status.serving_mode == "merged" and wanted.in_flight == "finish":
+        raise InvalidRequest(
+            "the replica merges adapters into its weights and serves one version at a time: set "
+            "in_flight: continue in the run config, or ROLLOUT_SERVING_MODE=lora"
         )
     if wanted.lora_rank > status.limits.max_lora_rank:
         raise InvalidRequest(

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +47,7 @@ from services.trainer.samples import (
 )
 from services.trainer.stats import UpdateStats
 from services.trainer.update import take_update
-from shared.adapters import LINEAR_MODULES, content_digest, manifest_metadata
+from shared.adapters import LINEAR_MODULES, content_digest, file_header
 from shared.checkpoints import base_identity
 from shared.errors import NotFound
 from shared.schemas import AdapterManifest, BaseIdentity, PolicyId, QuantizationRecipe
@@ -108,6 +109,7 @@ class Policy:
         self._lora = LoraConfig()
         self._optimizer: Optimizer | None = None
         self._published: dict[int, PublishedAdapter] = {}
+        self._pinned: Tensor | None = None  # host memory that the LoRA weights are read into
         self._probe: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
@@ -357,7 +359,13 @@ class Policy:
 
     def publish(self) -> PublishedAdapter:
         """The adapter of the current version, kept for `adapter`."""
-        adapter = self.export(self.id, self.score(self._probe))
+        content = self._adapter_file(self.id)
+        with ThreadPoolExecutor(1) as beside:  # hashing lets the interpreter go
+            digest = beside.submit(_digest, content)
+            probe_logprobs = self.score(self._probe)
+        adapter = PublishedAdapter(
+            self._manifest(self.id), content, digest.result(), probe_logprobs
+        )
         self._published[self.id.version] = adapter
         for version in sorted(self._published)[: -self._kept_adapters]:
             del self._published[version]
@@ -365,16 +373,19 @@ class Policy:
 
     def export(self, policy: PolicyId, probe_logprobs: tuple[float, ...] = ()) -> PublishedAdapter:
         """The LoRA weights as the adapter file of `policy`, in bfloat16, under PEFT's names."""
-        from safetensors.torch import save
+        content = self._adapter_file(policy)
+        return PublishedAdapter(self._manifest(policy), content, _digest(content), probe_logprobs)
 
-        manifest = self._manifest(policy)
+    def _adapter_file(self, policy: PolicyId) -> bytes:
         named = self._named_lora()
-        flat = torch.cat([p.detach().flatten().to(torch.bfloat16) for _, p in named]).cpu()
-        parts = flat.split([p.numel() for _, p in named])  # one transfer from the device
-        tensors = {name: part.view(p.shape) for (name, p), part in zip(named, parts, strict=True)}
-        content = save(tensors, manifest_metadata(manifest))
-        digest = content_digest(hashlib.sha256(content).digest())
-        return PublishedAdapter(manifest, content, digest, probe_logprobs)
+        shapes = {name: tuple(parameter.shape) for name, parameter in named}
+        flat = torch.cat([p.detach().flatten().to(torch.bfloat16) for _, p in named])
+        if self.device.type == "cuda":  # pinned memory takes it at once, and is kept
+            if self._pinned is None or self._pinned.shape != flat.shape:
+                self._pinned = torch.empty_like(flat, device="cpu", pin_memory=True)
+            flat = self._pinned.copy_(flat)
+        data = flat.view(torch.uint8).numpy().data
+        return b"".join((file_header(self._manifest(policy), shapes), data))
 
     def _manifest(self, policy: PolicyId) -> AdapterManifest:
         return AdapterManifest(
@@ -438,6 +449,10 @@ class Policy:
             torch.cuda.set_rng_state(snapshot.rng["cuda"], self.device)
         self._id = policy
         self._published = {}
+
+
+def _digest(content: bytes) -> str:
+    return content_digest(hashlib.sha256(content).digest())
 
 
 def _unsampled(token_ids: Sequence[int]) -> Sample:

@@ -7,12 +7,18 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from statistics import fmean
 
+import httpx
 import pytest
 
+from services.trainer.app import create_app
+from services.trainer.settings import TrainerSettings
+from services.trainer.trainer import Trainer
 from shared.checkpoints import linear_shapes
 from shared.errors import InvalidRequest, NoFreeSlot, UnknownPolicy
 from shared.rollout_client import RolloutClient
-from shared.schemas import StreamTokens
+from shared.schemas import StateRecord, StepRecord, StreamTokens
+from shared.trainer_client import TrainerClient
+from tests.integration.test_training import MANAGED, replacing, until_end
 from tests.publisher import PROBE, Publisher
 from tests.replica_process import ReplicaProcess, start_replica, wait_until_ready
 
@@ -42,9 +48,7 @@ def merged_replica(
 
 
 @pytest.fixture
-async def merged(
-    merged_replica: ReplicaProcess, tiny_checkpoint: Path
-) -> AsyncIterator[Publisher]:
+async def merged(merged_replica: ReplicaProcess, tiny_checkpoint: Path) -> AsyncIterator[Publisher]:
     async with RolloutClient(merged_replica.url, timeout_s=60) as client:
         status = await client.status()
         assert status.base
@@ -165,3 +169,47 @@ async def test_running_completions_go_on_under_the_new_version(
         assert {segment.policy for segment in rest.segments} == {second}
         scored = await merged.score((*PROBE, *ids, *rest.token_ids), policy=second)
         assert gap(rest.logprobs, scored[-20:]) < NOISE
+
+
+@pytest.fixture
+async def runs(
+    merged_replica: ReplicaProcess, tiny_checkpoint: Path, tmp_path: Path
+) -> AsyncIterator[TrainerClient]:
+    trainer = Trainer(
+        TrainerSettings(
+            model=str(tiny_checkpoint),
+            rollout_urls=(merged_replica.url,),
+            runs_dir=tmp_path,
+            ready_timeout_s=5,
+        )
+    )
+    trainer.fleet.start()
+    await trainer.boot()
+    transport = httpx.ASGITransport(create_app(trainer))
+    async with TrainerClient("http://trainer", transport=transport, timeout_s=120) as client:
+        yield client
+    await trainer.stop()
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+async def test_a_run_trains_and_every_version_is_proven(
+    runs: TrainerClient, merged: Publisher, max_staleness: int
+) -> None:
+    config = replacing(MANAGED, num_steps=5, max_staleness=max_staleness, in_flight="continue")
+    status = await runs.start_run(config)
+    events = await until_end(runs)
+    assert events[-1] == StateRecord(state="completed")
+    steps = [event for event in events if isinstance(event, StepRecord)]
+    assert [step.policy.version for step in steps] == [1, 2, 3, 4, 5]
+    assert all(step.staleness_max <= max_staleness for step in steps)
+    assert all(step.logprob_gap < 0.05 for step in steps)
+    newest = (await merged.client.policies()).newest
+    assert (newest.run_id, newest.version) == (status.run_id, 5)
+
+
+async def test_a_run_that_lets_completions_finish_is_told_what_to_set(runs: TrainerClient) -> None:
+    await runs.start_run(replacing(MANAGED))
+    end = (await until_end(runs))[-1]
+    assert isinstance(end, StateRecord)
+    assert end.state == "failed"
+    assert "set in_flight: continue in the run config, or ROLLOUT_SERVING_MODE=lora" in end.detail

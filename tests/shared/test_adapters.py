@@ -211,7 +211,9 @@ def test_missing_extra_and_misshapen_tensors_are_named() -> None:
     surplus = AdapterHeader(header.manifest, {**header.tensors, "x": TensorInfo("F32", (1,), 0, 0)})
     with pytest.raises(InvalidAdapter, match=r"has an unexpected tensor 'x'$"):
         check_tensors(surplus, LINEAR_SHAPES)
-    thin = AdapterHeader(header.manifest, {**header.tensors, first: TensorInfo("F32", (1, 6), 0, 0)})
+    thin = AdapterHeader(
+        header.manifest, {**header.tensors, first: TensorInfo("F32", (1, 6), 0, 0)}
+    )
     with pytest.raises(InvalidAdapter, match=r"has shape \[1, 6\], .* rank 2 need \[2, 6\]"):
         check_tensors(thin, LINEAR_SHAPES)
 
