@@ -6,6 +6,7 @@ the same tokens and advantages; the gradient norms of their first steps must agr
 rewards differ, so that no completion has a zero advantage, which Tandem would skip; all completions
 have the same length, so that TRL computes no padding and attends without a mask; and TRL is spared
 the extra forward pass that it needs to correct for rollouts of vLLM, which Tandem does without.
+Another peer is the recipe of benchmarks/recipe_update.py.
 
 Tokens per second count what a completion is without sharing, prompt + completion, on both sides.
 """
@@ -19,16 +20,17 @@ import multiprocessing
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from benchmarks.checkpoints import FIRST_ORDINARY_TOKEN, SHAPES, work_folder, write_checkpoint
+from benchmarks.fixed_batch import FixedBatch
 from benchmarks.report import Report
 from services.trainer.policy import Policy
 from services.trainer.run_config import (
@@ -45,13 +47,6 @@ _NAME = str.maketrans({"×": "x", "+": "-", " ": None, "(": None, ")": None})  #
 _LEARNING_RATE = 1e-6  # TRL's default; so small that the batch stays on-policy
 _RANK = 32
 _MAX_NORM_DIFFERENCE = 0.1  # TRL's LoRA gradients are bfloat16, Tandem's float32
-_SHARED_MEMORY = Path("/dev/shm")
-# hidden, intermediate, layers, heads, KV heads, head size, vocabulary, tied: Qwen3 configs
-_SHAPES: Mapping[str, tuple[int, int, int, int, int, int, int, bool]] = {
-    "tiny": (256, 768, 4, 4, 2, 64, 2048, False),
-    "4b": (2560, 9728, 36, 32, 8, 128, 151936, True),
-    "8b": (4096, 12288, 36, 32, 8, 128, 151936, False),
-}
 _CONTEXTS = (1024, 4096, 8192, 16384, 32768)
 _GROUP_SIZES = (4, 16, 32, 64)
 
@@ -87,15 +82,17 @@ class Side:
     """Whose update; `dtype` is that of TRL's unquantized weights."""
 
     name: str
+    kind: Literal["tandem", "trl", "recipe"]
     dtype: str = ""
     liger: bool = False
 
     @property
     def is_tandem(self) -> bool:
-        return not self.dtype
+        return self.kind == "tandem"
 
 
-TANDEM = Side("Tandem")
+TANDEM = Side("Tandem", "tandem")
+RECIPE = Side("the usual recipe", "recipe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +128,9 @@ class Measurement:
         outcomes: list[Outcome | None] = [None] * len(batches)
         with contextlib.suppress(torch.OutOfMemoryError):
             for number, batch in enumerate(batches):
-                outcome = self._tandem(side, batch) if side.is_tandem else self._trl(side, batch)
-                print(f"{side.name}, {batch}: {outcome}", file=sys.stderr)
+                measure = {"tandem": self._tandem, "trl": self._trl, "recipe": self._recipe}
+                outcome = measure[side.kind](side, batch)
+                print(f"{side.name}, {batch}: {outcome}", file=sys.stderr, flush=True)
                 outcomes[number] = outcome
                 gc.collect()
                 if self.device == "cuda":
@@ -162,11 +160,49 @@ class Measurement:
             meter.after_update(number + 1)
         return meter.outcome(seconds, updates[0].loss, updates[0].grad_norm)
 
+    def _fixed(self, batch: Batch) -> FixedBatch:
+        prompts, completions = _tokens(batch, self.vocabulary)
+        return FixedBatch(
+            torch.tensor([prompt for prompt in prompts for _ in range(batch.group_size)]),
+            torch.tensor(completions),
+            torch.tensor(_advantages(batch)),
+            batch.group_size,
+        )
+
+    def _recipe(self, _: Side, batch: Batch) -> Outcome:
+        """With micro-batches half as large as long as they do not fit."""
+        from benchmarks.recipe_update import recipe_steps
+
+        for rows in _fewer_and_fewer(batch, _rows_per_micro_batch(batch, self.max_tokens)):
+            meter = _Meter(self.device)
+
+            def prepare(model: Any, meter: _Meter = meter) -> None:
+                _randomize_lora(model)
+                meter.attach(model)
+
+            with contextlib.suppress(torch.OutOfMemoryError):
+                steps = recipe_steps(
+                    self.checkpoint,
+                    self._fixed(batch),
+                    device=self.device,
+                    rank=_RANK,
+                    target_modules=LINEAR_MODULES,
+                    learning_rate=_LEARNING_RATE,
+                    rows_per_micro_batch=rows,
+                    num_steps=1 + self.rounds,
+                    on_model=prepare,
+                    on_step=meter.after_update,
+                )
+                return meter.outcome([s.seconds for s in steps], steps[0].loss, steps[0].grad_norm)
+            print(f"the usual recipe: {rows} rows do not fit", file=sys.stderr, flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+        raise torch.OutOfMemoryError("not even one row fits")
+
     def _trl(self, side: Side, batch: Batch) -> Outcome:
-        from benchmarks.trl_update import FixedBatch, trl_steps
+        from benchmarks.trl_update import trl_steps
 
         meter = _Meter(self.device)
-        prompts, completions = _tokens(batch, self.vocabulary)
 
         def prepare(model: Any) -> None:
             _randomize_lora(model)
@@ -174,12 +210,7 @@ class Measurement:
 
         steps = trl_steps(
             self.checkpoint,
-            FixedBatch(
-                torch.tensor([prompt for prompt in prompts for _ in range(batch.group_size)]),
-                torch.tensor(completions),
-                torch.tensor(_advantages(batch)),
-                batch.group_size,
-            ),
+            self._fixed(batch),
             device=self.device,
             dtype=side.dtype,
             liger=side.liger,
@@ -242,7 +273,7 @@ def _tokens(batch: Batch, vocabulary: int) -> tuple[list[list[int]], list[list[i
     rng = random.Random(1)
 
     def draw(length: int) -> list[int]:
-        return [rng.randrange(3, vocabulary) for _ in range(length)]
+        return [rng.randrange(FIRST_ORDINARY_TOKEN, vocabulary) for _ in range(length)]
 
     prompts = [draw(batch.prompt) for _ in range(batch.groups)]
     return prompts, [draw(batch.completion) for _ in range(batch.num_rows)]
@@ -302,7 +333,16 @@ def _rows_per_micro_batch(batch: Batch, max_tokens: int) -> int:
     return next(rows for rows in range(most, 0, -1) if batch.num_rows % rows == 0)
 
 
-# --- the base -----------------------------------------------------------------------------------
+def _fewer_and_fewer(batch: Batch, most: int) -> list[int]:
+    """Rows of a micro-batch that divide the batch: `most`, then at most half as many, down to 1."""
+    sizes = [most]
+    while sizes[-1] > 1:
+        half = sizes[-1] // 2
+        sizes.append(next(rows for rows in range(half, 0, -1) if batch.num_rows % rows == 0))
+    return sizes
+
+
+# --- the start ----------------------------------------------------------------------------------
 
 
 def _randomize_lora(model: Any) -> None:
@@ -316,70 +356,13 @@ def _randomize_lora(model: Any) -> None:
                 parameter.copy_(values.to(torch.bfloat16))
 
 
-def _write_checkpoint(shape: str, folder: Path, device: str) -> None:
-    """A Qwen3 of random weights as a 4-bit checkpoint, quantized tensor by tensor on `device`."""
-    import bitsandbytes.functional as bnb
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
-
-    from examples.demo.model import make_tokenizer
-
-    hidden, intermediate, layers, heads, kv_heads, head, vocabulary, tied = _SHAPES[shape]
-    recipe = QuantizationRecipe()
-    config = Qwen3Config(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        max_position_embeddings=40960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        architectures=["Qwen3ForCausalLM"],
-        dtype="bfloat16",
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=recipe.quant_type,
-            bnb_4bit_use_double_quant=recipe.double_quant,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=list(recipe.skipped_modules),
-        ).to_dict(),
-    )
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator(device).manual_seed(0)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in empty.named_parameters():
-        if parameter.ndim == 1:
-            tensors[name] = torch.ones(parameter.shape, dtype=torch.bfloat16)
-            continue
-        weight = torch.randn(parameter.shape, generator=generator, device=device) * 0.02
-        weight = weight.to(torch.bfloat16)
-        if name.split(".")[-2] in LINEAR_MODULES:
-            weight, state = bnb.quantize_4bit(
-                weight,
-                blocksize=recipe.block_size,
-                compress_statistics=recipe.double_quant,
-                quant_type=recipe.quant_type,
-            )
-            packed = state.as_dict(packed=True)
-            tensors.update({f"{name}.{key}": value.cpu() for key, value in packed.items()})
-        tensors[name] = weight.cpu()
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-
-
 # --- the report ---------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shape", choices=tuple(_SHAPES), default="tiny")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="tiny")
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=128)
@@ -388,6 +371,13 @@ def main() -> None:
         "--rows-no-sharing", action="store_true", help="16 groups of one, 512 + 512 tokens each"
     )
     parser.add_argument("--max-tokens", type=int, default=16384, help="of a micro-batch")
+    parser.add_argument(
+        "--peer",
+        nargs="+",
+        choices=("trl", "recipe"),
+        default=["trl"],
+        help="the recipe is in benchmarks/recipe_update.py",
+    )
     parser.add_argument(
         "--peer-dtype",
         nargs="+",
@@ -410,21 +400,28 @@ def main() -> None:
     for option in ("liger", "scaling"):
         if getattr(arguments, option) and arguments.device != "cuda":
             parser.error(f"--{option} needs --device cuda")
-    sides = [TANDEM, *(Side(f"TRL, {dtype}", dtype) for dtype in arguments.peer_dtype)]
-    if arguments.liger:
-        sides.append(
-            Side(f"TRL, {arguments.peer_dtype[-1]}, Liger", arguments.peer_dtype[-1], True)
-        )
-    memory = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
+    sides = [TANDEM]
+    if "trl" in arguments.peer:
+        sides += [Side(f"TRL, {dtype}", "trl", dtype) for dtype in arguments.peer_dtype]
+        if arguments.liger:
+            dtype = arguments.peer_dtype[-1]
+            sides.append(Side(f"TRL, {dtype}, Liger", "trl", dtype, True))
+    if "recipe" in arguments.peer:
+        sides.append(RECIPE)
+    with work_folder() as folder:
         measurement = Measurement(
-            checkpoint=Path(folder) / "base",
-            vocabulary=_SHAPES[arguments.shape][6],
+            checkpoint=folder / "base",
+            vocabulary=SHAPES[arguments.shape].vocabulary,
             device=arguments.device,
             max_tokens=arguments.max_tokens,
             rounds=arguments.rounds,
         )
-        _write_checkpoint(arguments.shape, measurement.checkpoint, arguments.device)
+        write_checkpoint(
+            arguments.shape,
+            measurement.checkpoint,
+            device=arguments.device,
+            recipe=QuantizationRecipe(),
+        )
         report = (_scaling if arguments.scaling else _update)(arguments, measurement, sides)
     report.publish(keep=arguments.report)
 
@@ -472,6 +469,7 @@ def _update(
             f"tokens, at most {arguments.max_tokens:,} at once; {_algorithm(batch).name} with "
             f"dapo's loss, LoRA of rank {_RANK} on all linears. The sides take {arguments.turns} "
             f"turn(s) of {arguments.rounds} updates after one to warm up; medians. {_SAMENESS}"
+            f"{_OF_THE_RECIPE if RECIPE in outcomes else ''}"
         ),
         header=(
             "update",
@@ -484,8 +482,18 @@ def _update(
             "difference",
         ),
         rows=rows,
-        conclusion=f"Tandem's tokens per second: {', '.join(ratios) or 'no peer had the memory'}.",
+        conclusion=(
+            f"Tandem's tokens per second: {', '.join(ratios) or 'no peer had the memory'}."
+            f"{_memory_ratios(tandem, outcomes)}"
+        ),
     )
+
+
+def _memory_ratios(tandem: Outcome, outcomes: Mapping[Side, Outcome | None]) -> str:
+    """On CUDA, where peaks are known."""
+    peers = {side: o for side, o in outcomes.items() if o and o.peak_bytes and not side.is_tandem}
+    ratios = [f"{tandem.peak_bytes / o.peak_bytes:.2f} of {s.name}" for s, o in peers.items()]
+    return f" Its peak memory: {', '.join(ratios)}. {_TARGETS}" if ratios else ""
 
 
 def _joined(earlier: Outcome | None, outcome: Outcome | None) -> Outcome | None:
@@ -501,6 +509,14 @@ _SAMENESS = (
     "replaced by the batch, without the forward pass that it adds for rollouts of vLLM; the "
     "dtype is that of its norms, embeddings and head."
 )
+
+
+_OF_THE_RECIPE = (
+    " The usual recipe is prepare_model_for_kbit_training, PEFT's LoRA in float32, Transformers' "
+    "forward pass in bfloat16 autocast with gradient checkpointing, full logits, and AdamW, with "
+    "micro-batches as large as fit."
+)
+_TARGETS = "On CUDA at least 3 × the tokens per second and at most 0.4 × the memory are wanted."
 
 
 def _where(arguments: argparse.Namespace) -> str:

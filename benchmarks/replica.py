@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -20,7 +20,7 @@ from services.rollout.replica import Replica
 from services.rollout.settings import RolloutSettings
 from services.server import Server
 
-_BOOT_TIMEOUT_S = 300.0
+_BOOT_TIMEOUT_S = 600.0
 
 
 def free_port() -> int:
@@ -32,9 +32,18 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def replica_process(
-    settings: RolloutSettings, log: Path, module: str = "services.rollout"
+    settings: RolloutSettings,
+    log: Path,
+    module: str = "services.rollout",
+    *,
+    extra: Mapping[str, str] = {},
+    without: Collection[str] = (),
 ) -> Iterator[str]:
-    """Run `python -m <module>` with these settings; yields its URL once it is ready."""
+    """Run `python -m <module>` with these settings; yields its URL once it is ready.
+
+    It gets the environment of this process, `without` some variables and with `extra` ones.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in without}
     environment = {
         f"ROLLOUT_{name.upper()}": str(value)
         for name, value in settings.model_dump(exclude_unset=True).items()
@@ -42,7 +51,7 @@ def replica_process(
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", module],
-            env=os.environ | environment,
+            env=inherited | dict(extra) | environment,
             stdout=output,
             stderr=output,
         )

@@ -6,7 +6,10 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +77,20 @@ class Report:
 def hardware() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(": ")[2] for line in lines if "model name" in line), "")
-    return f"{os.cpu_count()} × {model or platform.machine()}, Python {platform.python_version()}"
+    processors = f"{os.cpu_count()} × {model or platform.machine()}"
+    return ", ".join([processors, *_gpus(), f"Python {platform.python_version()}"])
+
+
+def _gpus() -> list[str]:
+    """`2 × NVIDIA H100 80GB HBM3`, of those that this machine has."""
+    names: list[str] = []
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=False)
+        names = answer.stdout.splitlines() if answer.returncode == 0 else []
+    elif torch := sys.modules.get("torch"):
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [f"{number} × {name}" for name, number in Counter(names).items()]
 
 
 def versions() -> str:

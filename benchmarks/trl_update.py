@@ -16,7 +16,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +26,7 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-
-@dataclass(frozen=True, slots=True)
-class FixedBatch:
-    """Rows of equal lengths, so that TRL pads nothing."""
-
-    prompt_ids: Tensor  # [B, P] int64
-    completion_ids: Tensor  # [B, R] int64
-    advantages: Tensor  # [B] float32
-    group_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    seconds: float
-    loss: float
-    grad_norm: float
+from benchmarks.fixed_batch import FixedBatch, Step
 
 
 def trl_steps(

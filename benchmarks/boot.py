@@ -1,0 +1,98 @@
+"""Seconds from starting `python -m services.rollout` to /readyz: the first time, and again.
+
+All boots share one ROLLOUT_CACHE_DIR that is empty before the first, and nothing else: wherever
+else libraries keep what they compile, each finds an empty folder, as in a new container.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import engines
+from benchmarks.checkpoints import SHAPES, work_folder, write_checkpoint
+from benchmarks.engines import say
+from benchmarks.replica import replica_process
+from benchmarks.report import Report
+
+MAX_RATIO = 0.5
+# Set, they would hold what is compiled in place of ROLLOUT_CACHE_DIR.
+_CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+# What has its default in the user's home, or in /tmp.
+_HOMES = (
+    "XDG_CACHE_HOME",
+    "TMPDIR",
+    "TRITON_HOME",
+    "CUDA_CACHE_PATH",
+    "FLASHINFER_WORKSPACE_BASE",
+)
+_PHASE = re.compile(r"\b(?:took|takes|in total|finished in)\b.*\d")  # of vLLM's log
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    engines.add_arguments(parser, tuple(SHAPES))
+    parser.add_argument("--boots", type=int, default=2)
+    parser.add_argument("--serving-mode", choices=("lora", "merged"), default="lora")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
+    arguments = parser.parse_args()
+    seconds = []
+    with work_folder() as folder:
+        model = folder / "model"
+        write_checkpoint(arguments.shape, model, device=arguments.device)
+        arguments.cache_dir = folder / "cache"
+        for number in range(1, 1 + arguments.boots):
+            seconds.append(_boot(arguments, model, folder / f"boot-{number}"))
+            say(f"boot {number}: {seconds[-1]:.1f} s")
+    _report(arguments, seconds).publish(keep=arguments.report)
+
+
+def _boot(arguments: argparse.Namespace, model: Path, own: Path) -> float:
+    """Seconds to ready, with an empty folder of its `own` to work in."""
+    own.mkdir()
+    log = own / "log"
+    settings = engines.replica_settings(
+        arguments,
+        model,
+        serving_mode=arguments.serving_mode,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
+        max_model_len=4096,
+    )
+    extra = {name: str(own) for name in _HOMES}
+    started = time.perf_counter()
+    with replica_process(settings, log, extra=extra, without=_CACHES):
+        elapsed_s = time.perf_counter() - started
+    for line in log.read_text(errors="replace").splitlines():
+        if _PHASE.search(line):
+            say(line[-200:])
+    return elapsed_s
+
+
+def _report(arguments: argparse.Namespace, seconds: Sequence[float]) -> Report:
+    return Report(
+        name="boot",
+        variant=f"{arguments.device}-{arguments.shape}",
+        title="From the start of a replica to ready: first and again",
+        setting=(
+            f"Qwen3 shape {arguments.shape}, random weights in 16 bits in shared memory, serving "
+            f"mode {arguments.serving_mode}; all boots on one cache folder, empty before the first."
+        ),
+        header=("boot", "seconds to ready", "of the first"),
+        rows=[
+            (str(number), f"{elapsed_s:.1f}", f"{elapsed_s / seconds[0]:.2f}")
+            for number, elapsed_s in enumerate(seconds, 1)
+        ],
+        conclusion=(
+            f"The second boot takes {seconds[1] / seconds[0]:.2f} of the first (target at most "
+            f"{MAX_RATIO:g})."
+            if len(seconds) > 1
+            else "One boot alone has no ratio."
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
