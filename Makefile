@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 LONG_SUITES := gpu or faults or learning or compose
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-learning test-compose up check format rollout trainer requirements clean
+.PHONY: help setup demo test test-faults test-learning test-compose test-gpu up check format rollout trainer requirements clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ test-learning: $(INSTALLED) ## Train with every algorithm, and with a random rew
 
 test-compose: $(INSTALLED) ## Build the CPU images and run the stack: needs a Docker engine, kubectl and promtool
 	@$(BIN)/python -m pytest -m compose $(ARGS)
+
+# .venv is for CPUs: on a GPU host GPU_PYTHON names a Python with torch and vllm for CUDA.
+test-gpu: $(if $(GPU_PYTHON),,$(INSTALLED)) ## Test on one NVIDIA GPU of 80 GB, or two (GPU_PYTHON=python3: with its packages)
+	@$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu tests/gpu $(ARGS)
 
 up: ## Start the containers of a GPU host and wait until they are ready (STACK=cpu: without a GPU)
 	@deploy/scripts/make_env.sh $(STACK)
