@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
+import uvloop
+
 Subject = TypeVar("Subject")
 Result = TypeVar("Result")
 Build = ParamSpec("Build")
@@ -136,7 +138,7 @@ def _answer_calls(connection: Connection, subject: Any, loop: asyncio.AbstractEv
 
 @contextlib.contextmanager
 def loop_in_a_thread() -> Iterator[asyncio.AbstractEventLoop]:
-    loop = asyncio.new_event_loop()
+    loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:

@@ -66,7 +66,7 @@ class Load:
         self._concurrency = concurrency
         self._prompt = prompt
         self._vocabulary = vocabulary
-        self._sampling = SamplingParams(max_tokens=completion, ignore_eos=True, detokenize=False)
+        self._completion = completion
         self._rng = random.Random(0)
         self._completions: list[list[tuple[float, int]]] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -104,9 +104,12 @@ class Load:
         return Arrivals(self._completions)
 
     def _request(self) -> GenerateRequest:
+        """Of half to all of the tokens: that completions end one by one, not all at once."""
         ids = range(FIRST_ORDINARY_TOKEN, self._vocabulary)
         prompt = tuple(self._rng.choices(ids, k=self._prompt))
-        return GenerateRequest(prompts=(prompt,), sampling=self._sampling)
+        num_tokens = self._rng.randint(self._completion // 2, self._completion)
+        sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+        return GenerateRequest(prompts=(prompt,), sampling=sampling)
 
     async def _repeat(self, client: RolloutClient) -> None:
         while True:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import httpx
+import uvloop
 
 from services.rollout.app import create_app
 from services.rollout.replica import Replica
@@ -72,7 +73,7 @@ def replica_thread(
 
     Yields its URL, the replica, and the event loop on which the engine must be called.
     """
-    loop = asyncio.new_event_loop()
+    loop = uvloop.new_event_loop()
     replica = Replica(settings, on_exit=lambda code: server.exit(code))
     server = Server(
         create_app(replica), host=settings.host, port=settings.port, on_stop=lambda: None

@@ -9,7 +9,6 @@ that each ratio is of one wave. Prompts are never used twice: no side finds anot
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
 import json
 import statistics
@@ -18,6 +17,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import uvloop
 
 from benchmarks import engines
 from benchmarks.checkpoints import SHAPES, random_adapter, work_folder, write_checkpoint
@@ -197,14 +198,14 @@ class _Benchmark:
     # --- sides ----------------------------------------------------------------------------------
 
     def _service_sides(self, mode: str, service: Child[Any], url: str) -> list[Side]:
-        asyncio.run(self._install(url))
+        uvloop.run(self._install(url))
 
         def in_service(name: str, policy: PolicyId) -> Side:
             return Side(name, lambda work: service.run(engines.in_service, work, policy))
 
         def over_http(name: str, policy: PolicyId, stream: bool = False) -> Side:
             return Side(
-                name, lambda work: asyncio.run(engines.over_http(url, work, policy, stream=stream))
+                name, lambda work: uvloop.run(engines.over_http(url, work, policy, stream=stream))
             )
 
         sides = [

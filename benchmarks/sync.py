@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import uvloop
+
 from benchmarks import engines
 from benchmarks.checkpoints import SHAPES, work_folder, write_checkpoint
 from benchmarks.child import Child, ChildError
@@ -198,11 +200,11 @@ class _Benchmark:
                     try:
                         policy = self._policy(case)
                         say(f"{case.label}: ready after {service.wait_until_ready():.0f} s")
-                        idle = asyncio.run(self._rounds(case, policy, settings, service))
+                        idle = uvloop.run(self._rounds(case, policy, settings, service))
                         rows.append(_row(case, "idle", idle))
                         verdicts.append(_idle_verdict(case, idle))
                         if self._arguments.load:
-                            loaded = asyncio.run(
+                            loaded = uvloop.run(
                                 self._loaded_rounds(case, policy, settings, service)
                             )
                             rows.append(_row(case, f"{self._arguments.load} running", loaded))
@@ -261,7 +263,7 @@ class _Benchmark:
     async def _loaded_rounds(
         self, case: Case, policy: Policy, settings: RolloutSettings, service: Child[Replica]
     ) -> list[Round]:
-        """The load begins anew in every round: its completions are then equally long."""
+        """The load begins anew in every round, and has settled when it is measured."""
         rounds: list[Round] = []
         async with RolloutClient(_url(settings)) as client:
             with self._load(settings) as load:
@@ -293,7 +295,7 @@ class _Benchmark:
                 for _, service in others:
                     say(f"{service.name}: ready after {service.wait_until_ready():.0f} s")
                 urls = [_url(settings) for settings, _ in (first, *others)]
-                alone, together = asyncio.run(self._fleet_rounds(policy, urls))
+                alone, together = uvloop.run(self._fleet_rounds(policy, urls))
             rows += [_fleet_row(case, 1, alone), _fleet_row(case, number, together)]
             total = statistics.median(sync.total_s for sync in together)
             verdicts.append(

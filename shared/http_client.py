@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 
@@ -13,7 +14,32 @@ from shared.auth import authorization
 from shared.errors import DeadlineExceeded, ServiceError, Unavailable, from_problem
 from shared.schemas import Wire
 
+_NUM_POOLS = 32
 Answer = TypeVar("Answer", bound=Wire)
+
+
+class _Pools(httpx.AsyncBaseTransport):
+    """Takes turns between small pools of connections, straight to the service, without a proxy.
+
+    For every request httpx's pool compares all of its connections with all others: with 256 of
+    them the client is busy for 14 ms per request.
+    """
+
+    def __init__(self) -> None:
+        context = httpx.create_ssl_context(trust_env=False)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._pools = [
+            httpx.AsyncHTTPTransport(verify=context, limits=limits, trust_env=False)
+            for _ in range(_NUM_POOLS)
+        ]
+        self._turns = itertools.cycle(self._pools)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return await next(self._turns).handle_async_request(request)
+
+    async def aclose(self) -> None:
+        for pool in self._pools:
+            await pool.aclose()
 
 
 class ServiceClient:
@@ -38,9 +64,7 @@ class ServiceClient:
             base_url=self.url,
             headers=authorization(api_key),
             timeout=httpx.Timeout(None, connect=5.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
-            transport=transport,
-            trust_env=False,  # services talk to each other, not through a proxy
+            transport=transport or _Pools(),
         )
 
     async def __aenter__(self) -> Self:

@@ -13,7 +13,6 @@ need of vLLM they find on `self`, so that only vllm_engine.py imports it.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,21 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._utils import _unflatten_dense_tensors
 
 from shared.adapters import LINEAR_MODULES, read_header
 from shared.checkpoints import linear_shapes, weight_files
 
 READY, LOADING = "ready", "loading"  # of commit; anything else is what went wrong
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_YIELD_S = 1e-5  # between two layers the stepping thread gets the interpreter
+_Views = tuple[list[torch.Tensor], list[torch.Tensor]]  # of a slot: all of it, and an adapter's
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
-    """What an adapter adds to one linear: scaling · B · A, in bfloat16 on the device."""
+class _Layout:
+    """What every adapter file of a run has in common."""
 
-    a: torch.Tensor  # [rank, in]
-    b: torch.Tensor  # [out, rank]
+    names: tuple[str, ...]  # of its tensors, with the path in the base, in the order of their bytes
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(slots=True)
@@ -45,12 +45,17 @@ class _Staged:
 
     thread: threading.Thread
     scaling: float = 1.0
-    pairs: dict[str, _Pair] = field(default_factory=dict)  # by the linear's path in the base
+    layout: _Layout = _Layout((), ())
+    tensors: list[torch.Tensor] = field(default_factory=list)  # in bfloat16, on the device
     error: str | None = None
 
 
 class _Stage:
-    """Moves adapters to the device beside the engine's work."""
+    """Moves adapters to the device beside the engine's work.
+
+    Whatever torch does lets the interpreter go, and beside a busy engine it takes milliseconds to
+    get it back: so there are few calls, each for all tensors, and what they need is kept.
+    """
 
     device: torch.device  # this and the next are the worker's
     model_runner: Any
@@ -75,8 +80,7 @@ class _Stage:
         staged = self.tandem_staged[slot_id]
         try:
             with torch.inference_mode(), self.tandem_beside():
-                staged.scaling, staged.pairs = _read(folder, self.device)
-                self.tandem_place(slot_id, staged)
+                self.tandem_place(slot_id, staged, folder / "adapter_model.safetensors")
         except BaseException as error:  # whoever commits is told; the engine goes on
             staged.error = f"{type(error).__name__}: {error}"
 
@@ -90,17 +94,16 @@ class _Stage:
             yield
         self.tandem_stream.synchronize()
 
-    def tandem_place(self, slot_id: int, staged: _Staged) -> None:
-        """What else can be done before the adapter is known to requests."""
+    def tandem_place(self, slot_id: int, staged: _Staged, file: Path) -> None:
+        """All that can be done before the adapter is known to requests."""
+        raise NotImplementedError
 
 
 class SlotWorker(_Stage):
     """Adapters go into vLLM's LoRA slots."""
 
     def tandem_commit(self, slot_id: int) -> str:
-        """Make the adapter servable under `slot_id` once it is loaded; again is READY again."""
-        if slot_id not in self.tandem_staged:
-            return READY
+        """Make the adapter servable under `slot_id` once it is loaded."""
         if self.tandem_staged[slot_id].thread.is_alive():
             return LOADING
         staged, slots = self.tandem_staged.pop(slot_id), self._tandem_slots
@@ -112,26 +115,46 @@ class SlotWorker(_Stage):
         slots._active_adapters[slot_id] = None
         return READY
 
-    def tandem_place(self, slot_id: int, staged: _Staged) -> None:
+    def tandem_place(self, slot_id: int, staged: _Staged, file: Path) -> None:
         """Fill a free slot, which no running request reads."""
-        slots, pairs = self._tandem_slots, staged.pairs
+        slots = self._tandem_slots
         index = slots.lora_index_to_id.index(None)
         slots.lora_index_to_id[index] = slot_id
-        for pair in pairs.values():
-            pair.b.mul_(staged.scaling)
-        for name, module in slots.modules.items():
-            parts = slots.packed_modules.get(name)
-            found = [pairs.pop(part, None) for part in parts or [name]]
-            a, b = ([getattr(pair, side, None) for pair in found] for side in ("a", "b"))
-            if not any(found):
-                module.reset_lora(index)
-            elif parts:
-                module.set_lora(index, a, b)
-            else:
-                module.set_lora(index, a[0], b[0])
-            time.sleep(_YIELD_S)
-        if pairs:
-            raise LookupError(f"the engine has no LoRA layer for {next(iter(pairs))}")
+        staged.scaling, staged.layout, flat = _read(file, self.device)
+        whole, parts = self._tandem_views(staged.layout)[index]
+        tensors = _unflatten_dense_tensors(flat, parts)
+        b = [t for name, t in zip(staged.layout.names, tensors, strict=True) if ".lora_B." in name]
+        torch._foreach_mul_(b, staged.scaling)
+        torch._foreach_zero_(whole)
+        torch._foreach_copy_(parts, tensors)
+
+    @cached_property
+    def tandem_known(self) -> dict[_Layout, list[_Views]]:
+        return {}
+
+    def _tandem_views(self, layout: _Layout) -> list[_Views]:
+        """Of every slot, where such an adapter goes; made once, for the first of its run."""
+        if layout not in self.tandem_known:
+            self.tandem_known.clear()
+            num_slots = len(self._tandem_slots.lora_index_to_id)
+            self.tandem_known[layout] = [self._views(layout, index) for index in range(num_slots)]
+        return self.tandem_known[layout]
+
+    def _views(self, layout: _Layout, index: int) -> _Views:
+        slots, by_name = self._tandem_slots, {}
+        for path, module in slots.modules.items():
+            linears = slots.packed_modules.get(path, [path])
+            sides = zip(module.lora_a_stacked, module.lora_b_stacked, strict=True)
+            for linear, (a, b) in zip(linears, sides, strict=True):
+                by_name[f"{linear}.lora_A.weight"] = a[index, 0]  # [rank of a slot, in]
+                by_name[f"{linear}.lora_B.weight"] = b[index, 0]  # [out, rank of a slot]
+        if unknown := set(layout.names) - by_name.keys():
+            raise LookupError(f"the engine has no LoRA layer for {min(unknown)}")
+        parts = [
+            by_name[name][tuple(map(slice, shape))]
+            for name, shape in zip(layout.names, layout.shapes, strict=True)
+        ]
+        return list(by_name.values()), parts
 
     @property
     def _tandem_slots(self) -> Any:
@@ -143,6 +166,14 @@ class _InItsSlot:
     """In place of the LoRAModel from which vLLM would fill an evicted slot again: none ever is."""
 
     id: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """What an adapter adds to one linear: scaling · B · A."""
+
+    a: torch.Tensor  # [rank, in]
+    b: torch.Tensor  # [out, rank]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +220,23 @@ class MergedWorker(_Stage):
             del self.tandem_staged[slot_id]
         return staged.error or READY
 
-    def tandem_place(self, slot_id: int, staged: _Staged) -> None:
-        known = {path for linear in self.tandem_linears for path in linear.parts}
-        if unknown := sorted(staged.pairs.keys() - known):
-            raise LookupError(f"the engine has no layer {unknown[0]} to merge an adapter into")
+    def tandem_place(self, slot_id: int, staged: _Staged, file: Path) -> None:
+        staged.scaling, staged.layout, flat = _read(file, self.device)
+        if staged.layout not in self.tandem_known:
+            paths = {path for linear in self.tandem_linears for path in linear.parts}
+            names = {f"{path}.lora_{side}.weight" for path in paths for side in "AB"}
+            if unknown := set(staged.layout.names) - names:
+                raise LookupError(f"the engine has no layer to merge {min(unknown)} into")
+            self.tandem_known.clear()
+            self.tandem_known[staged.layout] = [
+                torch.empty(shape, device="meta") for shape in staged.layout.shapes
+            ]
+        staged.tensors = list(_unflatten_dense_tensors(flat, self.tandem_known[staged.layout]))
+
+    @cached_property
+    def tandem_known(self) -> dict[_Layout, list[torch.Tensor]]:
+        """Tensors of the shapes of the adapters of a run."""
+        return {}
 
     def tandem_drop(self, slot_id: int) -> None:
         del self.tandem_staged[slot_id]
@@ -202,8 +246,11 @@ class MergedWorker(_Stage):
 
         Nothing may run meanwhile. base + scaling · B · A is rounded to bfloat16 once.
         """
-        staged = self.tandem_staged[slot_id] if slot_id is not None else None
-        pairs, scaling = (staged.pairs, staged.scaling) if staged else ({}, 1.0)
+        pairs: dict[str, _Pair] = {}
+        scaling = 1.0
+        if slot_id is not None:
+            staged = self.tandem_staged[slot_id]
+            scaling, pairs = staged.scaling, _pairs(staged)
         self.tandem_merged.update(pairs)
         with torch.inference_mode():
             for linear in self.tandem_linears:
@@ -240,17 +287,29 @@ def _stored_weight(folder: Path, path: str) -> torch.Tensor:
     raise LookupError(f"{folder} has no weight of {path}")
 
 
-def _read(folder: Path, device: torch.device) -> tuple[float, dict[str, _Pair]]:
-    """Scaling and tensors of a verified adapter file, which goes to the device in one copy."""
-    file = folder / "adapter_model.safetensors"
-    header, num_bytes = read_header(file), file.stat().st_size
-    blob = torch.from_file(str(file), shared=False, size=num_bytes, dtype=torch.uint8).to(device)
-    tensors = {}
-    for name, info in header.tensors.items():
-        view = blob[info.start : info.end].view(_DTYPES[info.dtype]).view(info.shape)
-        tensors[name.removeprefix("base_model.model.")] = view.to(torch.bfloat16)
-    paths = (name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name)
-    return header.manifest.scaling, {
+def _pairs(staged: _Staged) -> dict[str, _Pair]:
+    tensors = dict(zip(staged.layout.names, staged.tensors, strict=True))
+    paths = [name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name]
+    return {
         path: _Pair(tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"])
         for path in paths
     }
+
+
+def _read(file: Path, device: torch.device) -> tuple[float, _Layout, torch.Tensor]:
+    """Scaling, layout and flat bfloat16 tensors of a verified adapter file, in one copy."""
+    header, num_bytes = read_header(file), file.stat().st_size
+    blob = torch.from_file(str(file), shared=False, size=num_bytes, dtype=torch.uint8)
+    tensors = sorted(header.tensors.items(), key=lambda item: item[1].start)
+    blob = blob[tensors[0][1].start :].to(device)
+    if {info.dtype for _, info in tensors} == {"BF16"}:
+        flat = blob.view(torch.bfloat16)
+    else:
+        sizes = [info.end - info.start for _, info in tensors]
+        parts = zip(tensors, blob.split(sizes), strict=True)
+        flat = torch.cat([part.view(_DTYPES[i.dtype]).to(torch.bfloat16) for (_, i), part in parts])
+    layout = _Layout(
+        tuple(name.removeprefix("base_model.model.") for name, _ in tensors),
+        tuple(info.shape for _, info in tensors),
+    )
+    return header.manifest.scaling, layout, flat

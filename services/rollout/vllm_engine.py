@@ -76,6 +76,7 @@ class VllmEngine:
     def __init__(self, engine: Any, max_model_len: int) -> None:
         self.async_llm = engine
         self.max_model_len = max_model_len
+        self._loads_beside = True  # not where adapters have to be cut for several GPUs
         self._output: EngineOutput | None = None
 
     @classmethod
@@ -144,6 +145,7 @@ class VllmEngine:
             raise _boot_error(error, output.kept) from error
         kind = MergedVllmEngine if settings.serving_mode == "merged" else cls
         booted = kind(engine, config.model_config.max_model_len)
+        booted._loads_beside = settings.tensor_parallel_size == 1
         booted._output = output
         return booted
 
@@ -227,12 +229,14 @@ class VllmEngine:
 
     async def load_adapter(self, adapter: Adapter) -> None:
         try:
-            if reason := await self._stage(adapter):
+            reason = await self._stage(adapter) if self._loads_beside else None
+            if reason:
                 log.warning(
                     "an adapter cannot be loaded beside the engine's work (%s): vLLM loads it, and "
                     "pauses for that",
                     reason,
                 )
+            if reason or not self._loads_beside:
                 await self.async_llm.add_lora(self._lora_request(adapter))
         except EngineDeadError as error:
             raise EngineDead("the engine died while it loaded an adapter") from error
@@ -243,14 +247,14 @@ class VllmEngine:
             raise InvalidAdapter(f"vLLM refused the adapter: {error}") from error
 
     async def _stage(self, adapter: Adapter) -> str | None:
-        """Load an adapter beside the engine's work, on every rank. Why not, when that failed."""
+        """Load an adapter beside the engine's work. Why not, when that failed."""
         call = self.async_llm.collective_rpc
         await call("tandem_stage", args=(adapter.slot_id, str(adapter.path)))
-        states = [LOADING]
-        while LOADING in states:
+        state = LOADING
+        while state == LOADING:
             await asyncio.sleep(_STAGE_POLL_S)
-            states = await call("tandem_commit", args=(adapter.slot_id,))
-        return next((state for state in states if state != READY), None)
+            (state,) = await call("tandem_commit", args=(adapter.slot_id,))
+        return None if state == READY else state
 
     async def unload_adapter(self, adapter: Adapter) -> None:
         async with _vllm_errors():

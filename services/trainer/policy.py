@@ -359,9 +359,10 @@ class Policy:
 
     def publish(self) -> PublishedAdapter:
         """The adapter of the current version, kept for `adapter`."""
-        content = self._adapter_file(self.id)
+        header, tensors = self._adapter_bytes(self.id)
         with ThreadPoolExecutor(1) as beside:  # hashing lets the interpreter go
-            digest = beside.submit(_digest, content)
+            digest = beside.submit(_digest, header, tensors)
+            content = b"".join((header, tensors))
             probe_logprobs = self.score(self._probe)
         adapter = PublishedAdapter(
             self._manifest(self.id), content, digest.result(), probe_logprobs
@@ -373,10 +374,12 @@ class Policy:
 
     def export(self, policy: PolicyId, probe_logprobs: tuple[float, ...] = ()) -> PublishedAdapter:
         """The LoRA weights as the adapter file of `policy`, in bfloat16, under PEFT's names."""
-        content = self._adapter_file(policy)
-        return PublishedAdapter(self._manifest(policy), content, _digest(content), probe_logprobs)
+        header, tensors = self._adapter_bytes(policy)
+        content, digest = b"".join((header, tensors)), _digest(header, tensors)
+        return PublishedAdapter(self._manifest(policy), content, digest, probe_logprobs)
 
-    def _adapter_file(self, policy: PolicyId) -> bytes:
+    def _adapter_bytes(self, policy: PolicyId) -> tuple[bytes, memoryview]:
+        """An adapter file in two parts; the second is overwritten by the next one."""
         named = self._named_lora()
         shapes = {name: tuple(parameter.shape) for name, parameter in named}
         flat = torch.cat([p.detach().flatten().to(torch.bfloat16) for _, p in named])
@@ -384,8 +387,7 @@ class Policy:
             if self._pinned is None or self._pinned.shape != flat.shape:
                 self._pinned = torch.empty_like(flat, device="cpu", pin_memory=True)
             flat = self._pinned.copy_(flat)
-        data = flat.view(torch.uint8).numpy().data
-        return b"".join((file_header(self._manifest(policy), shapes), data))
+        return file_header(self._manifest(policy), shapes), flat.view(torch.uint8).numpy().data
 
     def _manifest(self, policy: PolicyId) -> AdapterManifest:
         return AdapterManifest(
@@ -451,8 +453,10 @@ class Policy:
         self._published = {}
 
 
-def _digest(content: bytes) -> str:
-    return content_digest(hashlib.sha256(content).digest())
+def _digest(header: bytes, tensors: memoryview) -> str:
+    sha256 = hashlib.sha256(header)
+    sha256.update(tensors)
+    return content_digest(sha256.digest())
 
 
 def _unsampled(token_ids: Sequence[int]) -> Sample:

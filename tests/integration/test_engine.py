@@ -359,3 +359,11 @@ async def test_seeded_prompts_that_are_too_many_for_one_prefill_are_all_served(
     prompts = [[1, *(3 + (7 * i + j) % 12 for j in range(150))] for i in range(8)]
     answer = await publisher.generate(*prompts, max_tokens=4, seed=1, ignore_eos=True)
     assert [len(group.completions[0].token_ids) for group in answer.groups] == [4] * 8
+
+
+async def test_adapters_are_loaded_beside_the_engine_s_work(
+    publisher: Publisher, replica: ReplicaProcess
+) -> None:
+    """vLLM's own way, for which the engine pauses, is the one that nothing else tells apart."""
+    await publisher.publish(1)
+    assert "cannot be loaded beside" not in replica.log.read_text()
