@@ -29,7 +29,13 @@ from services.rollout.sync import AdapterReceiver
 from services.tokens import PromptEncoder
 from shared.errors import EngineDead, NotReady
 from shared.metrics import RolloutMetrics
-from shared.schemas import BASE_POLICY, PoliciesResponse, RolloutLimits, RolloutStatus
+from shared.schemas import (
+    BASE_POLICY,
+    PoliciesResponse,
+    RolloutLimits,
+    RolloutStatus,
+    SamplingParams,
+)
 
 log = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 0.25
@@ -143,6 +149,8 @@ class Replica:
         encoder = await asyncio.to_thread(PromptEncoder.load, base.path)
         booted = await asyncio.to_thread(self._boot_engine, settings, base.path)
         engine = booted.engine
+        self._detail = "trying the engine"
+        await _try_out(engine, settings.stall_timeout_s)
         limits = settings.limits(engine.max_model_len)
         policies = PolicyStore(
             engine,
@@ -297,3 +305,18 @@ class Replica:
             resident=serving.policies.resident() if serving else (),
             num_outstanding_completions=serving.sampler.num_outstanding if serving else 0,
         )
+
+
+async def _try_out(engine: Engine, timeout_s: float) -> None:
+    """Generate and score once: kernels that are compiled on the spot do not wait for a client."""
+    ids, sampling = (0, 1), SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False)
+    deltas = engine.generate("try-out", ids, sampling, None, stream=False)
+    try:
+        async with asyncio.timeout(timeout_s), contextlib.aclosing(deltas):
+            _ = [delta async for delta in deltas]
+            await engine.score("try-out-score", ids, None)
+    except TimeoutError:
+        raise TimeoutError(
+            f"the engine answered no request within ROLLOUT_STALL_TIMEOUT_S={timeout_s:g} s of its "
+            "start: raise it, or see above what the engine printed"
+        ) from None

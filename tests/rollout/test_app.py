@@ -289,6 +289,16 @@ async def test_an_engine_that_makes_no_token_while_requests_run_exits_1(
     await task
 
 
+async def test_an_engine_that_answers_nothing_is_never_ready(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(stall_timeout_s=0.3)
+    service.engine.hold()
+    assert await service.exit_code() == 1
+    detail = (await service.client.status()).detail
+    assert "the engine answered no request within ROLLOUT_STALL_TIMEOUT_S=0.3 s" in detail
+
+
 async def test_an_idle_engine_is_not_a_stalled_one(serve: Callable[..., Service]) -> None:
     service = serve(stall_timeout_s=0.3)
     await service.started()
