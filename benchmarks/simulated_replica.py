@@ -76,6 +76,9 @@ class SimulatedEngine:
     def death(self) -> str | None:
         return None
 
+    def num_unfinished(self) -> int:
+        return 0  # it never hangs
+
     def num_tokens_processed(self) -> int:
         return self._num_tokens
 

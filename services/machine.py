@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from services.boot import one_line
+from shared.adapters import LINEAR_MODULES
 from shared.checkpoints import linear_shapes, weight_files
 
 _GPU_TIMEOUT_S = 120.0
@@ -42,6 +43,7 @@ class WeightBytes:
     stored: int  # at most 16 bits an element: wider ones are converted
     bf16: int
     nf4: int  # linears of the decoder layers in 4 bits, the rest in 16
+    linears: int  # those that an adapter may have, in bf16
 
 
 def weight_bytes(model_dir: Path) -> WeightBytes:
@@ -49,7 +51,7 @@ def weight_bytes(model_dir: Path) -> WeightBytes:
     from safetensors import SafetensorError, safe_open
 
     linears = linear_shapes(model_dir)
-    stored = bf16 = nf4 = 0
+    stored = bf16 = nf4 = adapted = 0
     for path in weight_files(model_dir):
         try:
             with safe_open(path, framework="np") as tensors:
@@ -60,13 +62,15 @@ def weight_bytes(model_dir: Path) -> WeightBytes:
                     stored += num if is_packed or dtype.startswith("F8") else 2 * num
                     bf16 += 4 * num if is_packed else 2 * num
                     is_linear = name.removesuffix(".weight") in linears
+                    if is_linear and name.removesuffix(".weight").endswith(LINEAR_MODULES):
+                        adapted += 4 * num if is_packed else 2 * num
                     nf4 += num if is_packed else num // 2 if is_linear else 2 * num
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is not a whole safetensors file ({one_line(error)}): copy or download it "
                 "again"
             ) from error
-    return WeightBytes(stored=stored, bf16=bf16, nf4=nf4)
+    return WeightBytes(stored=stored, bf16=bf16, nf4=nf4, linears=adapted)
 
 
 # --- memory -------------------------------------------------------------------------------------

@@ -64,9 +64,6 @@ class Server(uvicorn.Server):
             family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
             address = (self.config.host, self.config.port)
             listener = socket.create_server(address, family=family, backlog=2048)
-            # asyncio sets it on sockets whose protocol is spelled out, which these are not; without
-            # it every answer on a kept connection waits 40 ms for the client's ACK.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             number = error.errno or 0  # below 0: a name that cannot be resolved
             reason = os.strerror(number) if number > 0 else "no such host"

@@ -186,6 +186,12 @@ def _tensor_info(name: str, entry: Any, first_byte: int) -> TensorInfo:
         raise InvalidAdapter(
             f"tensor {name!r} of shape {list(shape)} and dtype {dtype} spans {end - start} bytes"
         )
+    if (first_byte + start) % ELEMENT_BYTES[dtype]:
+        raise InvalidAdapter(
+            f"tensor {name!r} of dtype {dtype} starts at byte {first_byte + start} of the file, "
+            f"which is no multiple of {ELEMENT_BYTES[dtype]}: pad the header with spaces, and put "
+            "wide dtypes first"
+        )
     return TensorInfo(dtype, shape, first_byte + start, first_byte + end)
 
 

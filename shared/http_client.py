@@ -15,6 +15,7 @@ from shared.errors import DeadlineExceeded, ServiceError, Unavailable, from_prob
 from shared.schemas import Wire
 
 _NUM_POOLS = 32
+_KEPT_S = 60.0  # an idle connection; the services keep theirs for 75 s
 Answer = TypeVar("Answer", bound=Wire)
 
 
@@ -27,7 +28,9 @@ class _Pools(httpx.AsyncBaseTransport):
 
     def __init__(self) -> None:
         context = httpx.create_ssl_context(trust_env=False)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        limits = httpx.Limits(
+            max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEPT_S
+        )
         self._pools = [
             httpx.AsyncHTTPTransport(verify=context, limits=limits, trust_env=False)
             for _ in range(_NUM_POOLS)

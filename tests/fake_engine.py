@@ -110,6 +110,9 @@ class FakeEngine:
     def death(self) -> str | None:
         return self.died
 
+    def num_unfinished(self) -> int:
+        return len(self.running)
+
     def num_tokens_processed(self) -> int:
         return 0
 

@@ -67,6 +67,9 @@ class Engine(Protocol):
     def death(self) -> str | None:
         """Why the engine is dead, or None while it lives."""
 
+    def num_unfinished(self) -> int:
+        """Requests that the engine still has to work on, whoever reads what it made."""
+
     def num_tokens_processed(self) -> int:
         """Grows while the engine works; a watchdog compares two readings."""
 

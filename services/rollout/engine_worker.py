@@ -71,6 +71,8 @@ class _Stage:
 
     def tandem_stage(self, slot_id: int, folder: str) -> None:
         """Begin to load an adapter; returns at once."""
+        if self.tandem_stream:  # the last step of a version that left may still read its slot
+            self.tandem_stream.wait_stream(torch.cuda.current_stream(self.device))
         thread = threading.Thread(target=self.tandem_load, args=(slot_id, Path(folder)))
         thread.daemon = True
         self.tandem_staged[slot_id] = _Staged(thread)
@@ -111,8 +113,8 @@ class SlotWorker(_Stage):
             if slot_id in slots.lora_index_to_id:
                 slots.lora_index_to_id[slots.lora_index_to_id.index(slot_id)] = None
             return staged.error
-        slots._registered_adapters[slot_id] = _InItsSlot(slot_id)
         slots._active_adapters[slot_id] = None
+        slots._registered_adapters[slot_id] = _InItsSlot(slot_id)
         return READY
 
     def tandem_place(self, slot_id: int, staged: _Staged, file: Path) -> None:
@@ -129,16 +131,18 @@ class SlotWorker(_Stage):
         torch._foreach_copy_(parts, tensors)
 
     @cached_property
-    def tandem_known(self) -> dict[_Layout, list[_Views]]:
+    def tandem_slot_views(self) -> dict[_Layout, list[_Views]]:
         return {}
 
     def _tandem_views(self, layout: _Layout) -> list[_Views]:
         """Of every slot, where such an adapter goes; made once, for the first of its run."""
-        if layout not in self.tandem_known:
-            self.tandem_known.clear()
+        if layout not in self.tandem_slot_views:
+            self.tandem_slot_views.clear()
             num_slots = len(self._tandem_slots.lora_index_to_id)
-            self.tandem_known[layout] = [self._views(layout, index) for index in range(num_slots)]
-        return self.tandem_known[layout]
+            self.tandem_slot_views[layout] = [
+                self._views(layout, index) for index in range(num_slots)
+            ]
+        return self.tandem_slot_views[layout]
 
     def _views(self, layout: _Layout, index: int) -> _Views:
         slots, by_name = self._tandem_slots, {}
@@ -183,6 +187,7 @@ class _Linear:
     module: Any
     parts: Mapping[str, int]  # path in the base -> rows of the weight, from the first on
     base: torch.Tensor  # the weight without an adapter
+    is_packed: bool  # by the engine, for its kernels
 
 
 class MergedWorker(_Stage):
@@ -200,10 +205,17 @@ class MergedWorker(_Stage):
             paths = [f"{prefix}.{part}" for part in packed.get(leaf, [leaf])]
             if not (paths[0] in shapes and paths[0].endswith(LINEAR_MODULES)):
                 continue
-            base = module.weight.detach().clone()
-            if not base.numel():
-                base = torch.cat([_stored_weight(folder, path) for path in paths])
-            linears.append(_Linear(module, {path: shapes[path][0] for path in paths}, base))
+            is_packed = not module.weight.numel()
+            stored = [_stored_weight(folder, path) for path in paths] if is_packed else []
+            base = torch.cat(stored) if is_packed else module.weight.detach().clone()
+            rows = {path: shapes[path][0] for path in paths}
+            linears.append(_Linear(module, rows, base, is_packed))
+        known = {path for linear in linears for path in linear.parts}
+        if unknown := {p for p in shapes if p.endswith(LINEAR_MODULES)} - known:
+            raise LookupError(
+                f"{type(model).__name__} of vLLM names {min(unknown)} otherwise: adapters cannot "
+                "be merged into it; set ROLLOUT_SERVING_MODE=lora"
+            )
         return linears
 
     @cached_property
@@ -222,19 +234,15 @@ class MergedWorker(_Stage):
 
     def tandem_place(self, slot_id: int, staged: _Staged, file: Path) -> None:
         staged.scaling, staged.layout, flat = _read(file, self.device)
-        if staged.layout not in self.tandem_known:
-            paths = {path for linear in self.tandem_linears for path in linear.parts}
-            names = {f"{path}.lora_{side}.weight" for path in paths for side in "AB"}
-            if unknown := set(staged.layout.names) - names:
-                raise LookupError(f"the engine has no layer to merge {min(unknown)} into")
-            self.tandem_known.clear()
-            self.tandem_known[staged.layout] = [
+        if staged.layout not in self.tandem_shapes:
+            self.tandem_shapes.clear()
+            self.tandem_shapes[staged.layout] = [
                 torch.empty(shape, device="meta") for shape in staged.layout.shapes
             ]
-        staged.tensors = list(_unflatten_dense_tensors(flat, self.tandem_known[staged.layout]))
+        staged.tensors = list(_unflatten_dense_tensors(flat, self.tandem_shapes[staged.layout]))
 
     @cached_property
-    def tandem_known(self) -> dict[_Layout, list[torch.Tensor]]:
+    def tandem_shapes(self) -> dict[_Layout, list[torch.Tensor]]:
         """Tensors of the shapes of the adapters of a run."""
         return {}
 
@@ -262,8 +270,7 @@ class MergedWorker(_Stage):
 
 
 def _write(linear: _Linear, pairs: Mapping[str, _Pair], scaling: float) -> None:
-    is_packed = not linear.module.weight.numel()
-    weight = torch.empty_like(linear.base) if is_packed else linear.module.weight
+    weight = torch.empty_like(linear.base) if linear.is_packed else linear.module.weight
     rows = list(linear.parts.values())
     parts = zip(linear.parts, linear.base.split(rows), weight.split(rows), strict=True)
     for path, base, target in parts:
@@ -271,7 +278,7 @@ def _write(linear: _Linear, pairs: Mapping[str, _Pair], scaling: float) -> None:
             torch.addmm(base, pair.b, pair.a, alpha=scaling, out=target)
         else:
             target.copy_(base)
-    if is_packed:
+    if linear.is_packed:
         linear.module.weight = torch.nn.Parameter(weight, requires_grad=False)
         linear.module.quant_method.process_weights_after_loading(linear.module)
 

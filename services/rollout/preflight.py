@@ -19,7 +19,6 @@ from services.machine import (
 )
 from services.rollout.settings import RolloutSettings
 from shared.adapters import LINEAR_MODULES
-from shared.checkpoints import linear_shapes
 
 log = logging.getLogger(__name__)
 CPU_KV_CACHE_BYTES = 256 << 20
@@ -52,8 +51,9 @@ def check_start(settings: RolloutSettings) -> tuple[RolloutSettings, Path]:
     check_writable("ROLLOUT_ADAPTER_DIR", settings.resolved_adapter_dir)
     gpus = [] if on_cpu else gpus_by_a_child(f"ROLLOUT_DEVICE={settings.device}")
     source = resolve_checkpoint(settings.model, "ROLLOUT_MODEL")
-    weights = _served_bytes(settings, weight_bytes(source))
-    kept = kept_bytes(linear_shapes(source)) if is_merged else 0
+    stored = weight_bytes(source)
+    weights = _served_bytes(settings, stored)
+    kept = stored.linears if is_merged else 0  # the copy from which the base is restored
     if on_cpu:
         kv_cache = settings.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES
         parts = {"weights": weights + kept, "KV cache": kv_cache, "vLLM": _VLLM_BYTES}
@@ -69,15 +69,6 @@ def check_start(settings: RolloutSettings) -> tuple[RolloutSettings, Path]:
 
 def _served_bytes(settings: RolloutSettings, weights: WeightBytes) -> int:
     return weights.bf16 if settings.base == "nf4-exact" else weights.stored
-
-
-def kept_bytes(linear_shapes: dict[str, tuple[int, int]]) -> int:
-    """Of the copy of the base that merged serving restores it from: its linears in bf16."""
-    return sum(
-        2 * num_out * num_in
-        for module, (num_out, num_in) in linear_shapes.items()
-        if module.endswith(LINEAR_MODULES)
-    )
 
 
 def check_gpus(settings: RolloutSettings, weights: int, gpus: list[Gpu]) -> None:

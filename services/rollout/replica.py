@@ -205,7 +205,7 @@ class Replica:
                 self._die(reason)
                 return
             now = time.monotonic()
-            if sampler.num_outstanding == 0 and not policies.is_loading:
+            if engine.num_unfinished() == 0 and not policies.is_loading:
                 last_progress = last_look = now
             elif now - last_look > stall_timeout_s / _LOOKS_PER_STALL:  # reading the count costs
                 last_look, count = now, engine.num_tokens_processed()

@@ -48,6 +48,7 @@ _FINISH_REASONS: dict[str, FinishReason] = {
     "abort": "interrupted",
 }
 _STAGE_POLL_S = 0.005
+_LIFE_CHECK_S = 0.5
 
 
 # vLLM's words for its own settings, where those of RolloutSettings are others.
@@ -248,13 +249,26 @@ class VllmEngine:
 
     async def _stage(self, adapter: Adapter) -> str | None:
         """Load an adapter beside the engine's work. Why not, when that failed."""
-        call = self.async_llm.collective_rpc
-        await call("tandem_stage", args=(adapter.slot_id, str(adapter.path)))
+        await self._call("tandem_stage", adapter.slot_id, str(adapter.path))
         state = LOADING
         while state == LOADING:
             await asyncio.sleep(_STAGE_POLL_S)
-            (state,) = await call("tandem_commit", args=(adapter.slot_id,))
+            state = await self._call("tandem_commit", adapter.slot_id)
         return None if state == READY else state
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        """What a method of engine_worker.py answers on the first rank.
+
+        Raises EngineDead when the engine dies meanwhile: vLLM itself would wait for ever.
+        """
+        calling = asyncio.ensure_future(self.async_llm.collective_rpc(method, args=arguments))
+        try:
+            while not (await asyncio.wait([calling], timeout=_LIFE_CHECK_S))[0]:
+                if reason := self.death():
+                    raise EngineDead(reason)
+        finally:
+            calling.cancel()
+        return calling.result()[0]
 
     async def unload_adapter(self, adapter: Adapter) -> None:
         async with _vllm_errors():
@@ -267,6 +281,10 @@ class VllmEngine:
         if not self.async_llm.errored:
             return None
         return f"the engine process died: {self.async_llm.dead_error}"
+
+    def num_unfinished(self) -> int:
+        num: int = self.async_llm.output_processor.get_num_unfinished_requests()
+        return num
 
     def num_tokens_processed(self) -> int:
         totals = (
@@ -300,22 +318,36 @@ class MergedVllmEngine(VllmEngine):
         *,
         stream: bool,
     ) -> AsyncGenerator[SampledDelta]:
-        async with self._gate.under(request_id, adapter) as is_in:
-            if not is_in:
-                for index in range(sampling.n):
-                    yield SampledDelta(index, (), (), "interrupted", None)
-                return
-            deltas = super().generate(
-                request_id, prompt_token_ids, sampling, adapter, stream=stream
-            )
-            async with aclosing(deltas):
-                async for delta in deltas:
-                    yield delta
+        deltas = super().generate(request_id, prompt_token_ids, sampling, adapter, stream=stream)
+        received: asyncio.Queue[SampledDelta | None] = asyncio.Queue()
+
+        async def run() -> None:
+            """At the engine's pace: a slow reader would hold up every switch of the weights."""
+            async with self._gate.under(request_id, adapter) as is_in, aclosing(deltas):
+                if is_in:
+                    async for delta in deltas:
+                        received.put_nowait(delta)
+                    return
+            text = "" if sampling.detokenize else None
+            for index in range(sampling.n):
+                received.put_nowait(SampledDelta(index, (), (), "interrupted", text))
+
+        running = asyncio.ensure_future(run())
+        running.add_done_callback(lambda _: received.put_nowait(None))
+        try:
+            while delta := await received.get():
+                yield delta
+            await running
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
 
     async def score(
         self, request_id: str, token_ids: Sequence[int], adapter: Adapter | None
     ) -> list[float]:
-        async with self._gate.under(request_id, adapter):
+        async with self._gate.under(request_id, adapter) as is_in:
+            if not is_in:
+                raise InternalError(f"the score {request_id} was interrupted while it waited")
             return await super().score(request_id, token_ids, adapter)
 
     async def interrupt(self, request_ids: Iterable[str]) -> None:
@@ -328,19 +360,20 @@ class MergedVllmEngine(VllmEngine):
 
     async def _merge(self, adapter: Adapter | None) -> None:
         async with _vllm_errors():
-            await self.async_llm.collective_rpc(
-                "tandem_merge", args=(adapter.slot_id if adapter else None,)
-            )
+            await self._call("tandem_merge", adapter.slot_id if adapter else None)
 
     async def load_adapter(self, adapter: Adapter) -> None:
         async with _vllm_errors():
             reason = await self._stage(adapter)
         if reason:
-            raise InvalidAdapter(f"the adapter cannot be merged: {reason}")
+            raise InternalError(f"the engine cannot take the adapter in: {reason}")
 
     async def unload_adapter(self, adapter: Adapter) -> None:
         async with _vllm_errors():
-            await self.async_llm.collective_rpc("tandem_drop", args=(adapter.slot_id,))
+            await self._call("tandem_drop", adapter.slot_id)
+
+    def num_unfinished(self) -> int:
+        return super().num_unfinished() + self._gate.num_waiting
 
 
 def _qualified_name(cls: type) -> str:

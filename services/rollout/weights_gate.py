@@ -11,19 +11,25 @@ First come, first served: a policy that others keep busy is still switched to.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from services.rollout.engine import Adapter
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(slots=True, eq=False)
 class _Ticket:
     adapter: Adapter | None  # None: the base
-    interrupted: asyncio.Future[None]
+    left: asyncio.Future[None]  # done when nobody waits for it any more
     is_in: bool = False
-    is_over: bool = False  # whoever held it has gone
+
+    def leave(self) -> None:
+        if not self.left.done():
+            self.left.set_result(None)
 
 
 class WeightsGate:
@@ -31,12 +37,15 @@ class WeightsGate:
         """`switch` changes the weights while nothing runs; one that failed is repeated."""
         self._switch = switch
         self._current: Adapter | None = None
-        self._is_known = True  # that the weights are those of `_current`
+        self._is_known = False  # that the weights are those of `_current`
         self._num_running = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._woken = asyncio.Event()  # the one whose turn it is: something has ended
         self._turn = asyncio.Lock()  # fair; held by the first of those that wait
         self._waiting: dict[str, _Ticket] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     @asynccontextmanager
     async def under(self, request_id: str, adapter: Adapter | None) -> AsyncGenerator[bool]:
@@ -45,37 +54,43 @@ class WeightsGate:
         entering = asyncio.ensure_future(self._enter(ticket))
         self._waiting[request_id] = ticket
         try:
-            await asyncio.wait([entering, ticket.interrupted], return_when=asyncio.FIRST_COMPLETED)
+            try:
+                await asyncio.wait([entering, ticket.left], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ticket.leave()
+                del self._waiting[request_id]
             if entering.done():
                 entering.result()
-            del self._waiting[request_id]
             yield ticket.is_in
         finally:
-            self._waiting.pop(request_id, None)
-            ticket.is_over = True
             if ticket.is_in:
                 self._num_running -= 1
-                if not self._num_running:
-                    self._idle.set()
+                self._woken.set()
 
     def interrupt(self, request_ids: Iterable[str]) -> None:
         """Let these requests wait no longer; those that run are not meant."""
-        for request_id in request_ids:
-            ticket = self._waiting.get(request_id)
-            if ticket and not ticket.interrupted.done():
-                ticket.interrupted.set_result(None)
+        for ticket in filter(None, map(self._waiting.get, request_ids)):
+            ticket.leave()
 
     async def _enter(self, ticket: _Ticket) -> None:
         """A task of its own: a switch that has begun is finished, whoever leaves meanwhile."""
         async with self._turn:
             if ticket.adapter != self._current or not self._is_known:
-                await self._idle.wait()
-                if ticket.is_over:
+                ticket.left.add_done_callback(lambda _: self._woken.set())
+                while self._num_running and not ticket.left.done():
+                    self._woken.clear()
+                    await self._woken.wait()
+                if ticket.left.done():
                     return
                 self._is_known = False
-                await self._switch(ticket.adapter)
+                try:
+                    await self._switch(ticket.adapter)
+                except Exception as error:
+                    if not ticket.left.done():
+                        raise
+                    log.error("changing the weights failed: %s", error)
+                    return
                 self._current, self._is_known = ticket.adapter, True
-            if not ticket.is_over:
+            if not ticket.left.done():
                 ticket.is_in = True
                 self._num_running += 1
-                self._idle.clear()

@@ -284,10 +284,11 @@ class Conformance:
         """
         run = adapter.policy.model_copy(update={"version": 0})
         async with _deadline(client, timeout_s):
-            logprobs, base = await asyncio.gather(
-                self._score(client, adapter.policy),
-                self._score(client, run) if scores_base else _at_once(self._bases[client.url]),
-            )
+            scoring = [self._score(client, adapter.policy)]
+            if scores_base:
+                scoring.append(self._score(client, run))
+            logprobs, *bases = await asyncio.gather(*scoring)
+        base = bases[0] if bases else self._bases[client.url]
         trainer = Scores(self._probe.base_logprobs, adapter.probe_logprobs)
         others = {str(p): known for p, known in self._versions.items() if p != adapter.policy}
         others["the base"] = self._probe.base_logprobs
@@ -309,10 +310,6 @@ class Conformance:
                 "same version of Tandem"
             )
         return tuple(chain.from_iterable(answer.logprobs))
-
-
-async def _at_once(logprobs: Logprobs) -> Logprobs:
-    return logprobs
 
 
 @asynccontextmanager

@@ -120,6 +120,7 @@ def with_header(edit: Callable[[bytes], bytes]) -> Callable[[Publisher], Upload]
         (size,) = struct.unpack("<Q", content[:8])
         header = edit(content[8 : 8 + size])
         assert header != content[8 : 8 + size]
+        header += b" " * (-len(header) % 8)
         return Upload(struct.pack("<Q", len(header)) + header + content[8 + size :])
 
     return upload

@@ -123,11 +123,11 @@ async def test_a_probe_is_scored_between_and_changes_nothing(merged: Publisher) 
     assert await merged.score(policy=policy) == before
 
 
-async def test_no_policy_reads_the_prefix_cache_of_another(
-    merged: Publisher, publisher: Publisher
-) -> None:
-    for version in (1, 2):
-        policy = await merged.publish(version, in_flight="continue")
+async def test_no_policy_reads_the_prefix_cache_of_another(merged: Publisher) -> None:
+    for version in (1, 0, 2, 0):
+        policy = merged.policy(0)
+        if version:
+            policy = await merged.publish(version, in_flight="continue")
         answer = await merged.generate(LONG, policy=policy, max_tokens=8, ignore_eos=True)
         (completion,) = answer.groups[0].completions
         scored = await merged.score((*LONG, *completion.token_ids), policy=policy)
@@ -169,6 +169,17 @@ async def test_running_completions_go_on_under_the_new_version(
         assert {segment.policy for segment in rest.segments} == {second}
         scored = await merged.score((*PROBE, *ids, *rest.token_ids), policy=second)
         assert gap(rest.logprobs, scored[-20:]) < NOISE
+
+
+async def test_a_reader_that_stops_reading_holds_up_no_version(merged: Publisher) -> None:
+    """Nor does it look like an engine that hangs: all that it asked for is made."""
+    first = await merged.publish(1, in_flight="continue")
+    stream = merged.stream(PROBE, policy=first, max_tokens=400, n=4, ignore_eos=True)
+    await anext(stream)  # and no more
+    second = await merged.publish(2, in_flight="continue")
+    async with asyncio.timeout(30):
+        assert len(await merged.score(policy=second)) == len(PROBE) - 1
+    await stream.aclose()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from services.machine import Gpu, Memory
+from services.machine import Gpu, Memory, weight_bytes
 from services.rollout.preflight import (
     adapter_bytes,
     check_gpus,
@@ -181,6 +181,28 @@ def test_a_setting_out_of_its_bounds_is_named_with_them(
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith(f"ROLLOUT_{name}: ")
     assert bound in sentence
+
+
+def test_merged_serving_takes_its_copy_of_the_base_from_vllm_s_share(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = weight_bytes(tiny_checkpoint).linears
+    assert copy == sum(
+        2 * num_out * num_in for num_out, num_in in linear_shapes(tiny_checkpoint).values()
+    )
+    one = Gpu("H200", (9, 0), Memory(8 * copy, 8 * copy, "on GPU 0"))
+    monkeypatch.setattr("services.rollout.preflight.gpus_by_a_child", lambda _: [one])
+    common = {"model": str(tiny_checkpoint), "device": "cuda", "adapter_dir": tmp_path}
+    merged, _ = check_start(settings(serving_mode="merged", gpu_memory_utilization=0.75, **common))
+    assert merged.gpu_memory_utilization == pytest.approx(0.75 - 1 / 8)
+    with pytest.raises(ValueError, match=r"its weights take .* raise that"):
+        check_start(settings(serving_mode="merged", gpu_memory_utilization=0.25, **common))
+    check_start(settings(serving_mode="lora", gpu_memory_utilization=0.25, **common))
+
+
+def test_adapters_are_merged_on_one_gpu_alone() -> None:
+    with pytest.raises(ValueError, match=r"merged with ROLLOUT_TENSOR_PARALLEL_SIZE=2"):
+        check_start(settings(device="cuda", serving_mode="merged", tensor_parallel_size=2))
 
 
 def test_the_room_of_an_adapter_is_that_of_its_file(tiny_checkpoint: Path) -> None:

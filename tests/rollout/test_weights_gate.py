@@ -75,9 +75,10 @@ async def test_requests_of_one_policy_run_together(world: World) -> None:
     assert world.events == ["weights v1", "a runs", "b runs"]
 
 
-async def test_the_base_needs_no_switch_at_first(world: World) -> None:
-    await world.start("a", None)
-    assert world.events == ["a runs"]
+async def test_the_first_makes_sure_of_the_weights_though_it_runs_on_the_base(world: World) -> None:
+    for name in "ab":
+        await world.start(name, None)
+    assert world.events == ["weights base", "a runs", "b runs"]
 
 
 async def test_another_policy_waits_until_all_of_the_first_have_ended(world: World) -> None:
@@ -122,6 +123,20 @@ async def test_who_is_cancelled_while_it_waits_leaves_nothing(world: World) -> N
     assert world.events == ["weights v1", "a runs", "c runs"]
 
 
+@pytest.mark.parametrize("leaves", ["cancelled", "interrupted"])
+async def test_who_leaves_while_others_run_holds_up_nobody(world: World, leaves: str) -> None:
+    await world.start("a", V1)
+    waiting = await world.start("b", V2)
+    later = await world.start("c", V1)
+    if leaves == "cancelled":
+        waiting.cancel()
+    else:
+        world.gate.interrupt(["b"])
+    await settle()
+    assert world.events[-1] == "c runs"
+    assert not later.done()
+
+
 async def test_a_switch_that_nobody_waits_for_any_more_is_finished_first(world: World) -> None:
     world.hold_switches()
     leaving = await world.start("a", V1)
@@ -129,9 +144,11 @@ async def test_a_switch_that_nobody_waits_for_any_more_is_finished_first(world: 
     leaving.cancel()
     await settle()
     assert world.events == []
+    assert world.gate.num_waiting == 1
     world.release_switches()
     await settle()
     assert world.events == ["weights v1", "weights base", "b runs"]
+    assert world.gate.num_waiting == 0
 
 
 async def test_a_switch_that_failed_is_told_and_made_again(world: World) -> None:

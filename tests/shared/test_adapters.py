@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from shared.adapters import (
+    ELEMENT_BYTES,
     MANIFEST_KEY,
     AdapterHeader,
     TensorInfo,
@@ -40,6 +41,7 @@ def manifest(**fields: Any) -> AdapterManifest:
 
 def write(path: Path, header: object, data: bytes = b"") -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text += b"" if isinstance(header, bytes) else b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
 
@@ -172,6 +174,19 @@ def test_metadata_without_a_manifest_is_refused(
 ) -> None:
     with pytest.raises(InvalidAdapter, match=says):
         read_header(write(tmp_path / "a", {"__metadata__": metadata}))
+
+
+@pytest.mark.parametrize(("padding", "dtype"), [(1, "BF16"), (2, "F32")])
+def test_a_tensor_that_lies_across_its_elements_is_refused(
+    tmp_path: Path, padding: int, dtype: str
+) -> None:
+    """safetensors reads it; a view of its bytes on a GPU cannot be made."""
+    name, size = f"base_model.model.{Q_PROJ}.lora_A.weight", 12 * ELEMENT_BYTES[dtype]
+    entry = {"dtype": dtype, "shape": [2, 6], "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": manifest_metadata(manifest()), name: entry}).encode()
+    path = write(tmp_path / "a", header + b" " * (-len(header) % 8 + padding), bytes(size))
+    with pytest.raises(InvalidAdapter, match=f"no multiple of {ELEMENT_BYTES[dtype]}"):
+        read_header(path)
 
 
 # --- tensors ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from shared.adapters import content_digest
 from shared.errors import DeadlineExceeded, ServiceError, Unavailable, UnknownPolicy
+from shared.http_client import ServiceClient
 from shared.rollout_client import RolloutClient
 from shared.schemas import BASE_POLICY, PoliciesResponse
 
@@ -108,3 +109,28 @@ async def test_an_answer_of_another_service_names_the_url(body: str) -> None:
     async with client(lambda _: httpx.Response(200, text=body)) as replica:
         with pytest.raises(ServiceError, match="GET http://replica/policies answered something"):
             await replica.policies()
+
+
+@pytest.mark.parametrize(("num_at_once", "num_connections"), [(1, 32), (64, 64)])
+async def test_connections_are_kept_for_the_next_request(
+    num_at_once: int, num_connections: int
+) -> None:
+    """They take turns, so that many at once do not search one long list; a proxy is not asked."""
+    num_opened = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_opened
+        num_opened += 1
+        while await reader.readline():
+            while await reader.readline() != b"\r\n":
+                pass
+            await asyncio.sleep(0.01)  # so that what is sent at once is open at once
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, ServiceClient(f"http://127.0.0.1:{port}") as client:
+        for _ in range(128 // num_at_once):
+            await asyncio.gather(*(client._request("GET", "/") for _ in range(num_at_once)))
+        assert num_opened <= num_connections

@@ -15,7 +15,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.rollout.preflight import adapter_bytes, kept_bytes
+from services.machine import weight_bytes
+from services.rollout.preflight import adapter_bytes
 from services.rollout.settings import RolloutSettings
 from services.trainer.logprobs import _CHUNK_LOGITS
 from services.trainer.plan import choice, cli, memory
@@ -196,7 +197,7 @@ def test_adapters_and_the_merging_copy_take_what_the_replica_says(tiny_checkpoin
     model, shapes = read_model(str(tiny_checkpoint)), linear_shapes(tiny_checkpoint)
     assert 2 * model.num_lora(8) == adapter_bytes(shapes, 8)
     merged = replica_memory(model, lora_rank=8, max_num_seqs=8, serving_mode="merged")
-    assert (merged.copy, merged.slots) == (kept_bytes(shapes), 0)
+    assert (merged.copy, merged.slots) == (weight_bytes(tiny_checkpoint).linears, 0)
     slots = replica_memory(model, lora_rank=9, max_num_seqs=8, serving_mode="lora").slots
     assert slots == 3 * adapter_bytes(shapes, 16)
 

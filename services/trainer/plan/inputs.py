@@ -90,8 +90,8 @@ class Model:
         if self.files:
             return self.files
         rest = (1 if self.is_tied else 2) * self.vocabulary * self.hidden
-        bf16 = 2 * (self.num_linear + rest)
-        return WeightBytes(stored=bf16, bf16=bf16, nf4=self.num_linear // 2 + 2 * rest)
+        bf16, nf4 = 2 * (self.num_linear + rest), self.num_linear // 2 + 2 * rest
+        return WeightBytes(stored=bf16, bf16=bf16, nf4=nf4, linears=2 * self.num_linear)
 
     @property
     def nf4_bytes(self) -> int:
