@@ -43,6 +43,10 @@ _VARIANTS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]] = {
     "all-modules": ({"lora_target_modules": None}, {}),  # the head, too
     "specialized": ({"specialize_active_lora": True}, {}),
     "dual-stream": ({}, {"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}),
+    "specialized-dual-stream": (
+        {"specialize_active_lora": True},
+        {"VLLM_LORA_ENABLE_DUAL_STREAM": "1"},
+    ),
     "2-slots": ({"max_loras": 2, "max_cpu_loras": 2}, {}),
     "1-slot": ({"max_loras": 1, "max_cpu_loras": 1}, {}),
     "rank-32": ({"max_lora_rank": 32}, {}),
