@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from peft import LoraConfig
 from torch import Tensor
 
 
@@ -22,3 +24,14 @@ class Step:
     seconds: float
     loss: float
     grad_norm: float
+
+
+def lora_config(rank: int, target_modules: Sequence[str]) -> LoraConfig:
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(target_modules),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM
 
-from benchmarks.fixed_batch import FixedBatch, Step
+from benchmarks.fixed_batch import FixedBatch, Step, lora_config
 
 _MAX_GRAD_NORM = 1.0
 _BETAS = (0.9, 0.99)
@@ -52,15 +52,7 @@ def recipe_steps(
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
     base.config.use_cache = False
-    options = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=list(target_modules),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(base, options)
+    model = get_peft_model(base, lora_config(rank, target_modules))
     model.train()  # without it gradient checkpointing is silently off
     on_model(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

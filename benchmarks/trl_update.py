@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.fixed_batch import FixedBatch, Step
+from benchmarks.fixed_batch import FixedBatch, Step, lora_config
 
 
 def trl_steps(
@@ -77,14 +76,7 @@ def trl_steps(
                 disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list([{"prompt": ""}] * num_rows * num_generations),
-            peft_config=LoraConfig(
-                r=rank,
-                lora_alpha=rank,
-                target_modules=list(target_modules),
-                lora_dropout=0.0,
-                bias="none",
-                task_type="CAUSAL_LM",
-            ),
+            peft_config=lora_config(rank, target_modules),
         )
         inputs = _inputs(batch, device)
         trainer._generate_and_score_completions = lambda _: inputs

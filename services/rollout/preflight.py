@@ -60,9 +60,9 @@ def check_start(settings: RolloutSettings) -> tuple[RolloutSettings, Path]:
         check_memory(f"ROLLOUT_MODEL {settings.model}", parts, memory())
     else:
         check_gpus(settings, weights + kept, gpus)
-        # vLLM does not know of the copy: it comes after its start.
-        share = settings.gpu_memory_utilization - kept / gpus[0].memory.total_bytes
-        settings = settings.model_copy(update={"gpu_memory_utilization": share})
+        if not settings.kv_cache_memory_bytes:  # vLLM does not know of the copy that comes later
+            share = settings.gpu_memory_utilization - kept / gpus[0].memory.total_bytes
+            settings = settings.model_copy(update={"gpu_memory_utilization": share})
         settings = choose_attention(settings, gpus[: settings.tensor_parallel_size])
     return settings, source
 

@@ -193,19 +193,26 @@ class Replica:
         )
 
     async def _watch(self) -> None:
-        """Until the engine dies, or has work and makes no token for `stall_timeout_s`."""
+        """Until the engine dies, has work and makes no token for `stall_timeout_s`, or takes longer
+        than that to load an adapter."""
         assert self._serving
         engine, sampler = self._serving.engine, self._serving.sampler
         policies = self._serving.policies
         stall_timeout_s = self.settings.stall_timeout_s
         last_progress = last_look = time.monotonic()
         last_count = -1
+        last_not_loading = last_progress
         while True:
             if reason := engine.death():
                 self._die(reason)
                 return
             now = time.monotonic()
-            if engine.num_unfinished() == 0 and not policies.is_loading:
+            if not policies.is_loading:
+                last_not_loading = now
+            elif now - last_not_loading > stall_timeout_s:
+                self._die(f"the engine has not loaded an adapter within {stall_timeout_s:g} s")
+                return
+            if engine.num_unfinished() == 0:
                 last_progress = last_look = now
             elif now - last_look > stall_timeout_s / _LOOKS_PER_STALL:  # reading the count costs
                 last_look, count = now, engine.num_tokens_processed()
@@ -215,7 +222,6 @@ class Replica:
                     self._die(
                         f"the engine made no token for {stall_timeout_s:g} s with "
                         f"{sampler.num_outstanding} completions outstanding"
-                        f"{' and an adapter to load' if policies.is_loading else ''}"
                     )
                     return
             await asyncio.sleep(_WATCH_INTERVAL_S)

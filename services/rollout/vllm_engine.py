@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import signal
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -239,7 +240,7 @@ class VllmEngine:
                 )
             if reason or not self._loads_beside:
                 await self.async_llm.add_lora(self._lora_request(adapter))
-        except EngineDeadError as error:
+        except (EngineDead, EngineDeadError) as error:
             raise EngineDead("the engine died while it loaded an adapter") from error
         except Exception as error:
             # vLLM keeps an adapter registered, half loaded, when loading it failed.
@@ -359,8 +360,11 @@ class MergedVllmEngine(VllmEngine):
         return None
 
     async def _merge(self, adapter: Adapter | None) -> None:
+        started = time.perf_counter()
         async with _vllm_errors():
             await self._call("tandem_merge", adapter.slot_id if adapter else None)
+        name, elapsed_s = adapter.name if adapter else "the base", time.perf_counter() - started
+        log.info("the weights are those of %s after %.3f s", name, elapsed_s)
 
     async def load_adapter(self, adapter: Adapter) -> None:
         async with _vllm_errors():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -42,15 +43,20 @@ async def test_an_unpinned_score_says_which_policy_answered(service: Service) ->
     assert answer.policy.is_base
 
 
-async def test_an_adapter_becomes_resident_and_its_file_can_be_read(service: Service) -> None:
+async def first_adapter(service: Service) -> bytes:
+    """The file of version 1 of a run."""
     status = await service.client.status()
     assert status.base
-    shapes = service.replica.serving.base.linear_shapes
     manifest = make_manifest(status.base, PolicyId(run_id="run", version=1))
-    adapter = adapter_file(manifest, make_tensors(manifest, shapes, seed=0))
+    shapes = service.replica.serving.base.linear_shapes
+    return adapter_file(manifest, make_tensors(manifest, shapes, seed=0))
+
+
+async def test_an_adapter_becomes_resident_and_its_file_can_be_read(service: Service) -> None:
+    adapter = await first_adapter(service)
     receipt = await service.client.sync_weights(adapter)
     assert receipt.num_bytes == len(adapter)
-    assert (await service.client.policies()).newest == manifest.policy
+    assert (await service.client.policies()).newest == PolicyId(run_id="run", version=1)
     assert await service.client.adapter(1) == adapter
     folder = service.engine.loaded[0].path
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -297,6 +303,24 @@ async def test_an_engine_that_answers_nothing_is_never_ready(
     assert await service.exit_code() == 1
     detail = (await service.client.status()).detail
     assert "the engine answered no request within ROLLOUT_STALL_TIMEOUT_S=0.3 s" in detail
+
+
+async def test_an_engine_that_takes_no_adapter_in_exits_1_though_it_makes_tokens(
+    serve: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve(stall_timeout_s=0.3)
+    await service.started()
+    num_tokens = itertools.count()
+    monkeypatch.setattr(service.engine, "num_tokens_processed", lambda: next(num_tokens))
+    task = await running(service)
+    service.engine.hold_loads()
+    sync = asyncio.ensure_future(service.client.sync_weights(await first_adapter(service)))
+    assert await service.exit_code() == 1
+    detail = (await service.client.status()).detail
+    assert detail == "the engine has not loaded an adapter within 0.3 s"
+    service.engine.release_loads()
+    service.engine.release()
+    await asyncio.gather(sync, task)
 
 
 async def test_an_idle_engine_is_not_a_stalled_one(serve: Callable[..., Service]) -> None:

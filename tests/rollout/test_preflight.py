@@ -198,6 +198,12 @@ def test_merged_serving_takes_its_copy_of_the_base_from_vllm_s_share(
     with pytest.raises(ValueError, match=r"its weights take .* raise that"):
         check_start(settings(serving_mode="merged", gpu_memory_utilization=0.25, **common))
     check_start(settings(serving_mode="lora", gpu_memory_utilization=0.25, **common))
+    fixed, _ = check_start(
+        settings(
+            serving_mode="merged", gpu_memory_utilization=0.05, kv_cache_memory_bytes=1, **common
+        )
+    )
+    assert fixed.gpu_memory_utilization == 0.05
 
 
 def test_adapters_are_merged_on_one_gpu_alone() -> None:
