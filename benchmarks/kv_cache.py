@@ -65,7 +65,7 @@ def _measure(arguments: argparse.Namespace, folder: Path, model: Path, name: str
     workload, seeds, rates = _workload(arguments), itertools.count(1), []
     with Child(name, folder / f"{name}.log", {}, engines.service, settings) as service:
         say(f"{name}: ready after {service.wait_until_ready():.0f} s")
-        capacity, dtype = service.run(_capacity)
+        capacity, dtype = service.run(kv_capacity)
         say(f"{name}: {capacity:,} tokens ({dtype})")
         few = max(1, arguments.requests // 8)
         service.run(engines.in_service, replace(workload, num_requests=few, concurrency=few))
@@ -75,7 +75,7 @@ def _measure(arguments: argparse.Namespace, folder: Path, model: Path, name: str
     return Outcome(capacity, dtype, tuple(rates))
 
 
-async def _capacity(replica: Replica) -> tuple[int, str]:
+async def kv_capacity(replica: Replica) -> tuple[int, str]:
     """Tokens that the KV cache holds, as vLLM says, and its dtype."""
     engine = replica.serving.engine.async_llm  # type: ignore[attr-defined]
     cache = engine.vllm_config.cache_config

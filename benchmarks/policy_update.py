@@ -122,9 +122,9 @@ class Measurement:
         """None where the device's memory does not suffice, and after that. In a process of its own,
         because what replaces a library's kernels does so for all models of a process."""
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-            return alone.submit(self._measure, side, batches).result()
+            return alone.submit(self.here, side, batches).result()
 
-    def _measure(self, side: Side, batches: Sequence[Batch]) -> list[Outcome | None]:
+    def here(self, side: Side, batches: Sequence[Batch]) -> list[Outcome | None]:
         outcomes: list[Outcome | None] = [None] * len(batches)
         with contextlib.suppress(torch.OutOfMemoryError):
             for number, batch in enumerate(batches):
