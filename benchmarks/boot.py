@@ -1,13 +1,15 @@
 """Seconds from starting `python -m services.rollout` to /readyz: the first time, and again.
 
 All boots share one ROLLOUT_CACHE_DIR that is empty before the first, and nothing else: wherever
-else libraries keep what they compile, each finds an empty folder, as in a new container.
+else libraries keep what they compile, each finds an empty folder, as in a new container. It is the
+same folder, as there: vLLM's key of what is compiled has a path below XDG_CACHE_HOME in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +31,9 @@ _HOMES = (
     "CUDA_CACHE_PATH",
     "FLASHINFER_WORKSPACE_BASE",
 )
-_PHASE = re.compile(r"\b(?:took|takes|in total|finished in)\b.*\d")  # of vLLM's log
+_PHASE = re.compile(
+    r"\b(?:took|takes|in total|finished in|Initializing|AOT|rollout)\b"
+)  # of the log
 
 
 def main() -> None:
@@ -45,13 +49,14 @@ def main() -> None:
         write_checkpoint(arguments.shape, model, device=arguments.device)
         arguments.cache_dir = folder / "cache"
         for number in range(1, 1 + arguments.boots):
-            seconds.append(_boot(arguments, model, folder / f"boot-{number}"))
+            seconds.append(_boot(arguments, model, folder / "home"))
             say(f"boot {number}: {seconds[-1]:.1f} s")
     _report(arguments, seconds).publish(keep=arguments.report)
 
 
 def _boot(arguments: argparse.Namespace, model: Path, own: Path) -> float:
     """Seconds to ready, with an empty folder of its `own` to work in."""
+    shutil.rmtree(own, ignore_errors=True)
     own.mkdir()
     log = own / "log"
     settings = engines.replica_settings(

@@ -23,6 +23,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import uvloop
 
+from services.boot import freeze_heap
+
 Subject = TypeVar("Subject")
 Result = TypeVar("Result")
 Build = ParamSpec("Build")
@@ -115,6 +117,7 @@ def _serve(
             os.dup2(file.fileno(), number)
     try:
         with build(*arguments, **options) as (subject, loop):
+            freeze_heap()  # as the services do, and vLLM's own server
             connection.send((True, None))
             _answer_calls(connection, subject, loop)
     except Exception:  # whatever it is, the parent says it

@@ -193,6 +193,8 @@ def _run_config(arguments: argparse.Namespace, folder: Path, *, seed: int) -> di
         "dataset": {"type": "jsonl", "path": str(folder / "prompts.jsonl")},
         "rewards": [{"type": "function", "path": "benchmarks.end_to_end:coin"}],
         "checkpoint": {"every_steps": 1000},
+        # An FP8 KV cache moves the logprobs of random weights more than those of a model.
+        "guards": {"max_handshake_kl": None, "max_sampler_kl": None},
         "in_flight": "continue" if arguments.serving_mode == "merged" else "finish",
     }
 

@@ -462,7 +462,10 @@ def _update(
             ratios.append(f"{outcome.update_s / tandem.update_s:.2f} × {side.name}")
     return Report(
         name="policy_update",
-        variant=f"{arguments.device}-{str(batch).translate(_NAME)}",
+        variant=(
+            f"{arguments.device}-{str(batch).translate(_NAME)}"
+            f"{'-recipe' if RECIPE in outcomes else ''}"
+        ),
         title="One policy update against TRL's",
         setting=(
             f"{_where(arguments)}; batch of {batch} (groups × completions × (prompt + completion)) "

@@ -1,4 +1,4 @@
-"""Why a service cannot start: one sentence and an exit code.
+"""What both services do when they have started, or cannot: then, one sentence and an exit code.
 
 ValueError               a setting or the machine is wrong, starting again cannot help   exit 2
 OSError, MemoryError     it may help: the hub is away, another process has the memory    exit 1
@@ -7,6 +7,7 @@ anything else            a crash, logged with its trace                         
 
 from __future__ import annotations
 
+import gc
 import logging
 
 from pydantic import ValidationError
@@ -34,3 +35,12 @@ def report(log: logging.Logger, what: str, error: Exception) -> tuple[str, int]:
     if is_foreseen:
         log.debug("the whole trace", exc_info=error)
     return sentence, 2 if isinstance(error, ValueError) else 1
+
+
+def freeze_heap() -> None:
+    """Keep what exists now from the garbage collector, until the process exits.
+
+    Looking through what torch and vLLM import takes 0.5 s, in which no request is answered.
+    """
+    gc.collect()
+    gc.freeze()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from services.boot import report
+from services.boot import freeze_heap, report
 from services.rollout.base import Base, prepare_base
 from services.rollout.engine import Engine
 from services.rollout.policies import PolicyStore
@@ -65,7 +65,9 @@ class BootedEngine:
 def boot_vllm(settings: RolloutSettings, model_dir: Path) -> BootedEngine:
     from services.rollout.vllm_engine import VLLM_VERSION, VllmEngine
 
-    return BootedEngine(VllmEngine.boot(settings, model_dir), VLLM_VERSION)
+    engine = VllmEngine.boot(settings, model_dir)
+    freeze_heap()
+    return BootedEngine(engine, VLLM_VERSION)
 
 
 class Replica:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from services.boot import report
+from services.boot import freeze_heap, report
 from services.trainer.checkpoints import Checkpoints, write_adapter
 from services.trainer.conformance import Conformance, Probe, make_probe
 from services.trainer.data import Consumed, Prompt, RowStream, load_pairs, load_prompts
@@ -181,13 +181,15 @@ class Trainer:
         device = self.settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return Policy.load(
+        policy = Policy.load(
             self.settings.model,
             device=device,
             load_in_4bit=self.settings.load_in_4bit,
             gradient_checkpointing=self.settings.gradient_checkpointing,
             kept_adapters=self.settings.kept_adapters,
         )
+        freeze_heap()
+        return policy
 
     def shut_down(self) -> None:
         """SIGTERM: finish the step that runs, then exit 0. The run goes on in the next process,

@@ -35,6 +35,7 @@ from services.trainer.samples import (
 )
 from services.trainer.settings import TrainerSettings
 from shared.checkpoints import linear_shapes
+from shared.schemas import ServingMode
 
 ROOT = Path(__file__).parents[2]
 QWEN3_4B = {
@@ -118,6 +119,17 @@ def test_the_kv_cache_is_the_measured_one(
     predicted = replica_memory(model, lora_rank=16, max_num_seqs=256, serving_mode="lora")
     share = find_gpu("H200").usable_bytes // 2
     assert predicted.kv_tokens(share, dtype) == pytest.approx(tokens, rel=0.005)
+
+
+# `python -m benchmarks.memory --device cuda --shape 8b --skip-updates`: vLLM 0.26.0 on one H100.
+@pytest.mark.parametrize(("mode", "tokens"), [("lora", 325_984), ("merged", 144_704)])
+def test_the_kv_cache_of_an_8b_model_is_the_measured_one(
+    tmp_path: Path, mode: ServingMode, tokens: int
+) -> None:
+    model = model_of(tmp_path, QWEN3_8B)
+    predicted = replica_memory(model, lora_rank=32, max_num_seqs=256, serving_mode=mode)
+    share = find_gpu("H100").usable_bytes // 2
+    assert predicted.kv_tokens(share, "fp8") == pytest.approx(tokens, rel=0.02)
 
 
 # --- the code it counts -------------------------------------------------------------------------
