@@ -117,6 +117,7 @@ class Measurement:
     device: str
     max_tokens: int
     rounds: int
+    offloads: bool = False  # Tandem's layer inputs, to host memory
 
     def of(self, side: Side, *batches: Batch) -> list[Outcome | None]:
         """None where the device's memory does not suffice, and after that. In a process of its own,
@@ -139,7 +140,9 @@ class Measurement:
 
     def _tandem(self, _: Side, batch: Batch) -> Outcome:
         meter = _Meter(self.device)
-        policy = Policy.load(str(self.checkpoint), device=self.device)
+        policy = Policy.load(
+            str(self.checkpoint), device=self.device, offload_activations=self.offloads
+        )
         policy.start(
             PolicyId(run_id="benchmark", version=0),
             LoraConfig(rank=_RANK, alpha=_RANK),
@@ -389,6 +392,9 @@ def main() -> None:
         "--liger", action="store_true", help="also TRL with use_liger_kernel (CUDA)"
     )
     parser.add_argument(
+        "--offload", action="store_true", help="with TRAINER_OFFLOAD_ACTIVATIONS (CUDA)"
+    )
+    parser.add_argument(
         "--scaling",
         action="store_true",
         help="instead: memory against context and group size (CUDA)",
@@ -397,7 +403,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="updates per turn, after the first")
     parser.add_argument("--report", action="store_true", help="keep it in benchmarks/reports/")
     arguments = parser.parse_args()
-    for option in ("liger", "scaling"):
+    for option in ("liger", "offload", "scaling"):
         if getattr(arguments, option) and arguments.device != "cuda":
             parser.error(f"--{option} needs --device cuda")
     sides = [TANDEM]
@@ -415,6 +421,7 @@ def main() -> None:
             device=arguments.device,
             max_tokens=arguments.max_tokens,
             rounds=arguments.rounds,
+            offloads=arguments.offload,
         )
         write_checkpoint(
             arguments.shape,
@@ -464,14 +471,16 @@ def _update(
         name="policy_update",
         variant=(
             f"{arguments.device}-{str(batch).translate(_NAME)}"
-            f"{'-recipe' if RECIPE in outcomes else ''}"
+            f"{'-offload' if arguments.offload else ''}{'-recipe' if RECIPE in outcomes else ''}"
         ),
         title="One policy update against TRL's",
         setting=(
             f"{_where(arguments)}; batch of {batch} (groups × completions × (prompt + completion)) "
             f"tokens, at most {arguments.max_tokens:,} at once; {_algorithm(batch).name} with "
             f"dapo's loss, LoRA of rank {_RANK} on all linears. The sides take {arguments.turns} "
-            f"turn(s) of {arguments.rounds} updates after one to warm up; medians. {_SAMENESS}"
+            f"turn(s) of {arguments.rounds} updates after one to warm up; medians. "
+            f"{'Tandem keeps the inputs of layers in host memory. ' if arguments.offload else ''}"
+            f"{_SAMENESS}"
             f"{_OF_THE_RECIPE if RECIPE in outcomes else ''}"
         ),
         header=(

@@ -27,6 +27,7 @@ from services.trainer.architecture import choose_layout, fuse_kernels, refuse_sc
 from services.trainer.critic import Critic
 from services.trainer.logprobs import TokenLogprobs, token_logprobs
 from services.trainer.lora import use_fused_lora
+from services.trainer.offload import inputs_on_host
 from services.trainer.optimizer import Optimizer
 from services.trainer.parallel import Ranks, mirrored
 from services.trainer.run_config import (
@@ -93,6 +94,7 @@ class Policy:
         *,
         source: str = "",
         kept_adapters: int = 2,
+        offload_activations: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks()
@@ -101,6 +103,7 @@ class Policy:
         self.identity = identity
         self.device = device
         self._kept_adapters = kept_adapters
+        self._offloads = offload_activations
         self._base = model
         self.layout = choose_layout(model, device)
         self.model: Any = None
@@ -120,6 +123,7 @@ class Policy:
         device: str,
         load_in_4bit: bool = True,
         gradient_checkpointing: bool = True,
+        offload_activations: bool = False,
         kept_adapters: int = 2,
     ) -> Policy:
         """Load the base from a checkpoint folder or hub id. Raises ValueError for an unfit one.
@@ -152,6 +156,7 @@ class Policy:
             torch.device(device),
             source=model,
             kept_adapters=kept_adapters,
+            offload_activations=offload_activations,
             ranks=ranks,
         )
 
@@ -250,9 +255,14 @@ class Policy:
         if isinstance(batch.attention, PackedAttention):
             attention = {"packed": batch.attention}
         decoder = self.model.get_base_model().get_decoder()
-        hidden: Tensor = decoder(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **attention
-        ).last_hidden_state  # [B, T, H]
+        offloads = self._offloads and torch.is_grad_enabled()
+        with inputs_on_host(self.hidden_size) if offloads else contextlib.nullcontext():
+            hidden: Tensor = decoder(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                **attention,
+            ).last_hidden_state  # [B, T, H]
         return hidden.flatten(0, 1).index_select(0, batch.predicts)
 
     def logprobs(self, batch: TokenBatch) -> TokenLogprobs:

@@ -35,6 +35,7 @@ class TrainerSettings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_in_4bit: bool = True  # False: a 16-bit base; replicas then need ROLLOUT_BASE=original
     gradient_checkpointing: bool = True
+    offload_activations: bool = False  # what it keeps, to host memory: longer contexts, some speed
     data_parallel_size: int = Field(default=1, ge=1)  # processes, each on a GPU; see parallel.py
 
     runs_dir: Path = Path("runs")  # of each run: see run_folder.py

@@ -186,6 +186,7 @@ class Trainer:
             device=device,
             load_in_4bit=self.settings.load_in_4bit,
             gradient_checkpointing=self.settings.gradient_checkpointing,
+            offload_activations=self.settings.offload_activations,
             kept_adapters=self.settings.kept_adapters,
         )
         freeze_heap()
