@@ -394,6 +394,30 @@ class GuardsConfig(Config):
     num_handshake_completions: int = Field(ge=1, default=32)
 
 
+ProjectName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,127}$")]
+
+
+class WandbTracking(Config):
+    """Weights & Biases (services/trainer/tracking.py). `offline` writes `<run_dir>/wandb`, for
+    `wandb sync`."""
+
+    type: Literal["wandb"]
+    project: ProjectName
+    entity: str | None = None  # the team or user; default: that of the login
+    mode: Literal["online", "offline"] = "online"
+
+
+class TrackioTracking(Config):
+    """Trackio (services/trainer/tracking.py)."""
+
+    type: Literal["trackio"]
+    project: ProjectName
+    space_id: str | None = None  # a Hugging Face Space; default: TRACKIO_DIR on this machine
+
+
+TrackingConfig = Annotated[WandbTracking | TrackioTracking, Field(discriminator="type")]
+
+
 class CheckpointConfig(Config):
     """What `<run_dir>/checkpoints` holds; a run resumes from the newest one."""
 
@@ -429,9 +453,17 @@ class RunConfig(Config):
     conformance: ConformanceConfig = ConformanceConfig()
     guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: tuple[TrackingConfig, ...] = ()  # beside TensorBoard and metrics.jsonl
 
     generate_timeout_s: float = Field(gt=0, default=600.0)
     sync_timeout_s: float = Field(gt=0, default=120.0)
+
+    @field_validator("tracking")
+    @classmethod
+    def _has_one_of_a_type(cls, tracking: tuple[TrackingConfig, ...]) -> tuple[TrackingConfig, ...]:
+        if len({tracker.type for tracker in tracking}) < len(tracking):
+            raise ValueError("two trackers have the same type: leave one out")
+        return tracking
 
     @property
     def learns_from_pairs(self) -> bool:
