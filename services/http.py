@@ -27,6 +27,13 @@ from shared.errors import (
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+# What OpenAPI says of errors: one answer for all, whose `type` names the class.
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "A problem of RFC 9457, whose type is an error of shared/errors.py",
+        "content": {MEDIA_TYPE: {"schema": {"type": "object"}}},
+    }
+}
 
 
 def prepare_app(
