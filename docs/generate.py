@@ -364,7 +364,7 @@ def prometheus_section() -> str:
 def _metrics(registry: CollectorRegistry) -> str:
     rows = []
     for collector in registry._collector_to_names:
-        (family,) = collector.describe()
+        (family,) = collector.collect()
         suffix = "_total" if family.type == "counter" else ""
         labels = ", ".join(f"`{name}`" for name in getattr(collector, "_labelnames", ()))
         rows.append(
