@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from services.trainer.policy import Policy
 from services.trainer.run_config import (
     TrackingConfig,
     TrackioTracking,
@@ -19,9 +21,12 @@ from services.trainer.run_config import (
 )
 from services.trainer.run_log import RunLog
 from services.trainer.tracking import TrackedRun, check_tracking
+from services.trainer.trainer import Trainer
+from shared.errors import InvalidRequest
 from shared.metrics import TrainerMetrics, scalars
 from shared.schemas import StateRecord, StepRecord
 from tests.trainer.test_run_log import evaluation, step_of
+from tests.trainer.test_trainer import make_trainer, offline
 
 pytestmark = pytest.mark.anyio
 _BLOCK_BYTES = 32768
@@ -43,6 +48,13 @@ def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("HOME", "HF_HOME", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture
+async def trainer(loaded_policy: Policy, tmp_path: Path) -> AsyncIterator[Trainer]:
+    trainer = make_trainer(loaded_policy, tmp_path)
+    yield trainer
+    await trainer.stop()
 
 
 def step(number: int, reward_mean: float) -> StepRecord:
@@ -218,3 +230,55 @@ def test_a_tracker_that_is_written_wrong_is_named(trackers: str, problem: str) -
 
 def test_no_tracker_is_on_by_default() -> None:
     assert parse_run_config("managed: false").tracking == ()
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+
+async def ended_run(trainer: Trainer) -> str:
+    """The state that the run ended in, once its trackers have everything."""
+    task = trainer._run().task
+    assert task
+    await asyncio.wait_for(task, 60)
+    return trainer.run_status().state
+
+
+async def test_a_run_that_goes_on_is_one_run_in_both_trackers(
+    trainer: Trainer, tmp_path: Path
+) -> None:
+    trackers = (OFFLINE, TrackioTracking(type="trackio", project="whole"))
+    for num_steps in (2, 3):
+        await trainer.start_run(offline(tmp_path, num_steps=num_steps, tracking=trackers))
+        assert await ended_run(trainer) == "completed"
+    run_dir = tmp_path / "offline"
+    logged = [(row["step"], row["step/loss"]) for row in wandb_rows(run_dir)]
+    assert [(row["step"], row["step/loss"]) for row in trackio_rows("whole", "offline")] == logged
+    assert [number for number, _ in logged] == [1, 2, 3]
+    assert logged == [
+        (record["step"], record["loss"])
+        for record in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        if record["kind"] == "step"
+    ]
+    assert trainer.run_status().detail == ""
+
+
+@pytest.mark.usefixtures("no_login")
+async def test_a_run_with_a_tracker_that_cannot_be_used_is_refused_and_leaves_nothing(
+    trainer: Trainer, tmp_path: Path
+) -> None:
+    online = WandbTracking(type="wandb", project="p")
+    with pytest.raises(InvalidRequest, match="no login"):
+        await trainer.start_run(offline(tmp_path, tracking=(online,)))
+    assert not (tmp_path / "offline").exists()
+
+
+async def test_a_tracker_that_fails_while_a_run_trains_is_in_its_detail_and_it_completes(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_SERVER_URL", "no-url")
+    tracker = TrackioTracking(type="trackio", project="failing")
+    await trainer.start_run(offline(tmp_path, num_steps=2, tracking=(tracker,)))
+    assert await ended_run(trainer) == "completed"
+    status = trainer.run_status()
+    assert status.step == 2
+    assert status.detail.startswith("tracking type trackio takes no more: ")
