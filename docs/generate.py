@@ -135,7 +135,8 @@ def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         if arguments[-1] is Ellipsis:
             limits = [m.max_length for m in metadata if isinstance(m, annotated_types.MaxLen)]
             most = "".join(f", {limit} at most" for limit in limits)
-            return f"list of {type_text(arguments[0])}{most}"
+            item = type_text(arguments[0])
+            return f"list of ({item}){most}" if " or " in item else f"list of {item}{most}"
         return " and ".join(map(type_text, arguments))
     if origin is dict and annotation not in _NAMES:
         return f"{type_text(arguments[0])} to {type_text(arguments[1])}"
@@ -163,6 +164,8 @@ def default_text(name: str, field: FieldInfo) -> str:
         return ", ".join(f"`{key}: {item}`" for key, item in given.items()) or "its defaults"
     if value is None or value == () or value == {}:
         return "none"
+    if value == "":
+        return "empty"
     if isinstance(value, tuple):
         return ", ".join(f"`{item}`" for item in value)
     if isinstance(value, bool):
@@ -184,7 +187,7 @@ def _fields(model: Model, names: Iterable[str]) -> str:
             f"`{name}`",
             type_text(field.annotation, field.metadata),
             default_text(name, field),
-            said.get(name) or ("makes it this one" if name in ("name", "type", "kind") else ""),
+            said.get(name) or ("chooses this one" if name in ("name", "type", "kind") else ""),
         )
         for name, field in model.model_fields.items()
         if name in names
