@@ -316,7 +316,10 @@ def _route(path: str, method: str, operation: dict[str, Any]) -> str:
         text += "\n" + _row("parameter", "in", "type", "default") + _TABLE + "".join(rows)
     parts = []
     if body := operation.get("requestBody"):
-        parts += [f"Body: {_schema(content['schema'])}" for content in body["content"].values()]
+        parts += [
+            f"Body: {_schema(content['schema']) if content['schema'] else media_type}"
+            for media_type, content in body["content"].items()
+        ]
     for status, answer in operation["responses"].items():
         if status != "default":
             schema = answer.get("content", {}).get("application/json", {}).get("schema", {})

@@ -36,6 +36,11 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 }
 
 
+def raw_body(media_type: str) -> dict[str, Any]:
+    """What OpenAPI says of a route that reads its body itself."""
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": {}}}}}
+
+
 def prepare_app(
     app: FastAPI,
     *,

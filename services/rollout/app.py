@@ -11,7 +11,13 @@ from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
-from services.http import PROBLEMS, check_content_length, prepare_app, until_disconnect
+from services.http import (
+    PROBLEMS,
+    check_content_length,
+    prepare_app,
+    raw_body,
+    until_disconnect,
+)
 from services.rollout.replica import Replica
 from services.rollout.streams import NdjsonResponse
 from services.rollout.sync import SyncOptions
@@ -73,7 +79,7 @@ def create_app(replica: Replica) -> FastAPI:
         """Logprobs of given token ids under a given version, at temperature 1."""
         return await until_disconnect(request, replica.serving.sampler.score(body))
 
-    @app.post("/sync_weights")
+    @app.post("/sync_weights", openapi_extra=raw_body("application/octet-stream"))
     async def sync_weights(
         request: Request,
         activate: bool = True,

@@ -10,7 +10,7 @@ from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from services.http import PROBLEMS, prepare_app
+from services.http import PROBLEMS, prepare_app, raw_body
 from services.trainer.run_config import parse_run_config
 from services.trainer.trainer import Trainer
 from shared.errors import InvalidRequest
@@ -44,7 +44,7 @@ def create_app(trainer: Trainer) -> FastAPI:
         body_timeout_s=settings.body_timeout_s,
     )
 
-    @app.post("/runs", status_code=201)
+    @app.post("/runs", status_code=201, openapi_extra=raw_body("application/yaml"))
     async def start_run(request: Request) -> RunStatus:
         """The body is a run config, YAML or JSON (services/trainer/run_config.py).
 
