@@ -119,7 +119,7 @@ class Terminals:
                 run = httpx.get(url, trust_env=False).json()
             except httpx.TransportError:
                 return True
-            return run.get("state") != "stopping"
+            return bool(run.get("state") != "stopping")
 
         assert eventually(is_settled, timeout_s=30)
 
