@@ -27,6 +27,18 @@ from shared.errors import (
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+# What OpenAPI says of errors: one answer for all, whose `type` names the class.
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "A problem of RFC 9457, whose type is an error of shared/errors.py",
+        "content": {MEDIA_TYPE: {"schema": {"type": "object"}}},
+    }
+}
+
+
+def raw_body(media_type: str) -> dict[str, Any]:
+    """What OpenAPI says of a route that reads its body itself."""
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": {}}}}}
 
 
 def prepare_app(

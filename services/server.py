@@ -30,7 +30,7 @@ def read_settings(cls: type[Settings]) -> Settings:
         for item in error.errors():
             name = prefix + "_".join(str(part) for part in item["loc"]).upper()
             message = item["msg"].removeprefix("Value error, ")
-            print(f"{name}: {message} (see README, settings)", file=sys.stderr)
+            print(f"{name}: {message} (see docs/settings.md)", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -4,12 +4,12 @@
     ├── InvalidRequest 422          a field or value that cannot be used
     │   ├── BodyTooLarge 413        refused while it streamed
     │   └── UnsuitableForTraining   a gradient cannot use these completions
-    ├── Unauthorized 401
-    ├── NotFound 404
+    ├── Unauthorized 401            the key is missing, or another one
+    ├── NotFound 404                no such route, replica, version or run
     │   └── UnknownPolicy           names the resident versions
     ├── InvalidAdapter 422          the file contradicts itself or the base
     │   └── DigestMismatch          what arrived is not what was announced
-    ├── Conflict 409
+    ├── Conflict 409                not together with what is there
     │   ├── BaseMismatch            another base, tokenizer or chat template
     │   ├── StaleVersion            older than, or other than, what is resident
     │   ├── RunConflict             the replica or trainer serves another run
@@ -21,10 +21,10 @@
     │   ├── NoFreeSlot              every adapter slot is leased
     │   ├── NotReady                starting, draining or without a policy
     │   ├── EngineDead              the process is about to exit
-    │   └── DeadlineExceeded 504
+    │   └── DeadlineExceeded 504    not answered in time
     ├── ClientClosed 499            the client went away; nobody reads this
     ├── RewardFailed 502            a reward could not be computed; never a reward of 0
-    └── InternalError 500
+    └── InternalError 500           see the service's log
 
 On the wire an error is RFC 9457 `application/problem+json`; `type` names the class, and the client
 raises that class with the same `detail` and `extra`.

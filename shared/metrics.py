@@ -130,7 +130,7 @@ class TrainerMetrics:
             self.checkpoints.labels(outcome)
         self.log_failures = Counter(
             "tandem_trainer_log_failures",
-            "Writes of metrics.jsonl, groups.jsonl or TensorBoard that failed",
+            "Writes of metrics.jsonl, groups.jsonl, TensorBoard or a tracker that failed",
             registry=self.registry,
         )
         self.syncs = Histogram(

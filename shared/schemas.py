@@ -111,19 +111,21 @@ class SamplingParams(Wire):
     n: int = Field(ge=1, default=1)  # completions per prompt
     temperature: float = Field(ge=0, le=100, default=1.0)  # 0 is greedy, else at least 0.01
     max_tokens: int | None = Field(ge=1, default=None)  # None: up to the context
-    min_tokens: int = Field(ge=0, default=0)
-    top_p: float = Field(gt=0, le=1, default=1.0)
+    min_tokens: int = Field(ge=0, default=0)  # no stop before
+    top_p: float = Field(gt=0, le=1, default=1.0)  # 1 is off
     top_k: int = Field(ge=0, default=0)  # 0 is off
-    min_p: float = Field(ge=0, le=1, default=0.0)
-    presence_penalty: float = Field(ge=-2, le=2, default=0.0)
-    frequency_penalty: float = Field(ge=-2, le=2, default=0.0)
-    repetition_penalty: float = Field(gt=0, le=10, default=1.0)
+    min_p: float = Field(ge=0, le=1, default=0.0)  # 0 is off
+    presence_penalty: float = Field(ge=-2, le=2, default=0.0)  # 0 is off
+    frequency_penalty: float = Field(ge=-2, le=2, default=0.0)  # 0 is off
+    repetition_penalty: float = Field(gt=0, le=10, default=1.0)  # 1 is off
     seed: Seed | None = None  # completion k of the request uses seed + k
+    # texts that end a completion
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
         max_length=16, default=()
     )
+    # tokens that end one, beside EOS
     stop_token_ids: tuple[TokenId, ...] = Field(max_length=64, default=())
-    ignore_eos: bool = False
+    ignore_eos: bool = False  # go on to max_tokens
     detokenize: bool = True  # False leaves `Completion.text` None and saves the work
 
     @field_validator("temperature")

@@ -11,7 +11,13 @@ from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
-from services.http import check_content_length, prepare_app, until_disconnect
+from services.http import (
+    PROBLEMS,
+    check_content_length,
+    prepare_app,
+    raw_body,
+    until_disconnect,
+)
 from services.rollout.replica import Replica
 from services.rollout.streams import NdjsonResponse
 from services.rollout.sync import SyncOptions
@@ -46,7 +52,7 @@ def create_app(replica: Replica) -> FastAPI:
         yield
         await replica.stop()
 
-    app = FastAPI(title="Tandem rollout", lifespan=lifespan)
+    app = FastAPI(title="Tandem rollout", lifespan=lifespan, responses=PROBLEMS)
     prepare_app(
         app,
         api_key=settings.api_key,
@@ -60,6 +66,7 @@ def create_app(replica: Replica) -> FastAPI:
     async def generate(
         body: GenerateRequest, request: Request
     ) -> GenerateResponse | NdjsonResponse:
+        """Prompts × `n` completions, under a pinned policy or the newest one."""
         sampler = replica.serving.sampler
         if body.stream:
             return await NdjsonResponse.opened(
@@ -69,9 +76,10 @@ def create_app(replica: Replica) -> FastAPI:
 
     @app.post("/score")
     async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
+        """Logprobs of given token ids under a given version, at temperature 1."""
         return await until_disconnect(request, replica.serving.sampler.score(body))
 
-    @app.post("/sync_weights")
+    @app.post("/sync_weights", openapi_extra=raw_body("application/octet-stream"))
     async def sync_weights(
         request: Request,
         activate: bool = True,
@@ -79,6 +87,13 @@ def create_app(replica: Replica) -> FastAPI:
         in_flight: Literal["finish", "continue"] = "finish",
         probe: bool = False,
     ) -> SyncReceipt:
+        """Take in an adapter: one safetensors file, with `Content-Digest: sha-256=:…:` (RFC 9530).
+
+        The same version and digest again is 200 without a reload. `activate=false` installs
+        without making it the newest, `replace_run=true` ends another run here,
+        `in_flight=continue` interrupts older completions instead of letting them finish, and
+        `probe=true` takes the adapter for one `/score` and nothing else.
+        """
         receiver = replica.serving.receiver
         check_content_length(request, settings.max_adapter_bytes)
         options = SyncOptions(activate, replace_run, in_flight, probe)
@@ -91,33 +106,40 @@ def create_app(replica: Replica) -> FastAPI:
 
     @app.get("/policies")
     async def policies() -> PoliciesResponse:
+        """The versions that it serves; version 0, the base, is always one of them."""
         return replica.policies()
 
     @app.get("/policies/{version}", response_class=StreamingResponse)
     async def policy(version: int) -> StreamingResponse:
+        """The adapter file of a version, as it was received."""
         # Opened before anything is awaited: the version may be retired while its file is sent.
         file = replica.serving.policies.adapter_file(version).open("rb")
         return StreamingResponse(_chunks(file), media_type="application/octet-stream")
 
     @app.post("/drain", status_code=202)
     async def drain() -> RolloutStatus:
+        """Not ready, finish what runs, then exit 0; SIGTERM does the same."""
         return replica.drain()
 
     @app.get("/status")
     async def status() -> RolloutStatus:
+        """Base, limits, versions and load."""
         return replica.status()
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
+        """The process is alive. Needs no key."""
         return {"status": "alive"}
 
     @app.get("/readyz")
     async def readyz() -> dict[str, str]:
+        """The engine accepts requests; else 503."""
         replica.check_ready()
         return {"status": "ready"}
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        """Prometheus' text format, vLLM's metrics included."""
         return Response(exposition(replica.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app

@@ -27,10 +27,11 @@ class RolloutSettings(BaseSettings):
     )
 
     model: str  # checkpoint folder or hub id: the model that the trainer trains
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
+    host: str = "127.0.0.1"  # to listen on; another than loopback needs a key
+    port: int = Field(default=8000, ge=0, le=65535)  # 0: any free one
+    # of both services; every route but /healthz wants it
     api_key: ApiKey | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
-    log_level: LogLevel = "INFO"
+    log_level: LogLevel = "INFO"  # what is logged
 
     trainer_url: str | None = None  # registers itself there, and renews
     advertise_url: str | None = Field(  # where that trainer reaches it; default: its own address
@@ -38,36 +39,39 @@ class RolloutSettings(BaseSettings):
     )
     lease_s: float = Field(gt=0, default=15.0)  # the registration's; renewed three times as often
 
+    # nf4-exact: what a 4-bit trainer computes with; original: the 16-bit weights
     base: Literal["nf4-exact", "original"] = "nf4-exact"
     cache_dir: Path = Path("~/.cache/tandem")  # the exact bases, by fingerprint
     adapter_dir: Path | None = None  # resident adapter files; default: shared memory
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     kv_cache_dtype: str = "default"  # default: fp8 on a GPU that has it, else auto
     kv_cache_memory_bytes: int | None = Field(  # default: 256 MiB on CPU, the rest of a GPU
         default=None, ge=1
     )
     attention_backend: AttentionBackend | None = None  # on a GPU; default: one that needs no nvcc
+    # the share of a GPU that vLLM takes
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
-    tensor_parallel_size: int = Field(default=1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)  # GPUs of one replica
     max_model_len: int | None = Field(  # prompt + completion tokens; default: the model's
         default=None, ge=1
     )
-    max_num_seqs: int = Field(default=256, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1)  # sequences that run at once
+    # of one engine step; default: vLLM's
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
-    enforce_eager: bool = False
-    seed: int = Field(default=0, ge=0, lt=1 << 32)
+    enforce_eager: bool = False  # without CUDA graphs: boots sooner, samples slower
+    seed: int = Field(default=0, ge=0, lt=1 << 32)  # of requests without one
 
     # lora: adapters beside the base, several at once. merged: one at a time, in the base's weights.
     serving_mode: ServingMode = "lora"
-    max_lora_rank: int = Field(default=32, ge=1, le=512)
+    max_lora_rank: int = Field(default=32, ge=1, le=512)  # the largest rank a run may have
     max_live_policies: int = Field(default=2, ge=1, le=16)  # one more slot receives the next one
 
     max_completions: int = Field(default=4096, ge=1)  # per request, and queued or running in all
-    max_adapter_bytes: int = Field(default=1 << 30, ge=1)
-    max_body_bytes: int = Field(default=32 << 20, ge=1)
+    max_adapter_bytes: int = Field(default=1 << 30, ge=1)  # of one adapter file
+    max_body_bytes: int = Field(default=32 << 20, ge=1)  # of a JSON request
     body_timeout_s: float = Field(gt=0, default=300.0)  # for the whole body of a request to arrive
-    request_timeout_s: float = Field(gt=0, default=600.0)
+    request_timeout_s: float = Field(gt=0, default=600.0)  # for a request to be answered
     stream_interval: int = Field(default=8, ge=1)  # tokens of a completion per record of a stream
     sync_wait_s: float = Field(ge=0, default=30.0)  # a sync, for a version to be released
     stall_timeout_s: float = Field(  # no token for this long while requests run: the engine hangs

@@ -10,7 +10,7 @@ from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from services.http import prepare_app
+from services.http import PROBLEMS, prepare_app, raw_body
 from services.trainer.run_config import parse_run_config
 from services.trainer.trainer import Trainer
 from shared.errors import InvalidRequest
@@ -36,7 +36,7 @@ def create_app(trainer: Trainer) -> FastAPI:
         yield
         await trainer.stop()
 
-    app = FastAPI(title="Tandem trainer", lifespan=lifespan)
+    app = FastAPI(title="Tandem trainer", lifespan=lifespan, responses=PROBLEMS)
     prepare_app(
         app,
         api_key=settings.api_key,
@@ -44,7 +44,7 @@ def create_app(trainer: Trainer) -> FastAPI:
         body_timeout_s=settings.body_timeout_s,
     )
 
-    @app.post("/runs", status_code=201)
+    @app.post("/runs", status_code=201, openapi_extra=raw_body("application/yaml"))
     async def start_run(request: Request) -> RunStatus:
         """The body is a run config, YAML or JSON (services/trainer/run_config.py).
 
@@ -58,10 +58,12 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.get("/runs/current")
     async def run() -> RunStatus:
+        """The current run, or the last one."""
         return trainer.run_status()
 
     @app.post("/runs/current/stop")
     async def stop_run() -> RunStatus:
+        """End the run after its step; posted again, it goes on."""
         return await trainer.stop_run()
 
     @app.get(
@@ -78,14 +80,17 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.post("/train")
     async def train(body: TrainRequest) -> TrainResponse:
+        """One policy update from groups that you sampled and scored, or from pairs for `dpo`."""
         return await trainer.train(body)
 
     @app.get("/policy")
     async def policy() -> PolicyStatus:
+        """The policy that trains, and which of its adapters are kept."""
         return trainer.policy_status()
 
     @app.get("/policy/adapters/{version}")
     async def adapter(version: int) -> Response:
+        """The adapter file of a version, with its `Content-Digest`."""
         published = trainer.policy.adapter(version)
         return Response(
             published.content,
@@ -95,32 +100,38 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.get("/replicas")
     async def replicas() -> ReplicasResponse:
+        """Who serves, and why not."""
         return ReplicasResponse(replicas=trainer.fleet.status())
 
     @app.post("/replicas", status_code=201)
     async def register(body: ReplicaRegistration) -> ReplicaStatus:
-        """Also renews a lease."""
+        """Say that a replica may serve; with a lease also that it still does."""
         return trainer.fleet.register(body)
 
     @app.delete("/replicas/{id}")
     async def remove(id: str) -> ReplicaStatus:
+        """Take a replica out of the fleet, until it restarts or is registered again."""
         return trainer.fleet.remove(id)
 
     @app.get("/status")
     async def status() -> TrainerStatus:
+        """Model, base, and the run."""
         return trainer.status()
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
+        """The process is alive. Needs no key."""
         return {"status": "alive"}
 
     @app.get("/readyz")
     async def readyz() -> dict[str, str]:
+        """The policy is loaded; else 503."""
         trainer.check_ready()
         return {"status": "ready"}
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        """Prometheus' text format."""
         return Response(exposition(trainer.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app

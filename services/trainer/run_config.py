@@ -42,9 +42,10 @@ _UNSERVABLE = {
 
 
 class LoraConfig(Config):
-    rank: int = Field(ge=1, le=512, default=32)
+    rank: int = Field(ge=1, le=512, default=32)  # of every linear
     alpha: float = Field(gt=0, default=32.0)  # the factor on B·A is alpha / rank
     use_rslora: bool = False  # the factor is alpha / √rank (arXiv:2312.03732)
+    # names of the linears that have an adapter
     target_modules: tuple[str, ...] = Field(min_length=1, default=LINEAR_MODULES)
 
     @property
@@ -64,11 +65,11 @@ class OptimizerConfig(Config):
     """AdamW. The learning rate rises linearly over `warmup_steps` updates, then stays."""
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"  # 8 bits: a quarter of its memory
-    learning_rate: float = Field(gt=0, default=5e-5)
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(ge=0, default=0.0)
-    max_grad_norm: float = Field(gt=0, default=1.0)
-    warmup_steps: int = Field(ge=0, default=10)
+    learning_rate: float = Field(gt=0, default=5e-5)  # after warm-up
+    betas: tuple[float, float] = (0.9, 0.99)  # decay of the two moments
+    weight_decay: float = Field(ge=0, default=0.0)  # of the LoRA weights
+    max_grad_norm: float = Field(gt=0, default=1.0)  # gradients above are scaled down to it
+    warmup_steps: int = Field(ge=0, default=10)  # updates, from 0 on
 
 
 class KlConfig(Config):
@@ -77,9 +78,9 @@ class KlConfig(Config):
     services/trainer/algorithms/kl.py; a coefficient of 0 computes no reference and costs nothing.
     """
 
-    coefficient: float = Field(ge=0, default=0.0)
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    place: Literal["loss", "reward"] = "loss"
+    coefficient: float = Field(ge=0, default=0.0)  # times the KL; 0 is off
+    estimator: Literal["k1", "k2", "k3"] = "k3"  # docs/algorithms.md has the formulas
+    place: Literal["loss", "reward"] = "loss"  # added to the loss, or taken off the reward
     importance_weighted: bool = True  # in the loss: times policy / old, unbiased after the 1st step
 
     @property
@@ -105,10 +106,10 @@ class CorrectionConfig(Config):
     bounds 0; at sequence level a weight is the product over the tokens of a completion.
     """
 
-    level: Literal["token", "sequence", "none"] = "token"
-    mode: Literal["truncate", "mask"] = "truncate"
-    max_ratio: float = Field(gt=0, default=3.0)
-    min_ratio: float | None = Field(ge=0, default=None)
+    level: Literal["token", "sequence", "none"] = "token"  # what one weight is of
+    mode: Literal["truncate", "mask"] = "truncate"  # of weights out of bounds
+    max_ratio: float = Field(gt=0, default=3.0)  # the upper bound
+    min_ratio: float | None = Field(ge=0, default=None)  # the lower bound
     # Completions whose geometric mean ratio is outside are masked, as (0.99, 1.001).
     geometric_band: tuple[float, float] | None = None
     # Completions with a token whose ratio is below are masked, as 1e-4.
@@ -131,15 +132,18 @@ class PolicyGradientConfig(Config):
     """What GRPO, RLOO, REINFORCE++ and PPO share; services/trainer/algorithms/losses.py has the
     losses. None is the value of the loss's paper."""
 
-    loss: LossName = "dapo"
+    loss: LossName = "dapo"  # docs/algorithms.md has the formulas
+    # what the loss clips: of a token, or of a completion
     ratio: Literal["token", "sequence", "sequence_product"] | None = None
-    clip_low: float | None = Field(ge=0, lt=1, default=None)
+    clip_low: float | None = Field(ge=0, lt=1, default=None)  # a ratio below 1 - this is clipped
     clip_high: float | None = Field(ge=0, default=None)  # cispo: the largest ratio itself
     delta: float | None = Field(gt=1, default=None)  # bounds the ratio of bad tokens, too
-    sapo_temperature_positive: float = Field(gt=0, default=1.0)
-    sapo_temperature_negative: float = Field(gt=0, default=1.05)
-    kl: KlConfig = KlConfig()
+    sapo_temperature_positive: float = Field(gt=0, default=1.0)  # sapo: τ of good tokens
+    sapo_temperature_negative: float = Field(gt=0, default=1.05)  # sapo: τ of bad ones
+    kl: KlConfig = KlConfig()  # to the policy without its adapter
+    # for what trainer and replica compute differently
     correction: CorrectionConfig = CorrectionConfig()
+    # times the mean entropy, added to what is maximized
     entropy_bonus: float = Field(ge=0, default=0.0)
     top_entropy_fraction: float = Field(gt=0, le=1, default=1.0)  # of tokens, that are trained on
     off_policy_mask: float | None = Field(ge=0, default=None)  # nats; drops bad, unlikely ones
@@ -160,6 +164,7 @@ class GrpoConfig(PolicyGradientConfig):
     """services/trainer/algorithms/grpo.py"""
 
     name: Literal["grpo"] = "grpo"
+    # by whose deviation advantages are divided
     scale_rewards: Literal["group", "batch", "none"] = "group"
     # several rewards: weigh and add them before the group is normalized, or after
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
@@ -189,7 +194,7 @@ class RlooConfig(PolicyGradientConfig):
     name: Literal["rloo"] = "rloo"
     loss: LossName = "rloo"
     kl: RewardKlConfig = RewardKlConfig()
-    whiten_advantages: bool = False
+    whiten_advantages: bool = False  # to mean 0 and deviation 1 over the update
 
 
 class ReinforceConfig(PolicyGradientConfig):
@@ -198,8 +203,8 @@ class ReinforceConfig(PolicyGradientConfig):
     name: Literal["reinforce_pp", "reinforce_pp_baseline"] = "reinforce_pp"
     loss: LossName = "bnpo"
     kl: RewardKlConfig = RewardKlConfig()
-    discount: float = Field(gt=0, le=1, default=1.0)
-    whiten_advantages: bool = True
+    discount: float = Field(gt=0, le=1, default=1.0)  # γ, per token
+    whiten_advantages: bool = True  # to mean 0 and deviation 1 over the tokens of the update
 
 
 class PpoConfig(PolicyGradientConfig):
@@ -209,20 +214,20 @@ class PpoConfig(PolicyGradientConfig):
     loss: LossName = "bnpo"
     kl: RewardKlConfig = RewardKlConfig()
     num_epochs: int = Field(ge=1, default=4)
-    discount: float = Field(gt=0, le=1, default=1.0)
-    gae_lambda: float = Field(ge=0, le=1, default=0.95)
-    whiten_advantages: bool = True
-    value_clip: float | None = Field(gt=0, default=0.2)
+    discount: float = Field(gt=0, le=1, default=1.0)  # γ, per token
+    gae_lambda: float = Field(ge=0, le=1, default=0.95)  # λ of generalized advantage estimation
+    whiten_advantages: bool = True  # to mean 0 and deviation 1 over the tokens of the update
+    value_clip: float | None = Field(gt=0, default=0.2)  # how far a value may move in one update
     critic_learning_rate: float | None = Field(gt=0, default=None)  # None: the optimizer's
 
 
 class PreferenceConfig(Config):
     """What online and offline DPO share."""
 
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    beta: float = Field(gt=0, default=0.1)
-    num_epochs: int = Field(ge=1, default=1)
-    num_minibatches: int = Field(ge=1, default=1)
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # docs/algorithms.md has the formulas
+    beta: float = Field(gt=0, default=0.1)  # how strongly the reference holds
+    num_epochs: int = Field(ge=1, default=1)  # passes over the pairs of one update
+    num_minibatches: int = Field(ge=1, default=1)  # optimizer steps per pass
 
 
 class OnlineDpoConfig(PreferenceConfig):
@@ -252,17 +257,17 @@ class ExactMatchReward(Config):
     """1 when the completion, stripped, equals the `column` of its prompt; else 0."""
 
     type: Literal["exact_match"] = "exact_match"
-    column: str = "answer"
-    weight: float = 1.0
+    column: str = "answer"  # holds the right answer
+    weight: float = 1.0  # times the reward, in the sum
 
 
 class RegexReward(Config):
     """1 when `pattern` matches the whole completion (`full`) or occurs in it; else 0."""
 
     type: Literal["regex"] = "regex"
-    pattern: str
-    full: bool = True
-    weight: float = 1.0
+    pattern: str  # of Python's re; a dot matches newlines, too
+    full: bool = True  # False: it may occur anywhere
+    weight: float = 1.0  # times the reward, in the sum
 
 
 class FunctionReward(Config):
@@ -270,19 +275,19 @@ class FunctionReward(Config):
     float per completion. May be a coroutine function."""
 
     type: Literal["function"] = "function"
-    path: str = Field(pattern=r"^[\w.]+:\w+$")
-    timeout_s: float = Field(gt=0, default=600.0)
-    weight: float = 1.0
+    path: str = Field(pattern=r"^[\w.]+:\w+$")  # module:name, on the trainer's PYTHONPATH
+    timeout_s: float = Field(gt=0, default=600.0)  # for one call
+    weight: float = 1.0  # times the reward, in the sum
 
 
 class HttpReward(Config):
     """POST {prompts, completions, columns} to `url`; it answers {"rewards": [float, ...]}."""
 
     type: Literal["http"] = "http"
-    url: str = Field(pattern=r"^https?://")
-    timeout_s: float = Field(gt=0, default=60.0)
-    max_attempts: int = Field(ge=1, default=3)
-    weight: float = 1.0
+    url: str = Field(pattern=r"^https?://")  # of the service that scores
+    timeout_s: float = Field(gt=0, default=60.0)  # for one answer
+    max_attempts: int = Field(ge=1, default=3)  # when it is away, answers 429 or 5xx
+    weight: float = 1.0  # times the reward, in the sum
 
 
 RewardConfig = Annotated[
@@ -294,7 +299,7 @@ class SortDigitsDataset(Config):
     """The demo task (services/trainer/sort_digits.py); generated, no files."""
 
     type: Literal["sort_digits"] = "sort_digits"
-    num_prompts: int = Field(ge=1, default=4096)
+    num_prompts: int = Field(ge=1, default=4096)  # how many are generated
 
 
 class FileDataset(Config):
@@ -302,8 +307,8 @@ class FileDataset(Config):
     go to the rewards."""
 
     type: Literal["jsonl", "parquet"]
-    path: str
-    prompt_column: str = "prompt"
+    path: str  # on the trainer's machine
+    prompt_column: str = "prompt"  # its name
 
 
 class PreferenceDataset(Config):
@@ -314,10 +319,10 @@ class PreferenceDataset(Config):
     """
 
     type: Literal["preferences"]
-    path: str
-    prompt_column: str = "prompt"
-    chosen_column: str = "chosen"
-    rejected_column: str = "rejected"
+    path: str  # on the trainer's machine
+    prompt_column: str = "prompt"  # its name
+    chosen_column: str = "chosen"  # the better answer
+    rejected_column: str = "rejected"  # the worse one
 
     @field_validator("path")
     @classmethod
@@ -337,30 +342,31 @@ class OverlongConfig(Config):
     """One more reward, for training: down to -`penalty` over the last `buffer_tokens` before
     `sampling.max_tokens` (services/trainer/rewards.py)."""
 
-    buffer_tokens: int = Field(ge=1)
-    penalty: float = Field(gt=0, default=1.0)
+    buffer_tokens: int = Field(ge=1)  # before max_tokens, in which it grows
+    penalty: float = Field(gt=0, default=1.0)  # of a completion of max_tokens
 
 
 class DynamicSamplingConfig(Config):
     """Groups of equal rewards are set aside and others sampled in their place, until an update has
     seen `max_groups_factor` times `prompts_per_step` groups (services/trainer/pacing.py)."""
 
+    # bounds the groups of an update, set aside ones included
     max_groups_factor: float = Field(gt=1, le=1000, default=4.0)
 
 
 class EvalConfig(Config):
     """Rewards on held-out prompts: before the first step, every `every_steps`, and at the end."""
 
-    dataset: PromptDatasetConfig
-    num_prompts: int = Field(ge=1, default=256)
-    every_steps: int = Field(ge=1, default=10)
+    dataset: PromptDatasetConfig  # of held-out prompts
+    num_prompts: int = Field(ge=1, default=256)  # the first ones
+    every_steps: int = Field(ge=1, default=10)  # updates between two evaluations
 
 
 class ConformanceConfig(Config):
     """What a replica is held to (services/trainer/conformance.py). Gaps are mean |Δlogprob| on the
     probe, in nats."""
 
-    num_sequences: int = Field(ge=1, le=64, default=8)
+    num_sequences: int = Field(ge=1, le=64, default=8)  # of the probe
     num_tokens: int = Field(ge=8, le=512, default=48)  # of each, at most
     max_base_gap: float = Field(gt=0, default=0.5)  # replica to trainer, without an adapter
 
@@ -383,7 +389,7 @@ class GuardsConfig(Config):
     """
 
     warn_sampler_kl: float | None = Field(gt=0, default=1e-3)  # nats per token
-    max_sampler_kl: float | None = Field(gt=0, default=0.02)
+    max_sampler_kl: float | None = Field(gt=0, default=0.02)  # nats per token
     warn_probability_factor: float | None = Field(gt=1, default=1.03)  # mean exp |Δlogprob|
     # The least effective sample size of completions; off, because it shrinks as they get longer:
     # about e^(-2 · KL · tokens).
@@ -391,14 +397,38 @@ class GuardsConfig(Config):
     max_masked_fraction: float | None = Field(ge=0, le=1, default=0.2)  # of the tokens
     # Completions of the first batch are scored by the trainer before it learns from them.
     max_handshake_kl: float | None = Field(gt=0, default=5e-3)
-    num_handshake_completions: int = Field(ge=1, default=32)
+    num_handshake_completions: int = Field(ge=1, default=32)  # how many of them
+
+
+ProjectName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,127}$")]
+
+
+class WandbTracking(Config):
+    """Weights & Biases (services/trainer/tracking.py). `offline` writes `<run_dir>/wandb`, for
+    `wandb sync`."""
+
+    type: Literal["wandb"]
+    project: ProjectName  # at W&B
+    entity: str | None = None  # the team or user; default: that of the login
+    mode: Literal["online", "offline"] = "online"  # offline needs no login
+
+
+class TrackioTracking(Config):
+    """Trackio (services/trainer/tracking.py)."""
+
+    type: Literal["trackio"]
+    project: ProjectName  # in Trackio
+    space_id: str | None = None  # a Hugging Face Space; default: TRACKIO_DIR on this machine
+
+
+TrackingConfig = Annotated[WandbTracking | TrackioTracking, Field(discriminator="type")]
 
 
 class CheckpointConfig(Config):
     """What `<run_dir>/checkpoints` holds; a run resumes from the newest one."""
 
-    every_steps: int = Field(ge=1, default=10)
-    keep: int = Field(ge=1, default=2)
+    every_steps: int = Field(ge=1, default=10)  # updates between two checkpoints
+    keep: int = Field(ge=1, default=2)  # the newest ones
 
 
 class RunConfig(Config):
@@ -406,19 +436,20 @@ class RunConfig(Config):
     managed: bool = True  # False: the loop is yours, through POST /train
     replace_run: bool = False  # take replicas over from a run of another trainer
     resume: Literal["auto", "never"] = "auto"  # auto: a run_id that exists goes on where it was
+    # of prompts' order, sampling and LoRA's first weights
     seed: int = Field(ge=0, lt=2**31, default=0)
 
-    num_steps: int | None = Field(ge=1, default=None)
-    prompts_per_step: int = Field(ge=1, default=32)
-    sampling: SamplingParams = SamplingParams(n=8, max_tokens=512)
-    dataset: DatasetConfig | None = None
-    rewards: tuple[RewardConfig, ...] = ()
-    overlong: OverlongConfig | None = None
-    dynamic_sampling: DynamicSamplingConfig | None = None
-    eval: EvalConfig | None = None
+    num_steps: int | None = Field(ge=1, default=None)  # policy updates in all
+    prompts_per_step: int = Field(ge=1, default=32)  # groups of one update; pairs, for dpo
+    sampling: SamplingParams = SamplingParams(n=8, max_tokens=512)  # of the completions
+    dataset: DatasetConfig | None = None  # the prompts, or pairs
+    rewards: tuple[RewardConfig, ...] = ()  # added up by their weights
+    overlong: OverlongConfig | None = None  # off without it
+    dynamic_sampling: DynamicSamplingConfig | None = None  # off without it
+    eval: EvalConfig | None = None  # off without it
 
-    lora: LoraConfig = LoraConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()  # the adapter that is trained
+    optimizer: OptimizerConfig = OptimizerConfig()  # of the LoRA weights
     algorithm: Annotated[AlgorithmConfig, BeforeValidator(_by_name)] = GrpoConfig()  # or its name
     max_tokens_per_micro_batch: int = Field(ge=1, default=16384)  # prompts + completions
 
@@ -426,12 +457,21 @@ class RunConfig(Config):
     in_flight: Literal["finish", "continue"] = "finish"  # completions that run when a version comes
     min_ready_replicas: int = Field(ge=1, default=1)  # that must hold a version to go on
 
-    conformance: ConformanceConfig = ConformanceConfig()
-    guards: GuardsConfig = GuardsConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    conformance: ConformanceConfig = ConformanceConfig()  # of replicas
+    guards: GuardsConfig = GuardsConfig()  # of updates
+    checkpoint: CheckpointConfig = CheckpointConfig()  # when, and how many
+    tracking: tuple[TrackingConfig, ...] = ()  # beside TensorBoard and metrics.jsonl
 
+    # for a request to the fleet, replicas that come and go included
     generate_timeout_s: float = Field(gt=0, default=600.0)
-    sync_timeout_s: float = Field(gt=0, default=120.0)
+    sync_timeout_s: float = Field(gt=0, default=120.0)  # for one upload of an adapter
+
+    @field_validator("tracking")
+    @classmethod
+    def _has_one_of_a_type(cls, tracking: tuple[TrackingConfig, ...]) -> tuple[TrackingConfig, ...]:
+        if len({tracker.type for tracker in tracking}) < len(tracking):
+            raise ValueError("two trackers have the same type: leave one out")
+        return tracking
 
     @property
     def learns_from_pairs(self) -> bool:

@@ -5,6 +5,7 @@ life.json         Life; of a higher incarnation before anything of that life is 
 lock              held by the trainer that executes the run
 checkpoints/      checkpoints.py
 metrics.jsonl, groups.jsonl, tensorboard/      run_log.py
+wandb/            tracking.py
 adapter/          the last adapter, in PEFT's format
 """
 
@@ -38,6 +39,7 @@ _MAY_CHANGE = frozenset(
         "replace_run",
         "eval",
         "checkpoint",
+        "tracking",
         "conformance",
         "guards",
         "max_staleness",

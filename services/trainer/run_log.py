@@ -1,4 +1,5 @@
-"""What happened in a run: to memory and subscribers, metrics.jsonl, TensorBoard and Prometheus.
+"""What happened in a run: to memory and subscribers, metrics.jsonl, TensorBoard, Prometheus and
+trackers.
 
 A run that resumes has its files cut to where its checkpoint was; the numbers of the events before
 that stay. A full disk ends no run: lines wait in memory until it takes them, in their order.
@@ -19,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from services.trainer.data import PairBatch
 from services.trainer.pacing import AheadGroup, Batch
+from services.trainer.tracking import TrackedRun, Trackers
 from shared.metrics import TrainerMetrics, scalars
 from shared.schemas import EvalRecord, RunEvent, RunState, StateRecord, StepRecord
 
@@ -80,6 +82,7 @@ class RunLog:
         *,
         positions: Mapping[str, int] = {},
         first_step: int = 0,
+        tracked: TrackedRun | None = None,
     ) -> None:
         """Go on at `positions` (see the property), after `first_step`; by default, begin.
 
@@ -89,7 +92,8 @@ class RunLog:
 
         self.run_dir = run_dir
         self.state: RunState = "running"
-        self.detail = ""
+        self._detail = ""
+        self._lost_curves: list[str] = []  # sentences
         self.last_step: StepRecord | None = None
         self.last_eval: EvalRecord | None = None
         self._metrics = metrics
@@ -104,11 +108,17 @@ class RunLog:
         self._tensorboard: SummaryWriter | None = SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=first_step + 1 if self._events else None
         )
+        self._trackers = Trackers(tracked, on_failure=self._lose_curves) if tracked else None
 
     @property
     def has_ended(self) -> bool:
         """Nothing follows in this process."""
         return self.state in (*FINAL_STATES, "suspended")
+
+    @property
+    def detail(self) -> str:
+        """Of the latest state record, and which curves have ended before the run."""
+        return "; ".join(filter(None, (self._detail, *self._lost_curves)))
 
     @property
     def positions(self) -> dict[str, int]:
@@ -159,24 +169,36 @@ class RunLog:
             log.info("%s has the %d lines that waited", file.path, num_waiting)
 
     def _plot(self, event: StepRecord | EvalRecord) -> None:
+        numbers = {f"{event.kind}/{name}": value for name, value in scalars(event).items()}
+        if self._trackers:
+            self._trackers.log(numbers, event.step)
         if self._tensorboard is None:
             return
         try:
-            for name, value in scalars(event).items():
-                self._tensorboard.add_scalar(f"{event.kind}/{name}", value, event.step)
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, event.step)
         except Exception as error:  # whatever its thread died of, once and for all
             self._give_up_tensorboard(error)
 
     def _give_up_tensorboard(self, error: Exception) -> None:
         self._tensorboard = None
+        self._lose_curves(f"{self.run_dir / 'tensorboard'} takes no more: {error}")
+
+    def _lose_curves(self, problem: str) -> None:
+        """Say once that the curves of TensorBoard or a tracker end here; from any thread."""
+        self._lost_curves.append(problem)
         self._metrics.log_failures.inc()
         log.error(
-            "%s takes no more: %s; the curves end here, %s has all numbers: free space there, stop "
-            "the run and post it again for new curves",
-            self.run_dir / "tensorboard",
-            error,
-            EVENTS_FILE,
+            "%s; its curves end here, %s has all numbers: mend it, stop the run and post it again "
+            "for new curves",
+            problem,
+            self.run_dir / EVENTS_FILE,
         )
+
+    def finish_trackers(self) -> None:
+        """Have trackers send what they have; blocks up to tracking.FINISH_TIMEOUT_S."""
+        if self._trackers:
+            self._trackers.finish(failed=self.state == "failed")
 
     def emit_batch(self, step: int, batch: Batch | PairBatch) -> None:
         """What `step` was trained on, and what was set aside for it: a line per group or pair."""
@@ -190,7 +212,7 @@ class RunLog:
 
     def _note(self, event: RunEvent) -> None:
         if isinstance(event, StateRecord):
-            self.state, self.detail = event.state, event.detail
+            self.state, self._detail = event.state, event.detail
         elif isinstance(event, StepRecord):
             self.last_step = event
         else:

@@ -21,10 +21,11 @@ class TrainerSettings(BaseSettings):
     )
 
     model: str  # checkpoint folder or hub id, 16-bit or already 4-bit
-    host: str = "127.0.0.1"
-    port: int = Field(default=8080, ge=0, le=65535)
+    host: str = "127.0.0.1"  # to listen on; another than loopback needs a key
+    port: int = Field(default=8080, ge=0, le=65535)  # 0: any free one
+    # of both services; every route but /healthz wants it
     api_key: ApiKey | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
-    log_level: LogLevel = "INFO"
+    log_level: LogLevel = "INFO"  # what is logged
 
     # Separated by commas: http://host:port, or host[:port], all of whose addresses are replicas.
     rollout_urls: Annotated[tuple[str, ...], NoDecode] = ()
@@ -32,15 +33,16 @@ class TrainerSettings(BaseSettings):
     probe_timeout_s: float = Field(gt=0, default=5.0)  # two in a row without an answer: it hangs
     ready_timeout_s: float = 900.0  # how long a run waits for a replica to boot
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     load_in_4bit: bool = True  # False: a 16-bit base; replicas then need ROLLOUT_BASE=original
+    # computes layers again in the backward pass: less memory, more time
     gradient_checkpointing: bool = True
     offload_activations: bool = False  # what it keeps, to host memory: longer contexts, some speed
     data_parallel_size: int = Field(default=1, ge=1)  # processes, each on a GPU; see parallel.py
 
     runs_dir: Path = Path("runs")  # of each run: see run_folder.py
     kept_adapters: int = Field(default=2, ge=1)  # versions GET /policy/adapters/{version} has
-    max_body_bytes: int = 256 << 20
+    max_body_bytes: int = 256 << 20  # of a request
     body_timeout_s: float = 300.0  # for the whole body of a request to arrive
 
     @field_validator("rollout_urls", mode="before")

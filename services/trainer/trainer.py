@@ -38,6 +38,7 @@ from services.trainer.run_folder import (
 )
 from services.trainer.run_log import RunLog
 from services.trainer.settings import TrainerSettings
+from services.trainer.tracking import TrackedRun, check_tracking
 from shared.errors import (
     InvalidRequest,
     NotFound,
@@ -282,6 +283,7 @@ class Trainer:
         assert config.run_id
         policy, path, folder = self.policy, self.settings.runs_dir / config.run_id, None
         try:
+            await asyncio.to_thread(check_tracking, config.tracking)
             if await asyncio.to_thread(path.exists):
                 folder = await asyncio.to_thread(RunFolder.reopen, path, config, policy.identity)
             checkpoints = Checkpoints(
@@ -331,6 +333,13 @@ class Trainer:
                     self.metrics,
                     positions=saved.state.log_positions if saved else {},
                     first_step=saved.state.step if saved else 0,
+                    tracked=TrackedRun(
+                        trackers=config.tracking,
+                        run_id=config.run_id,
+                        is_new=incarnation == 1,
+                        folder=path,
+                        settings=config.model_dump(mode="json"),
+                    ),
                 ),
                 prompts=RowStream(data.prompts, seed=config.seed),
                 pairs=RowStream(data.pairs, seed=config.seed),
@@ -404,7 +413,10 @@ class Trainer:
         finally:
             current.last_policy = run.policy.id
             current.ready.set()
-            current.close()
+            try:
+                await asyncio.to_thread(run.log.finish_trackers)
+            finally:
+                current.close()
 
     async def _end(self, run: Run, last: StateRecord) -> None:
         """Save what was learned, however the run ended, and emit its last event."""

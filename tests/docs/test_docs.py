@@ -1,4 +1,4 @@
-"""What docs/ says is so: its run configs parse, and its metrics are those of the records.
+"""What README and docs/ say is so: links lead somewhere, blocks are what they say, metrics exist.
 
 A ```yaml block is a run config when its first line is `# run config`, and a part of one when it is
 `# in a run config`: it then takes the place of the same settings in the demo's.
@@ -6,6 +6,8 @@ A ```yaml block is a run config when its first line is `# run config`, and a par
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from pathlib import Path
 
@@ -15,29 +17,69 @@ from pydantic import BaseModel
 
 from services.trainer.run_config import parse_run_config
 from shared.schemas import EvalRecord, StepRecord
+from tests.docs.blocks import ALL_BLOCKS, PAGES, ROOT, Block
 
-ROOT = Path(__file__).parents[2]
 DEMO_RUN = (ROOT / "examples/demo/run.yaml").read_text()
-BLOCKS = [
-    pytest.param(block, id=f"{path.stem}-{number}")
-    for path in sorted((ROOT / "docs").glob("*.md"))
-    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", path.read_text(), re.DOTALL))
-]
+LINKED_PAGES = [*PAGES, ROOT / "deploy/README.md", ROOT / "CHANGELOG.md"]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_a_yaml_block_is_a_run_config_or_fits_into_the_demos(block: str) -> None:
-    kind = block.partition("\n")[0]
+def in_language(name: str) -> pytest.MarkDecorator:
+    found = [block for block in ALL_BLOCKS if block.language == name]
+    return pytest.mark.parametrize("block", found, ids=str)
+
+
+@in_language("yaml")
+def test_a_yaml_block_is_a_run_config_or_fits_into_the_demos(block: Block) -> None:
+    kind, text = block.text.partition("\n")[0], block.text
     assert kind in ("# run config", "# in a run config")
     if kind == "# in a run config":
-        block = yaml.safe_dump(yaml.safe_load(DEMO_RUN) | yaml.safe_load(block))
-    parse_run_config(block)
+        text = yaml.safe_dump(yaml.safe_load(DEMO_RUN) | yaml.safe_load(text))
+    parse_run_config(text)
+
+
+@in_language("python")
+def test_a_python_block_compiles(block: Block) -> None:
+    compile(block.text, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@in_language("json")
+def test_a_json_block_parses(block: Block) -> None:
+    json.loads(block.text)
+
+
+@pytest.mark.parametrize("page", LINKED_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text()), target
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^ *```.*?^ *```$|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them; a second one of a name has -1."""
+    found: set[str] = set()
+    fenced = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    for heading in re.findall(r"^#+ (.+)$", fenced, re.MULTILINE):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        number = sum(name == slug or name.startswith(f"{slug}-") for name in found)
+        found.add(f"{slug}-{number}" if slug in found else slug)
+    return found
 
 
 @pytest.mark.parametrize(("record", "heading"), [(StepRecord, "Step"), (EvalRecord, "Evaluation")])
-def test_docs_metrics_names_every_field_of_a_record_once(
+def test_docs_metrics_says_unit_and_meaning_of_every_field_of_a_record_once(
     record: type[BaseModel], heading: str
 ) -> None:
     text = (ROOT / "docs/metrics.md").read_text()
     (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
-    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(record.model_fields)
+    rows = re.findall(r"^\| `(\w+)` \| (\S.*?) \| (\S.*?) \|$", section, re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(record.model_fields)
