@@ -104,11 +104,14 @@ class ServiceReward:
             except _Away as away:
                 num_breakdowns = num_breakdowns + 1 if away.is_breakdown else 0
                 away_s = time.monotonic() - started
-                if num_breakdowns == _MAX_BREAKDOWNS or away_s >= config.max_outage_s:
+                if num_breakdowns == _MAX_BREAKDOWNS:
+                    raise RewardProblem(
+                        f"answers {away}, {_MAX_BREAKDOWNS} times in a row", may_be_of_one=True
+                    ) from away
+                if away_s >= config.max_outage_s:
                     raise RewardProblem(
                         f"gave no rewards for {away_s:.0f} s: {away}; start it, then post the run "
-                        "again: it goes on from its last checkpoint",
-                        may_be_of_one=away.is_breakdown,
+                        "again: it goes on from its last checkpoint"
                     ) from away
                 if not said_at or time.monotonic() - said_at > _SAY_EVERY_S:
                     said_at = time.monotonic()

@@ -97,7 +97,7 @@ class FunctionProcess:
         try:
             await asyncio.wait({exchanging}, timeout=timeout_s)
             if not exchanging.done():
-                raise FunctionFailed(f"gave no rewards within {timeout_s:g} s")
+                raise FunctionFailed(f"took more than {timeout_s:g} s")
             if exchanging.exception():  # there is nobody at the other end
                 raise FunctionFailed(f"ended its process, which {await _ending(child)}")
         finally:
