@@ -53,7 +53,8 @@ def _read(text: str | bytes, name: str) -> tuple[yaml.Node | None, Any]:
 
 def _refuse_twice(root: yaml.Node | None) -> None:
     """Raise ValueError for a mapping with a key twice, of which YAML takes the last."""
-    waiting, seen = [root], set()
+    waiting: list[yaml.Node | None] = [root]
+    seen: set[int] = set()
     while waiting:
         node = waiting.pop()
         if node is None or id(node) in seen:  # an alias may close a circle
@@ -179,7 +180,8 @@ def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _line(root: yaml.Node | None, path: Sequence[str | int]) -> int | None:
     """The line of the last part of `path` that is there, counted from 1; None for the whole."""
-    node, line = root, None
+    node: Any = root
+    line: int | None = None
     for part in path:
         if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
             items = [(item, item) for item in node.value[part : part + 1]]

@@ -148,9 +148,9 @@ class ServiceReward:
             raise _Away(f"{type(error).__name__} {error}".strip()) from error
         except httpx.DecodingError as error:
             raise RewardProblem(f"answered what cannot be decoded: {error}") from error
-        except TypeError as error:  # a column of the dataset has what JSON has not
+        except (TypeError, ValueError) as error:  # a column has what JSON has not, as a date
             raise RewardProblem(
-                f"takes JSON, and the columns of the dataset are not: {error}"
+                f"takes JSON, which the columns of the dataset cannot be: {error}"
             ) from error
         if response.is_success:
             return _rewards_field(response, len(batch))

@@ -72,7 +72,7 @@ class FunctionProcess:
                 start_new_session=True,  # what the function starts ends with it
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
             )
         self._connection = Connection(ours.detach())
 

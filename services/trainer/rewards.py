@@ -224,67 +224,28 @@ class _ExactMatch(_BuiltIn):
         ]
 
 
-class _Regex(_BuiltIn):
-    def __init__(self, config: RegexReward) -> None:
-        self.name = "reward regex"
-        try:
-            pattern = re.compile(config.pattern, re.DOTALL)
-        except re.error as error:
-            raise ValueError(
-                f"reward pattern {config.pattern!r} does not compile: {error}"
-            ) from error
-        self._matches = pattern.fullmatch if config.full else pattern.search
+class _InProcess:
+    """A function in a process of its own (reward_process.py), which can be ended."""
 
-    async def __call__(
-        self, batch: RewardBatch, *, timeout_s: float | None = None
-    ) -> list[float | NoNumber]:
-        return [float(self._matches(completion) is not None) for completion in batch.completions]
-
-
-class _Function:
-    """A function of the user's (reward_process.py)."""
-
-    def __init__(self, config: FunctionReward) -> None:
-        self.name = f"reward function {config.path}"
-        self._config = config
-        self._process = FunctionProcess(config.path)
+    def __init__(self, name: str, path: str, timeout_s: float) -> None:
+        self.name = name
+        self._timeout_s = timeout_s
+        self._process = FunctionProcess(path)
 
     async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
-        try:
-            takes = await self._process.start(timeout_s=self._config.timeout_s)
-        except FunctionFailed as failure:
-            self._process.close()
-            raise ValueError(
-                f"{self.name} cannot be imported: importing it {failure}; its folder must be on "
-                "the trainer's PYTHONPATH"
-            ) from failure
-        given = ("prompts", "completions")
-        if twice := [name for name in given if name in columns]:
-            raise ValueError(
-                f"{dataset} has a column {twice[0]!r}, as an argument of every reward function is "
-                "called: rename it"
-            )
-        given = (*given, *columns)
-        if lacking := [name for name in takes.required if name not in given]:
-            raise ValueError(
-                f"{self.name} needs the column {lacking[0]!r}; {dataset} has {_listed(columns)} "
-                "beside the prompts: rename one, or give the parameter a default"
-            )
-        known = (*takes.required, *takes.optional)
-        if not takes.takes_any and (unknown := [name for name in given if name not in known]):
-            raise ValueError(
-                f"{self.name} takes no argument {unknown[0]!r}, and gets prompts, completions and "
-                f"the columns of {dataset}: add **columns to its parameters"
-            )
+        """It starts with the first batch."""
+
+    def _arguments(self, batch: RewardBatch) -> dict[str, Any]:
+        columns = {name: list(values) for name, values in batch.columns.items()}
+        given = {"prompts": list(batch.prompts), "completions": list(batch.completions)}
+        return {**columns, **given}
 
     async def __call__(
         self, batch: RewardBatch, *, timeout_s: float | None = None
     ) -> Sequence[float | NoNumber]:
-        arguments = {"prompts": list(batch.prompts), "completions": list(batch.completions)}
-        columns = {name: list(values) for name, values in batch.columns.items()}
         try:
             values = await self._process.call(
-                {**columns, **arguments}, timeout_s=timeout_s or self._config.timeout_s
+                self._arguments(batch), timeout_s=timeout_s or self._timeout_s
             )
         except FunctionFailed as failure:
             raise RewardProblem(str(failure), may_be_of_one=True) from failure
@@ -296,6 +257,58 @@ class _Function:
 
     def close(self) -> None:
         self._process.close()
+
+
+class _Regex(_InProcess):
+    """Some patterns take forever on some texts, and nothing else of a process runs meanwhile."""
+
+    def __init__(self, config: RegexReward) -> None:
+        try:
+            re.compile(config.pattern)
+        except re.error as error:
+            raise ValueError(
+                f"reward pattern {config.pattern!r} does not compile: {error}"
+            ) from error
+        path = "services.trainer.reward_regex:matches"
+        super().__init__(f"reward regex {config.pattern!r}", path, config.timeout_s)
+        self._pattern = {"pattern": config.pattern, "full": config.full}
+
+    def _arguments(self, batch: RewardBatch) -> dict[str, Any]:
+        return {"completions": list(batch.completions), **self._pattern}
+
+
+class _Function(_InProcess):
+    """A function of the user's."""
+
+    def __init__(self, config: FunctionReward) -> None:
+        super().__init__(f"reward function {config.path}", config.path, config.timeout_s)
+
+    async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
+        try:
+            takes = await self._process.start(timeout_s=self._timeout_s)
+        except FunctionFailed as failure:
+            self._process.close()
+            raise ValueError(
+                f"{self.name} cannot be imported: importing it {failure}; its folder must be on "
+                "the trainer's PYTHONPATH"
+            ) from failure
+        if twice := [name for name in ("prompts", "completions") if name in columns]:
+            raise ValueError(
+                f"{dataset} has a column {twice[0]!r}, as an argument of every reward function is "
+                "called: rename it"
+            )
+        given = ("prompts", "completions", *columns)
+        if lacking := [name for name in takes.required if name not in given]:
+            raise ValueError(
+                f"{self.name} needs the column {lacking[0]!r}; {dataset} has {_listed(columns)} "
+                "beside the prompts: rename one, or give the parameter a default"
+            )
+        known = (*takes.required, *takes.optional)
+        if not takes.takes_any and (unknown := [name for name in given if name not in known]):
+            raise ValueError(
+                f"{self.name} takes no argument {unknown[0]!r}, and gets prompts, completions and "
+                f"the columns of {dataset}: add **columns to its parameters"
+            )
 
 
 def _listed(columns: Mapping[str, Sequence[Any]]) -> str:

@@ -261,6 +261,7 @@ class RegexReward(Config):
     type: Literal["regex"] = "regex"
     pattern: str
     full: bool = True
+    timeout_s: float = Field(gt=0, default=60.0)  # for the completions that wait, together
     weight: float = 1.0
 
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import date
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,15 @@ async def test_a_function_that_hangs_ends_at_its_deadline_with_the_completion(
     monkeypatch.setattr(rewards, "_MAX_SEARCH_S", 2.0)
     with pytest.raises(RewardFailed, match=f"{name} took more than 1 s: {_SECOND}"):
         await rewards_of(function(name, timeout_s=1.0))
+
+
+async def test_a_pattern_that_takes_forever_ends_at_its_deadline_with_the_completion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rewards, "_MAX_SEARCH_S", 2.0)
+    batch = replace(BATCH, completions=["12", "a" * 64])
+    with pytest.raises(RewardFailed, match=r"^reward regex '\(a\+\)\+b' took more.*: completion 1"):
+        await rewards_of(RegexReward(pattern="(a+)+b", timeout_s=1.0), batch)
 
 
 async def test_a_function_that_is_cancelled_leaves_no_process(tmp_path: Path) -> None:
@@ -357,6 +367,12 @@ async def test_a_reward_service_without_rewards_is_an_error(
     with pytest.raises(RewardFailed, match=rf"^reward service http://[\w.:]+/reward {message}"):
         await rewards_of(over_http(service, max_outage_s=outage_s))
     assert not service.answers
+
+
+async def test_a_column_that_json_has_not_is_an_error(service: RewardService) -> None:
+    batch = replace(BATCH, columns={"day": [date(2025, 1, 1)] * 2})
+    with pytest.raises(RewardFailed, match="takes JSON.*date"):
+        await rewards_of(over_http(service), batch)
 
 
 async def test_a_reward_service_that_is_not_there_is_named_with_the_reason() -> None:
