@@ -98,7 +98,7 @@ class FunctionProcess:
             await asyncio.wait({exchanging}, timeout=timeout_s)
             if not exchanging.done():
                 raise FunctionFailed(f"took more than {timeout_s:g} s")
-            if exchanging.exception():  # there is nobody at the other end
+            if isinstance(exchanging.exception(), EOFError | OSError):  # nobody is there
                 raise FunctionFailed(f"ended its process, which {await _ending(child)}")
         finally:
             if not exchanging.done() or exchanging.exception():

@@ -371,7 +371,7 @@ async def test_a_reward_service_without_rewards_is_an_error(
 
 async def test_a_column_that_json_has_not_is_an_error(service: RewardService) -> None:
     batch = replace(BATCH, columns={"day": [date(2025, 1, 1)] * 2})
-    with pytest.raises(RewardFailed, match="takes JSON.*date"):
+    with pytest.raises(RewardFailed, match=r"takes JSON.*date"):
         await rewards_of(over_http(service), batch)
 
 
