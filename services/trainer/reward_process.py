@@ -148,8 +148,9 @@ def main() -> None:
     try:
         is_loaded, function = _try(_load, connection.recv())
         connection.send((is_loaded, _parameters(function) if is_loaded else function))
-        while is_loaded:
-            connection.send(_try(_rewards, function, connection.recv()))
+        with asyncio.Runner() as runner:  # one event loop: what a coroutine opens in it stays
+            while is_loaded:
+                connection.send(_try(_rewards, function, connection.recv(), runner))
     except (EOFError, OSError):  # the trainer is done with it
         pass
 
@@ -176,10 +177,12 @@ def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[st
     )
 
 
-def _rewards(function: Callable[..., Any], arguments: Mapping[str, Any]) -> list[Any]:
+def _rewards(
+    function: Callable[..., Any], arguments: Mapping[str, Any], runner: asyncio.Runner
+) -> list[Any]:
     values = function(**arguments)
     if inspect.isawaitable(values):
-        values = asyncio.run(_result(values))
+        values = runner.run(_result(values))
     if hasattr(values, "tolist"):  # arrays and tensors: of Python's numbers
         values = values.tolist()
     if isinstance(values, str | Mapping | Set) or not isinstance(values, Iterable):

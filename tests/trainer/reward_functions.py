@@ -27,6 +27,10 @@ async def always_half(completions: list[str], **_: object) -> list[float]:
     return [0.5 for _ in completions]
 
 
+async def event_loop(completions: list[str], **_: object) -> list[float]:
+    return [float(id(asyncio.get_running_loop()))] * len(completions)
+
+
 def an_array(completions: list[str], **_: object) -> Any:
     """It has `tolist`, as arrays of numpy and tensors have."""
     return array("f", [0.5] * len(completions))

@@ -197,6 +197,12 @@ async def test_a_function_lives_in_one_process_until_it_is_closed() -> None:
     assert not Path(f"/proc/{first:.0f}").exists()
 
 
+async def test_a_coroutine_function_keeps_its_event_loop() -> None:
+    """A client that it opened lives in it."""
+    async with built(function("event_loop")) as reward:
+        assert await compute(reward, BATCH) == await compute(reward, BATCH)
+
+
 async def test_a_long_text_is_shown_without_its_middle() -> None:
     batch = replace(BATCH, completions=["12", "4" + "0" * 500 + "3"])
     with pytest.raises(RewardFailed, match=r"'40{39}' \.\.\. '0{39}3' to the prompt"):
