@@ -89,7 +89,7 @@ def example() -> Example:
         name="http_reward",
         title="Sorting five digits: rewards over HTTP",
         unit="digits in place",
-        min_rise_points=10.0,
+        min_rise_points=20.0,
         changes=service.changes,
         environment={"REWARD_KEY": service.key},
         beside=service.beside,
