@@ -251,18 +251,18 @@ class ExactMatchReward(Config):
     """1 when the completion, stripped, equals the `column` of its prompt; else 0."""
 
     type: Literal["exact_match"] = "exact_match"
-    column: str = "answer"
-    weight: float = 1.0
+    column: str = "answer"  # holds the right answer
+    weight: float = 1.0  # times the reward, in the sum
 
 
 class RegexReward(Config):
     """1 when `pattern` matches the whole completion (`full`) or occurs in it; else 0."""
 
     type: Literal["regex"] = "regex"
-    pattern: str
-    full: bool = True
-    timeout_s: float = Field(gt=0, default=60.0)  # for the completions that wait, together
-    weight: float = 1.0
+    pattern: str  # of Python's re; a dot matches newlines, too
+    full: bool = True  # False: it may occur anywhere
+    timeout_s: float = Field(gt=0, default=60.0)  # for all completions that wait
+    weight: float = 1.0  # times the reward, in the sum
 
 
 class FunctionReward(Config):
@@ -271,9 +271,9 @@ class FunctionReward(Config):
     (services/trainer/reward_process.py)."""
 
     type: Literal["function"] = "function"
-    path: str = Field(pattern=r"^[\w.]+:\w+$")
+    path: str = Field(pattern=r"^[\w.]+:\w+$")  # module:name, on the trainer's PYTHONPATH
     timeout_s: float = Field(gt=0, default=120.0)  # for its import, and for every call
-    weight: float = 1.0
+    weight: float = 1.0  # times the reward, in the sum
 
 
 class HttpReward(Config):
@@ -281,14 +281,13 @@ class HttpReward(Config):
     (services/trainer/reward_http.py)."""
 
     type: Literal["http"] = "http"
-    url: str = Field(pattern=r"^https?://[^/\s]")
+    url: str = Field(pattern=r"^https?://[^/\s]")  # of the service that scores
     api_key_env: str | None = None  # the trainer's environment variable with its bearer token
-    timeout_s: float = Field(gt=0, default=60.0)  # for every request
-    max_outage_s: float = Field(ge=0, default=300.0)  # how long it is asked again while it is away
-    # None: one request for all that wait. Completions of one prompt go together.
-    max_completions_per_request: int | None = Field(ge=1, default=None)
-    max_concurrent_requests: int = Field(ge=1, default=4)
-    weight: float = 1.0
+    timeout_s: float = Field(gt=0, default=60.0)  # for one answer
+    max_outage_s: float = Field(ge=0, default=300.0)  # how long the run waits while it is away
+    max_completions_per_request: int | None = Field(ge=1, default=None)  # None: all that wait
+    max_concurrent_requests: int = Field(ge=1, default=4)  # when there are several
+    weight: float = 1.0  # times the reward, in the sum
 
     @model_validator(mode="before")
     @classmethod
