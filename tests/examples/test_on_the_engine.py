@@ -66,7 +66,8 @@ async def until_end(client: TrainerClient) -> list[RunEvent]:
 
 def short(name: str, **changes: Any) -> dict[str, Any]:
     """run.yaml with two steps of some groups."""
-    config = yaml.safe_load((ROOT / "examples" / name / "run.yaml").read_text()) | changes
+    text = (ROOT / "examples" / name / "run.yaml").read_text()
+    config: dict[str, Any] = yaml.safe_load(text) | changes
     config["sampling"] |= {"n": 4}
     config["eval"] |= {"num_prompts": 8}
     return config | {"num_steps": 2, "prompts_per_step": 8, "replace_run": True}
@@ -102,7 +103,6 @@ async def test_a_reward_service_that_dies_and_comes_back_costs_time_and_nothing_
     service, history = RewardService(), History()
     monkeypatch.setenv("REWARD_KEY", service.key)
     async with service.beside(tmp_path, Console(quiet=True), num_steps=1, away_s=1) as meanwhile:
-        assert meanwhile
         dying = asyncio.ensure_future(meanwhile(history))
         await runs.start_run(short("http_reward", **service.changes(tmp_path)))
         events = []
