@@ -49,38 +49,36 @@ class RewardService:
         return {"rewards": [{**reward, "url": f"http://127.0.0.1:{self.port}/rewards"}]}
 
     @asynccontextmanager
-    async def beside(
-        self,
-        folder: Path,
-        console: Console,
-        *,
-        num_steps: int = _NUM_STEPS_BEFORE,
-        away_s: float = _AWAY_S,
-    ) -> AsyncIterator[Meanwhile]:
-        """The service runs; what is yielded kills it after so many steps and starts it again."""
-        running = self.start(folder)
-
-        async def die_and_come_back(history: History) -> None:
-            nonlocal running
-            while len(history.steps) < num_steps:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-            running.kill()
-            console.print(f"The reward service is killed; it comes back in {away_s:g} s")
-            await asyncio.sleep(away_s)
-            running.stop(timeout_s=_STOP_TIMEOUT_S)
-            running = self.start(folder)
-            console.print("The reward service is started again")
-
+    async def running(self, folder: Path) -> AsyncIterator[list[ServiceProcess]]:
+        """The service is ready; what is in the list at the end, is stopped."""
+        processes = [self.start(folder)]
         try:
             await wait_until_ready(
-                [running],
+                processes,
                 api_key=self.key,
                 timeout_s=READY_TIMEOUT_S,
                 on_wait=lambda missing: None,
             )
-            yield die_and_come_back
+            yield processes
         finally:
-            running.stop(timeout_s=_STOP_TIMEOUT_S)
+            for process in processes:
+                process.stop(timeout_s=_STOP_TIMEOUT_S)
+
+    @asynccontextmanager
+    async def beside(self, folder: Path, console: Console) -> AsyncIterator[Meanwhile]:
+        """The service is ready; what is yielded kills it, and starts it again."""
+        async with self.running(folder) as processes:
+
+            async def die_and_come_back(history: History) -> None:
+                while len(history.steps) < _NUM_STEPS_BEFORE:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+                processes[-1].kill()
+                console.print(f"The reward service is killed; it comes back in {_AWAY_S:g} s")
+                await asyncio.sleep(_AWAY_S)
+                processes.append(self.start(folder))
+                console.print("The reward service is started again")
+
+            yield die_and_come_back
 
 
 def example() -> Example:

@@ -3,7 +3,6 @@ whole example as a user starts it."""
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -13,9 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from rich.console import Console
 
-from examples.demo.history import History
 from examples.gsm8k.__main__ import datasets
 from examples.http_reward.__main__ import RewardService
 from services.trainer.app import create_app
@@ -98,22 +95,21 @@ async def test_online_dpo_learns_from_pairs_that_the_judge_ranked(runs: TrainerC
 
 
 async def test_a_reward_service_that_dies_and_comes_back_costs_time_and_nothing_else(
-    runs: TrainerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, runs: TrainerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service, history = RewardService(), History()
+    service = RewardService()
     monkeypatch.setenv("REWARD_KEY", service.key)
-    async with service.beside(tmp_path, Console(quiet=True), num_steps=1, away_s=1) as meanwhile:
-        dying = asyncio.ensure_future(meanwhile(history))
+    async with service.running(tmp_path) as processes:
         await runs.start_run(short("http_reward", **service.changes(tmp_path)))
         events = []
-        async for event in runs.events():
+        async for _, event in trainer.events(0):
             events.append(event)
-            if isinstance(event, StepRecord):
-                history.steps.append(event)
-        await dying
+            if isinstance(event, EvalRecord) and event.step == 0:
+                processes[-1].kill()
+            elif isinstance(event, StateRecord) and "gives no rewards since" in event.detail:
+                processes.append(service.start(tmp_path))
+    assert len(processes) == 2
     check_completed(events)
-    details = [event.detail for event in events if isinstance(event, StateRecord)]
-    assert any("gives no rewards since" in detail for detail in details)
 
 
 @pytest.mark.timeout(170)

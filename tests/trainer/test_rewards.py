@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -38,6 +40,7 @@ from services.trainer.run_config import (
 )
 from shared.errors import RewardFailed
 from shared.schemas import Completion, CompletionGroup, PolicyId, SamplingParams, Segment
+from tests.replica_process import eventually
 
 pytestmark = pytest.mark.anyio
 BATCH = RewardBatch(
@@ -195,6 +198,37 @@ async def test_a_function_lives_in_one_process_until_it_is_closed() -> None:
         (first, _), (second, _) = await compute(reward, BATCH), await compute(reward, BATCH)
     assert first == second != os.getpid()
     assert not Path(f"/proc/{first:.0f}").exists()
+
+
+_TRAINER = """
+import asyncio
+from services.trainer.reward_process import FunctionProcess
+
+async def main():
+    process = FunctionProcess("tests.trainer.reward_functions:process_id")
+    (pid,) = await process.call({"completions": ["a"]}, timeout_s=60)
+    print(int(pid), flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_a_trainer_that_is_killed_leaves_no_reward_process() -> None:
+    with subprocess.Popen([sys.executable, "-c", _TRAINER], stdout=subprocess.PIPE) as trainer:
+        assert trainer.stdout
+        pid = int(trainer.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        trainer.kill()
+    assert eventually(lambda: has_ended(pid), timeout_s=10)
+
+
+def has_ended(pid: int) -> bool:
+    """Nobody may be there to take note of it: then it is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 async def test_a_coroutine_function_keeps_its_event_loop() -> None:
