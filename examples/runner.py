@@ -114,7 +114,7 @@ async def _run(
         with DemoServices(
             folder,
             num_replicas=1,
-            rollout_settings={"MODEL": str(model), "CACHE_DIR": str(model.parent / "cache")},
+            rollout_settings={"MODEL": str(model), "CACHE_DIR": str(folder.parent / "cache")},
             trainer_settings={"MODEL": str(model)},
             environment=example.environment,
         ) as services:

@@ -31,7 +31,8 @@ def parse_config(text: str | bytes, model: type[Model], *, name: str) -> Model:
         place = _Place.of(first["loc"], model)
         problem = _problem(first, place, model, name)
         line = _line(root, place.path)
-        raise ValueError(f"{problem} (line {line})" if line else problem) from error
+        has_lines = root is not None and root.end_mark.line > root.start_mark.line
+        raise ValueError(f"{problem} (line {line})" if line and has_lines else problem) from error
 
 
 def _read(text: str | bytes, name: str) -> tuple[yaml.Node | None, Any]:

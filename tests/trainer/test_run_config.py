@@ -161,6 +161,7 @@ def test_a_bad_config_is_refused_by_name(text: str, message: str) -> None:
             '{\n\t"optimizer": {\n\t\t"learning_rat": 1\n\t}\n}',  # JSON, with tabs
             "unknown key 'optimizer.learning_rat': did you mean 'learning_rate'? (line 3)",
         ),
+        ('{"num_step": 1}', "unknown key 'num_step': did you mean 'num_steps'?"),  # of one line
         (
             MANAGED + "algorithm:\n  loss: dapoo\n  name: grpo",
             "algorithm.loss is 'dapoo': Input should be 'dapo', 'grpo', 'bnpo', 'dr_grpo', 'gspo', "
