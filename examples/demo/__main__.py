@@ -20,12 +20,11 @@ from examples.demo.plot import plot_curve
 from examples.demo.processes import ROOT, DemoError, watch
 from examples.demo.services import DemoServices
 from examples.demo.training import FinishedRun, demo_config, make_model, train
+from examples.runner import READY_TIMEOUT_S, catch_stop_signals, print_lines
 from services.trainer.run_config import RunConfig
 from shared.errors import ServiceError
 
 WORK_DIR = ROOT / ".demo"
-READY_TIMEOUT_S = 180.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> int:
@@ -99,22 +98,6 @@ async def run_demo(options: argparse.Namespace, config: RunConfig, console: Cons
     return 0 if succeeded else 1
 
 
-def catch_stop_signals() -> list[int]:
-    """Cancel the current task at the first signal; the returned list then holds its number."""
-    caught: list[int] = []
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert task
-
-    def on_signal(number: int) -> None:
-        if not caught:
-            caught.append(number)
-            task.cancel()
-
-    for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, on_signal, number)
-    return caught
-
-
 def report(
     finished: FinishedRun,
     config: RunConfig,
@@ -130,9 +113,7 @@ def report(
     found = audit(finished.run_dir, config)
     if chaos:
         lines += [("faults injected", chaos.summary()), ("completions", str(found))]
-    width = max(len(what) for what, _ in lines)
-    for what, value in lines:
-        console.print(f"{what:<{width}}  {value}", soft_wrap=True)
+    print_lines(lines, console)
     complaints = []
     if (rise := history.sampled_rise_points) < min_rise_points:
         complaints.append(

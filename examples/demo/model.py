@@ -48,12 +48,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(*, seed: int, max_position_embeddings: int = 64) -> LlamaForCausalLM:
+def make_model(
+    *, seed: int, max_position_embeddings: int = 64, vocab_size: int = len(CHARACTERS)
+) -> LlamaForCausalLM:
     """Random weights. All widths are multiples of the 64 weights that share an NF4 scale."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(CHARACTERS),
+            vocab_size=vocab_size,
             hidden_size=128,
             intermediate_size=384,
             num_hidden_layers=4,

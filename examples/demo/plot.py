@@ -11,7 +11,13 @@ from examples.demo.history import History
 matplotlib.use("Agg")
 
 
-def plot_curve(history: History, path: Path) -> None:
+def plot_curve(
+    history: History,
+    path: Path,
+    *,
+    title: str = "Sorting five digits: GRPO over HTTP",
+    unit: str = "exact match",
+) -> None:
     """Reward of every step as a line, held-out accuracies as points."""
     from matplotlib import pyplot
 
@@ -37,12 +43,12 @@ def plot_curve(history: History, path: Path) -> None:
         color="#d9730d",
         label="held-out accuracy, greedy",
     )
-    axes.set(xlabel="step (policy version)", ylabel="exact match", ylim=(0, 1.02))
+    axes.set(xlabel="step (policy version)", ylabel=unit, ylim=(0, 1.02))
     axes.set_xlim(left=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
-    axes.set_title("Sorting five digits: GRPO over HTTP")
+    axes.set_title(title)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

@@ -30,21 +30,25 @@ class DemoError(Exception):
 
 
 class ServiceProcess:
-    """`python -m services.<kind>` in a session of its own, so that Ctrl-C reaches only the demo."""
+    """`python -m services.<kind>`, or another `module`, in a session of its own, so that Ctrl-C
+    reaches only the demo."""
 
     def __init__(
         self,
-        kind: Literal["rollout", "trainer"],
+        kind: Literal["rollout", "trainer", "reward"],
         name: str,
         port: int,
         log_path: Path,
         settings: Mapping[str, str],
+        *,
+        module: str | None = None,
     ) -> None:
         self.name = name
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = log_path
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(_OWN_PREFIXES)}
-        command = ("-m", "examples.demo.child", str(os.getpid()), f"services.{kind}")
+        module = module or f"services.{kind}"
+        command = ("-m", "examples.demo.child", str(os.getpid()), module)
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(

@@ -31,12 +31,14 @@ class DemoServices:
         num_replicas: int,
         rollout_settings: Mapping[str, str] = {},
         trainer_settings: Mapping[str, str] = {},
+        environment: Mapping[str, str] = {},  # of all of them
     ) -> None:
         self.work_dir = work_dir
         self.api_key = secrets.token_urlsafe(24)
         self.num_replicas = num_replicas
         self._rollout_settings = rollout_settings
         self._trainer_settings = trainer_settings
+        self._environment = environment
         self._started: list[ServiceProcess] = []
         self._num_started_replicas = 0
 
@@ -98,7 +100,7 @@ class DemoServices:
     ) -> ServiceProcess:
         named = {"MODEL": str(self.work_dir / "model"), **settings, "PORT": str(port)}
         environment = {f"{kind.upper()}_{key}": value for key, value in named.items()}
-        environment["TANDEM_API_KEY"] = self.api_key
+        environment |= {"TANDEM_API_KEY": self.api_key, **self._environment}
         log_path = self.work_dir / "logs" / f"{name}.log"
         process = ServiceProcess(kind, name, port, log_path, environment)
         self._started.append(process)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,12 @@ class FinishedRun:
 
 def demo_config(**changes: Any) -> RunConfig:
     """run.yaml with other values of its fields. Raises ValueError for one that cannot be."""
-    settings = read_run_config(_RUN_CONFIG).model_dump(mode="json", exclude_unset=True)
+    return changed_config(_RUN_CONFIG, changes)
+
+
+def changed_config(path: Path, changes: Mapping[str, Any]) -> RunConfig:
+    """A run config with other values of its fields. Raises ValueError for one that cannot be."""
+    settings = read_run_config(path).model_dump(mode="json", exclude_unset=True)
     settings |= {"resume": "never", **changes}  # an interrupted demo begins anew
     return parse_run_config(json.dumps(settings))
 
@@ -48,22 +55,34 @@ def make_model(path: Path, console: Console) -> None:
     if path.is_dir():
         return
     console.print("Making the demo model: supervised training on noisy demonstrations, once ...")
+    from examples.demo.model import NUM_WARM_START_STEPS, make_demo_model
+
+    with warm_start_progress(console, NUM_WARM_START_STEPS) as on_step:
+        make_demo_model(path, on_step=on_step)
+
+
+@contextmanager
+def warm_start_progress(console: Console, num_steps: int) -> Iterator[Callable[[int], None]]:
+    """A bar for supervised training on one core; what is yielded moves it."""
     import torch
     from transformers.utils import logging
-
-    from examples.demo.model import NUM_WARM_START_STEPS, make_demo_model
 
     torch.set_num_threads(1)  # a second one gains little, and loses much if the machine is shared
     logging.disable_progress_bar()
     with progress(console) as bar:
-        task = bar.add_task("warm start", total=NUM_WARM_START_STEPS)
-        make_demo_model(path, on_step=lambda step: bar.update(task, completed=step))
+        task = bar.add_task("warm start", total=num_steps)
+        yield lambda step: bar.update(task, completed=step)
 
 
 async def train(
-    services: DemoServices, config: RunConfig, console: Console, *, chaos: Chaos | None = None
+    services: DemoServices,
+    config: RunConfig,
+    console: Console,
+    *,
+    chaos: Chaos | None = None,
+    meanwhile: Callable[[History], Awaitable[None]] | None = None,
 ) -> FinishedRun:
-    """Start a run and show it until it has completed.
+    """Start a run and show it until it has completed; `meanwhile` sees what it has done so far.
 
     Raises DemoError if it does not, and when a service exits: under chaos the trainer only.
     """
@@ -77,6 +96,8 @@ async def train(
             others = [asyncio.create_task(_show_fleet(client, services, chaos, display))]
             if chaos:
                 others.append(asyncio.create_task(chaos.run()))
+            if meanwhile:
+                others.append(asyncio.ensure_future(_and_wait(meanwhile(history))))
             tasks = {following, watching, *others}
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -91,6 +112,12 @@ async def train(
                 for task in tasks:
                     task.cancel()
                 await asyncio.wait(tasks)
+
+
+async def _and_wait(work: Awaitable[None]) -> None:
+    """Do it, and never return: what has been done does not end the run."""
+    await work
+    await asyncio.Event().wait()
 
 
 async def _follow(

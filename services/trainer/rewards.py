@@ -1,24 +1,22 @@
 """Was it good? From groups and the columns of their prompts to scored groups.
 
-A reward that cannot be computed raises RewardFailed: an infrastructure failure is never a 0.
+A reward that cannot be computed raises RewardFailed, with the completion that it failed for where
+that can be found out: it is never a 0.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
-import inspect
-import logging
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-import httpx
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from services.tokens import PromptEncoder
 from services.trainer.data import Prompt
+from services.trainer.reward_batch import NoNumber, Reward, RewardBatch, RewardProblem
+from services.trainer.reward_http import OnStall, ServiceReward
+from services.trainer.reward_process import FunctionFailed, FunctionProcess
 from services.trainer.run_config import (
     ExactMatchReward,
     FunctionReward,
@@ -30,29 +28,37 @@ from services.trainer.run_config import (
 from shared.errors import RewardFailed
 from shared.schemas import Completion, CompletionGroup, ScoredCompletion, ScoredGroup
 
-log = logging.getLogger(__name__)
+_MAX_SEARCH_S = 30.0  # for the completion that a reward failed for
 
 
-@dataclass(frozen=True, slots=True)
-class RewardBatch:
-    """Parallel by completion: what every reward is computed from."""
-
-    prompts: Sequence[str]
-    completions: Sequence[str]
-    columns: Mapping[str, Sequence[Any]]
-
-
-class Reward(Protocol):
-    async def __call__(self, batch: RewardBatch) -> Sequence[float]: ...
+async def _say_nothing(_: str) -> None:
+    pass
 
 
 class Scorer:
-    """A run's rewards, weighted: each, and their sum."""
+    """A run's rewards, weighted: each, and their sum. `close` it."""
 
     def __init__(self, configs: Sequence[RewardConfig], encoder: PromptEncoder) -> None:
-        self._rewards = [(config, build_reward(config)) for config in configs]
+        """Raises ValueError for a reward that cannot be built."""
+        self.on_stall: OnStall = _say_nothing  # is told why the run waits, "" once it goes on
+        self._rewards = [(config, build_reward(config, self._stalled)) for config in configs]
         self._encoder = encoder
-        self._lock = asyncio.Lock()  # a reward function of the user's never runs twice at once
+        self._lock = asyncio.Lock()  # a reward never runs twice at once
+
+    async def _stalled(self, why: str) -> None:
+        await self.on_stall(why)
+
+    async def check(self, datasets: Mapping[str, Sequence[Prompt]]) -> None:
+        """Try what needs no completion. Raises ValueError for a reward that cannot work with the
+        columns of the prompts; each dataset has the name it has in the config."""
+        for dataset, prompts in datasets.items():
+            for _, reward in self._rewards:
+                await reward.check(_columns(prompts), dataset=dataset)
+
+    def close(self) -> None:
+        """End what the rewards started."""
+        for _, reward in self._rewards:
+            reward.close()
 
     async def score(
         self, prompts: Sequence[Prompt], groups: Sequence[CompletionGroup]
@@ -63,17 +69,15 @@ class Scorer:
             for prompt, group in zip(prompts, groups, strict=True)
             for completion in group.completions
         ]
-        names = {name for prompt in prompts for name in prompt.columns}
         batch = RewardBatch(
             prompts=[prompt.text for prompt, _ in pairs],
             completions=[self._encoder.decode(completion.token_ids) for _, completion in pairs],
-            columns={name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names},
+            columns=_columns([prompt for prompt, _ in pairs]),
         )
         weighted = []
         for config, reward in self._rewards:
-            name = config.path if isinstance(config, FunctionReward) else config.type
             async with self._lock:
-                values = _checked(await reward(batch), len(pairs), name)
+                values = await compute(reward, batch)
             weighted.append([config.weight * value for value in values])
         by_completion = zip(*weighted, strict=True)
         return [
@@ -86,6 +90,51 @@ class Scorer:
             )
             for group in groups
         ]
+
+
+def _columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+
+
+async def compute(reward: Reward, batch: RewardBatch) -> list[float]:
+    """One finite number per completion. Raises RewardFailed."""
+    try:
+        values = await reward(batch)
+    except RewardProblem as problem:
+        culprit = ""
+        if problem.may_be_of_one:
+            index = await _fails_alone(reward, batch)
+            culprit = (
+                f": {batch.shown(index)}, is enough for that"
+                if index is not None
+                else f" for {len(batch)} completions, and it is none of them alone; "
+                f"the first is {batch.shown(0)}"
+            )
+        raise RewardFailed(f"{reward.name} {problem}{culprit}") from problem
+    rewards = []
+    for index, value in enumerate(values):
+        if isinstance(value, NoNumber):
+            raise RewardFailed(
+                f"{reward.name} gave {value.text}, not a finite number, for {batch.shown(index)}"
+            )
+        rewards.append(value)
+    return rewards
+
+
+async def _fails_alone(reward: Reward, batch: RewardBatch) -> int | None:
+    """The first completion that the reward fails for when it is the only one, if one is found in
+    time. One that is late is it only when it took most of the time."""
+    deadline = time.monotonic() + _MAX_SEARCH_S
+    for index in range(len(batch)):
+        left_s = deadline - time.monotonic()
+        if left_s < _MAX_SEARCH_S / 2:
+            return None
+        try:
+            await reward(batch.part(index, index + 1), timeout_s=left_s)
+        except RewardProblem:
+            return index
+    return None
 
 
 def overlong_penalty(
@@ -121,117 +170,146 @@ def _scored(completion: Completion, rewards: tuple[float, ...]) -> ScoredComplet
     return ScoredCompletion(completion=completion, reward=sum(rewards), rewards=rewards)
 
 
-def build_reward(config: RewardConfig) -> Reward:
+def build_reward(config: RewardConfig, on_stall: OnStall = _say_nothing) -> Reward:
     """The reward of a config. Raises ValueError when it cannot be built."""
     match config:
         case ExactMatchReward():
-            return _exact_match(config)
+            return _ExactMatch(config)
         case RegexReward():
-            return _regex(config)
+            return _Regex(config)
         case FunctionReward():
-            return _function(config)
+            return _Function(config)
         case HttpReward():
-            return _http(config)
+            return ServiceReward(config, on_stall)
 
 
-def _exact_match(config: ExactMatchReward) -> Reward:
-    async def reward(batch: RewardBatch) -> list[float]:
-        if config.column not in batch.columns:
-            raise RewardFailed(f"exact_match: the dataset has no column {config.column!r}")
-        answers = batch.columns[config.column]
+class _BuiltIn:
+    """Rewards that start nothing and never fail."""
+
+    name = ""
+
+    async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _ExactMatch(_BuiltIn):
+    def __init__(self, config: ExactMatchReward) -> None:
+        self.name = "reward exact_match"
+        self._column = config.column
+
+    async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
+        if self._column not in columns:
+            raise ValueError(
+                f"reward exact_match needs the column {self._column!r}; {dataset} has "
+                f"{_listed(columns)} beside the prompts: name the right one in rewards"
+            )
+        for row, answer in enumerate(columns[self._column]):
+            if answer is None:
+                raise ValueError(
+                    f"row {row} of {dataset} has nothing in column {self._column!r}, which "
+                    "reward exact_match compares with: leave the row out"
+                )
+
+    async def __call__(
+        self, batch: RewardBatch, *, timeout_s: float | None = None
+    ) -> list[float | NoNumber]:
         return [
             float(completion.strip() == str(answer).strip())
-            for completion, answer in zip(batch.completions, answers, strict=True)
+            for completion, answer in zip(
+                batch.completions, batch.columns[self._column], strict=True
+            )
         ]
 
-    return reward
 
+class _InProcess:
+    """A function in a process of its own (reward_process.py), which can be ended."""
 
-def _regex(config: RegexReward) -> Reward:
-    try:
-        pattern = re.compile(config.pattern, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"reward pattern {config.pattern!r} does not compile: {error}") from error
-    matches = pattern.fullmatch if config.full else pattern.search
+    def __init__(self, name: str, path: str, timeout_s: float) -> None:
+        self.name = name
+        self._timeout_s = timeout_s
+        self._process = FunctionProcess(path)
 
-    async def reward(batch: RewardBatch) -> list[float]:
-        return [float(matches(completion) is not None) for completion in batch.completions]
+    async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
+        """It starts with the first batch."""
 
-    return reward
+    def _arguments(self, batch: RewardBatch) -> dict[str, Any]:
+        columns = {name: list(values) for name, values in batch.columns.items()}
+        given = {"prompts": list(batch.prompts), "completions": list(batch.completions)}
+        return {**columns, **given}
 
-
-def _function(config: FunctionReward) -> Reward:
-    module, _, name = config.path.partition(":")
-    try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"reward function {config.path} cannot be imported: {error}; its folder "
-            "must be on the trainer's PYTHONPATH"
-        ) from error
-
-    async def reward(batch: RewardBatch) -> Sequence[float]:
-        arguments = {"prompts": list(batch.prompts), "completions": list(batch.completions)}
+    async def __call__(
+        self, batch: RewardBatch, *, timeout_s: float | None = None
+    ) -> Sequence[float | NoNumber]:
         try:
-            async with asyncio.timeout(config.timeout_s) as deadline:
-                if inspect.iscoroutinefunction(function):
-                    values = await function(**arguments, **batch.columns)
-                else:
-                    values = await asyncio.to_thread(function, **arguments, **batch.columns)
-            return list(values)
-        except Exception as error:  # the user's code: name it, whatever it raised
-            if deadline.expired():
-                problem = f"gave no rewards within {config.timeout_s:g} s"
-            else:
-                log.error("reward function %s failed", config.path, exc_info=error)
-                problem = f"raised {error!r}"
-            raise RewardFailed(f"reward function {config.path} {problem}") from error
+            values = await self._process.call(
+                self._arguments(batch), timeout_s=timeout_s or self._timeout_s
+            )
+        except FunctionFailed as failure:
+            raise RewardProblem(str(failure), may_be_of_one=True) from failure
+        if len(values) != len(batch):
+            raise RewardProblem(
+                f"gave {len(values)} values for {len(batch)} completions", may_be_of_one=True
+            )
+        return values
 
-    return reward
+    def close(self) -> None:
+        self._process.close()
 
 
-def _http(config: HttpReward) -> Reward:
-    async def reward(batch: RewardBatch) -> Sequence[float]:
-        body = {
-            "prompts": list(batch.prompts),
-            "completions": list(batch.completions),
-            "columns": {name: list(values) for name, values in batch.columns.items()},
-        }
-        problem = ""
-        async with httpx.AsyncClient(timeout=config.timeout_s) as client:
-            for attempt in range(config.max_attempts):
-                if attempt:
-                    await asyncio.sleep(min(2.0**attempt / 4, 5.0))
-                try:
-                    response = await client.post(config.url, json=body)
-                except httpx.TransportError as error:
-                    problem = repr(error)
-                    continue
-                if response.is_success:
-                    return _rewards_field(response, config.url)
-                problem = f"HTTP {response.status_code}"
-                if response.is_client_error and response.status_code != 429:
-                    break  # asking again would not help
-        raise RewardFailed(f"the reward service {config.url} gave no rewards: {problem}")
+class _Regex(_InProcess):
+    """Some patterns take forever on some texts, and nothing else of a process runs meanwhile."""
 
-    return reward
+    def __init__(self, config: RegexReward) -> None:
+        try:
+            re.compile(config.pattern)
+        except re.error as error:
+            raise ValueError(
+                f"reward pattern {config.pattern!r} does not compile: {error}"
+            ) from error
+        path = "services.trainer.reward_regex:matches"
+        super().__init__(f"reward regex {config.pattern!r}", path, config.timeout_s)
+        self._pattern = {"pattern": config.pattern, "full": config.full}
+
+    def _arguments(self, batch: RewardBatch) -> dict[str, Any]:
+        return {"completions": list(batch.completions), **self._pattern}
 
 
-def _rewards_field(response: httpx.Response, url: str) -> Sequence[float]:
-    try:
-        rewards = response.json()["rewards"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RewardFailed(f'{url} must answer {{"rewards": [numbers]}}: {error!r}') from error
-    if not isinstance(rewards, list):
-        raise RewardFailed(f'{url} must answer {{"rewards": [numbers]}}, not {rewards!r:.80}')
-    return rewards
+class _Function(_InProcess):
+    """A function of the user's."""
+
+    def __init__(self, config: FunctionReward) -> None:
+        super().__init__(f"reward function {config.path}", config.path, config.timeout_s)
+
+    async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
+        try:
+            takes = await self._process.start(timeout_s=self._timeout_s)
+        except FunctionFailed as failure:
+            self._process.close()
+            raise ValueError(
+                f"{self.name} cannot be imported: importing it {failure}; its folder must be on "
+                "the trainer's PYTHONPATH"
+            ) from failure
+        if twice := [name for name in ("prompts", "completions") if name in columns]:
+            raise ValueError(
+                f"{dataset} has a column {twice[0]!r}, as an argument of every reward function is "
+                "called: rename it"
+            )
+        given = ("prompts", "completions", *columns)
+        if lacking := [name for name in takes.required if name not in given]:
+            raise ValueError(
+                f"{self.name} needs the column {lacking[0]!r}; {dataset} has {_listed(columns)} "
+                "beside the prompts: rename one, or give the parameter a default"
+            )
+        known = (*takes.required, *takes.optional)
+        if not takes.takes_any and (unknown := [name for name in given if name not in known]):
+            raise ValueError(
+                f"{self.name} takes no argument {unknown[0]!r}, and gets prompts, completions and "
+                f"the columns of {dataset}: add **columns to its parameters"
+            )
 
 
-def _checked(values: Sequence[float], count: int, name: str) -> Sequence[float]:
-    """One finite number per completion, or RewardFailed."""
-    if len(values) != count:
-        raise RewardFailed(f"reward {name} gave {len(values)} values for {count} completions")
-    for index, value in enumerate(values):
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise RewardFailed(f"reward {name} is {value!r} for completion {index}, not a number")
-    return values
+def _listed(columns: Mapping[str, Sequence[Any]]) -> str:
+    return ", ".join(columns) or "none"

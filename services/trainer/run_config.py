@@ -11,17 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
+from services.trainer.config_text import parse_config
 from shared.adapters import LINEAR_MODULES
 from shared.schemas import RunId, SamplingParams
 
@@ -267,26 +266,32 @@ class RegexReward(Config):
     type: Literal["regex"] = "regex"
     pattern: str  # of Python's re; a dot matches newlines, too
     full: bool = True  # False: it may occur anywhere
+    timeout_s: float = Field(gt=0, default=60.0)  # for all completions that wait
     weight: float = 1.0  # times the reward, in the sum
 
 
 class FunctionReward(Config):
     """A Python function `module:name`, called as `f(prompts, completions, **columns)`; returns one
-    float per completion. May be a coroutine function."""
+    float per completion. May be a coroutine function. It runs in a process of its own
+    (services/trainer/reward_process.py)."""
 
     type: Literal["function"] = "function"
     path: str = Field(pattern=r"^[\w.]+:\w+$")  # module:name, on the trainer's PYTHONPATH
-    timeout_s: float = Field(gt=0, default=600.0)  # for one call
+    timeout_s: float = Field(gt=0, default=120.0)  # for its import, and for every call
     weight: float = 1.0  # times the reward, in the sum
 
 
 class HttpReward(Config):
-    """POST {prompts, completions, columns} to `url`; it answers {"rewards": [float, ...]}."""
+    """POST {prompts, completions, columns} to `url`; it answers {"rewards": [float, ...]}
+    (services/trainer/reward_http.py)."""
 
     type: Literal["http"] = "http"
-    url: str = Field(pattern=r"^https?://")  # of the service that scores
+    url: str = Field(pattern=r"^https?://[^/\s]")  # of the service that scores
+    api_key_env: str | None = None  # the trainer's environment variable with its bearer token
     timeout_s: float = Field(gt=0, default=60.0)  # for one answer
-    max_attempts: int = Field(ge=1, default=3)  # when it is away, answers 429 or 5xx
+    max_outage_s: float = Field(ge=0, default=300.0)  # how long the run waits while it is away
+    max_completions_per_request: int | None = Field(ge=1, default=None)  # None: all that wait
+    max_concurrent_requests: int = Field(ge=1, default=4)  # when there are several
     weight: float = 1.0  # times the reward, in the sum
 
 
@@ -570,24 +575,8 @@ class RunConfig(Config):
 
 
 def parse_run_config(text: str | bytes) -> RunConfig:
-    """A run config from YAML, of which JSON is a subset. Raises ValueError in one sentence."""
-    try:
-        value: Any = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        problem = " ".join(str(error).split())
-        raise ValueError(f"the run config is neither YAML nor JSON: {problem}") from error
-    if not isinstance(value, Mapping):
-        raise ValueError("the run config must be a mapping of settings")
-    try:
-        return RunConfig.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "run config"
-        if first["type"] == "extra_forbidden":
-            raise ValueError(
-                f"unknown field {field!r}: the fields are in services/trainer/run_config.py"
-            ) from error
-        raise ValueError(f"{field}: {first['msg'].removeprefix('Value error, ')}") from error
+    """A run config from YAML or JSON. Raises ValueError in one sentence, with the line."""
+    return parse_config(text, RunConfig, name="run config")
 
 
 def read_run_config(path: Path) -> RunConfig:

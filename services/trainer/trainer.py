@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -91,6 +92,7 @@ class _CurrentRun:
 
     def close(self) -> None:
         try:
+            self.run.scorer.close()
             self.run.log.close()
         finally:
             self.folder.close()
@@ -282,6 +284,7 @@ class Trainer:
         """Everything a run needs, as of its last checkpoint if it has one."""
         assert config.run_id
         policy, path, folder = self.policy, self.settings.runs_dir / config.run_id, None
+        scorer: Scorer | None = None
         try:
             await asyncio.to_thread(check_tracking, config.tracking)
             if await asyncio.to_thread(path.exists):
@@ -300,6 +303,8 @@ class Trainer:
             if folder:
                 folder.refuse_other_dataset(config, dataset)
             scorer = Scorer(config.rewards, policy.encoder)
+            datasets = {"dataset": data.prompts, "eval.dataset": data.held_out}
+            await scorer.check({name: prompts for name, prompts in datasets.items() if prompts})
             incarnation = folder.life.incarnation + 1 if folder else 1
             begin = PolicyId(run_id=config.run_id, incarnation=incarnation, version=0)
             await asyncio.to_thread(
@@ -350,7 +355,10 @@ class Trainer:
                 held_out=data.held_out,
                 stop=asyncio.Event(),
             )
+            scorer.on_stall = partial(_say_stalled, run)
         except BaseException as error:
+            if scorer:
+                scorer.close()
             if folder:
                 folder.close()
             if isinstance(error, ValueError):
@@ -556,6 +564,12 @@ def _load_data(config: RunConfig, policy: Policy) -> _Data:
         )
         data = replace(data, held_out=held_out[: config.eval.num_prompts])
     return data
+
+
+async def _say_stalled(run: Run, why: str) -> None:
+    """Have whoever follows the run see what it waits for."""
+    if run.log.state == "running":
+        await run.log.emit(StateRecord(state="running", detail=why))
 
 
 def save_adapter(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from services.trainer import rewards as scoring
 from services.trainer.app import create_app
 from services.trainer.settings import TrainerSettings
 from services.trainer.trainer import Trainer
@@ -40,6 +42,7 @@ from shared.schemas import (
     TrainRequest,
 )
 from shared.trainer_client import TrainerClient
+from tests.integration.rewards import share_of_small_digits
 from tests.publisher import PROBE
 from tests.replica_process import ReplicaProcess
 
@@ -51,36 +54,12 @@ MANAGED: dict[str, Any] = {
     "prompts_per_step": 4,
     "sampling": {"n": 4, "max_tokens": 8, "temperature": 0.8},
     "dataset": {"type": "sort_digits", "num_prompts": 64},
-    "rewards": [{"type": "function", "path": f"{__name__}:share_of_small_digits"}],
+    "rewards": [{"type": "function", "path": "tests.integration.rewards:share_of_small_digits"}],
     "eval": {"dataset": {"type": "sort_digits"}, "num_prompts": 8, "every_steps": 2},
     "lora": _LORA,
     "optimizer": _OPTIMIZER,
 }
 EXTERNAL: dict[str, Any] = {"managed": False, "lora": _LORA, "optimizer": _OPTIMIZER}
-
-
-def share_of_small_digits(completions: list[str], **_: object) -> list[float]:
-    return [sum(c in "01234" for c in text) / max(len(text), 1) for text in completions]
-
-
-def broken(**_: object) -> list[float]:
-    raise RuntimeError("the judge is away")
-
-
-class _BreaksLater:
-    """Scores the 2 × 16 completions of two steps, then fails."""
-
-    def __init__(self) -> None:
-        self.num_completions = 0
-
-    def __call__(self, completions: list[str], **_: object) -> list[float]:
-        self.num_completions += len(completions)
-        if self.num_completions > 32:
-            raise RuntimeError("the judge left")
-        return share_of_small_digits(completions)
-
-
-breaks_later = _BreaksLater()
 
 
 @pytest.fixture(scope="module")
@@ -197,23 +176,57 @@ async def test_a_run_that_waits_for_a_replica_can_be_stopped(
     await trainer.stop()
 
 
+@pytest.mark.parametrize(
+    ("reward", "problem"),
+    [
+        ("broken", "raised RuntimeError('the judge is away')"),
+        ("not_a_number", "gave nan, not a finite number"),
+        ("endless", "gave inf, not a finite number"),
+        ("nothing", "gave None, not a finite number"),
+        ("none_at_all", "gave 0 values for"),
+        ("hangs", "took more than 0.5 s"),
+    ],
+)
+async def test_a_reward_that_fails_stops_the_run_with_the_completion(
+    runs: TrainerClient, reward: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "_MAX_SEARCH_S", 1.0)
+    path = f"tests.integration.rewards:{reward}"
+    config = {"type": "function", "path": path, "timeout_s": 0.5 if reward == "hangs" else 60}
+    await runs.start_run(replacing(MANAGED, rewards=[config], eval=None))
+    events = await until_end(runs)
+    assert not [event for event in events if isinstance(event, StepRecord)]
+    last = events[-1]
+    assert isinstance(last, StateRecord)
+    assert last.state == "failed"
+    assert f"reward function {path} {problem}" in last.detail
+    assert re.search(r"completion 0 of \d+, '.*' to the prompt 's\d+='", last.detail)
+
+
 async def test_a_reward_that_fails_ends_the_run_and_not_the_services(
     runs: TrainerClient, client: RolloutClient
 ) -> None:
-    await runs.start_run(
-        replacing(MANAGED, rewards=[{"type": "function", "path": f"{__name__}:broken"}], eval=None)
-    )
-    events = await until_end(runs)
-    assert isinstance(events[-1], StateRecord)
-    assert events[-1].state == "failed"
-    assert "the judge is away" in events[-1].detail
+    broken = {"type": "function", "path": "tests.integration.rewards:broken"}
+    await runs.start_run(replacing(MANAGED, rewards=[broken], eval=None))
+    await until_end(runs)
     assert (await client.status()).state == "ready"
     await runs.start_run(replacing(MANAGED, num_steps=1, eval=None))
     assert (await until_end(runs))[-1] == StateRecord(state="completed")
 
 
+async def test_a_run_says_what_it_waits_for_while_a_reward_service_is_away(
+    runs: TrainerClient,
+) -> None:
+    reward = {"type": "http", "url": "http://127.0.0.1:9/rewards", "max_outage_s": 0.5}
+    await runs.start_run(replacing(MANAGED, rewards=[reward], eval=None))
+    details = [event.detail for event in await until_end(runs) if isinstance(event, StateRecord)]
+    assert any("9/rewards gives no rewards since 0 s: ConnectError" in d for d in details[:-1])
+    assert "9/rewards gave no rewards for" in details[-1]
+    assert (await runs.run()).state == "failed"
+
+
 async def test_a_run_that_fails_keeps_what_it_learned(runs: TrainerClient) -> None:
-    rewards = [{"type": "function", "path": f"{__name__}:breaks_later"}]
+    rewards = [{"type": "function", "path": "tests.integration.rewards:breaks_later"}]
     await runs.start_run(replacing(MANAGED, rewards=rewards, eval=None))
     assert "the judge left" in str((await until_end(runs))[-1])
     status = await runs.run()
@@ -239,7 +252,8 @@ async def test_a_run_id_is_used_once_where_that_is_asked_for(runs: TrainerClient
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 3}, "steps"),
+        ({"steps": 3}, "did you mean 'num_steps'"),
+        ({"rewards": [{"type": "exact_match", "column": "gold"}]}, "dataset has answer beside"),
         ({"rewards": [{"type": "function", "path": "nowhere:f"}]}, "cannot be imported"),
         ({"dataset": {"type": "jsonl", "path": "nowhere.jsonl"}}, r"nowhere\.jsonl"),
     ],

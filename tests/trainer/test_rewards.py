@@ -1,12 +1,18 @@
-"""Rewards are numbers somebody computed; a failure to compute one is an error, never a 0."""
+"""Rewards are numbers somebody computed; a failure to compute one is an error that names the
+completion, never a 0."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import date
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,11 +20,13 @@ from typing import Any
 import pytest
 
 from services.tokens import PromptEncoder
+from services.trainer import rewards
 from services.trainer.data import Prompt
+from services.trainer.reward_batch import Reward, RewardBatch
 from services.trainer.rewards import (
-    RewardBatch,
     Scorer,
     build_reward,
+    compute,
     overlong_penalty,
     punish_overlong,
 )
@@ -32,6 +40,7 @@ from services.trainer.run_config import (
 )
 from shared.errors import RewardFailed
 from shared.schemas import Completion, CompletionGroup, PolicyId, SamplingParams, Segment
+from tests.replica_process import eventually
 
 pytestmark = pytest.mark.anyio
 BATCH = RewardBatch(
@@ -39,59 +48,26 @@ BATCH = RewardBatch(
 )
 
 
-def count_characters(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
-    return [
-        float(len(p) + len(c) + len(a))
-        for p, c, a in zip(prompts, completions, answer, strict=True)
-    ]
+def function(name: str, **settings: Any) -> FunctionReward:
+    return FunctionReward(path=f"tests.trainer.reward_functions:{name}", **settings)
 
 
-async def always_half(completions: list[str], **_: object) -> list[float]:
-    return [0.5 for _ in completions]
+@asynccontextmanager
+async def built(config: RewardConfig) -> AsyncIterator[Reward]:
+    reward = build_reward(config)
+    try:
+        yield reward
+    finally:
+        reward.close()
 
 
-def broken(**_: object) -> list[float]:
-    raise ZeroDivisionError("in the user's code")
-
-
-def forgets_to_return(**_: object) -> None:
-    pass
-
-
-async def asleep(**_: object) -> list[float]:
-    await asyncio.sleep(60)
-    return []
-
-
-_running = threading.Lock()
-
-
-def alone(completions: list[str], **_: object) -> list[float]:
-    assert _running.acquire(blocking=False), "it runs twice"
-    time.sleep(0.05)
-    _running.release()
-    return [1.0] * len(completions)
-
-
-def one_short(completions: list[str], **_: object) -> list[float]:
-    return [1.0] * (len(completions) - 1)
-
-
-def not_finite(completions: list[str], **_: object) -> list[float]:
-    return [float("nan")] * len(completions)
-
-
-def function(name: str) -> FunctionReward:
-    return FunctionReward(path=f"{__name__}:{name}")
+async def rewards_of(config: RewardConfig, batch: RewardBatch = BATCH) -> list[float]:
+    async with built(config) as reward:
+        return await compute(reward, batch)
 
 
 async def test_exact_match_compares_with_the_column() -> None:
-    assert list(await build_reward(ExactMatchReward())(BATCH)) == [1.0, 0.0]
-
-
-async def test_exact_match_without_its_column_is_an_error() -> None:
-    with pytest.raises(RewardFailed, match="no column 'gold'"):
-        await build_reward(ExactMatchReward(column="gold"))(BATCH)
+    assert await rewards_of(ExactMatchReward()) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -101,21 +77,53 @@ async def test_exact_match_without_its_column_is_an_error() -> None:
 async def test_regex_matches_whole_or_anywhere(
     pattern: str, full: bool, expected: list[float]
 ) -> None:
-    assert list(await build_reward(RegexReward(pattern=pattern, full=full))(BATCH)) == expected
+    assert await rewards_of(RegexReward(pattern=pattern, full=full)) == expected
 
 
-async def test_a_function_gets_prompts_completions_and_columns() -> None:
-    assert list(await build_reward(function("count_characters"))(BATCH)) == [8.0, 8.0]
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("count_characters", [8.0, 8.0]),  # it gets prompts, completions and columns
+        ("always_half", [0.5, 0.5]),  # a coroutine function is awaited
+        ("an_array", [0.5, 0.5]),
+        ("fractions", [0.5, 0.5]),
+        ("interrupted_by_its_own_alarm", [1.0, 1.0]),
+    ],
+)
+async def test_a_function_gives_numbers_of_any_kind(name: str, expected: list[float]) -> None:
+    assert await rewards_of(function(name)) == expected
 
 
-async def test_a_coroutine_function_is_awaited() -> None:
-    assert list(await build_reward(function("always_half"))(BATCH)) == [0.5, 0.5]
+# --- before the run -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["no_such_module:f", f"{__name__}:no_such_function"])
-def test_a_function_that_cannot_be_imported_is_refused_before_the_run(path: str) -> None:
-    with pytest.raises(ValueError, match="cannot be imported"):
-        build_reward(FunctionReward(path=path))
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            ExactMatchReward(column="gold"),
+            "needs the column 'gold'; dataset has answer, id beside the prompts",
+        ),
+        (ExactMatchReward(column="id"), "row 1 of dataset has nothing in column 'id'"),
+        (FunctionReward(path="no_such_module:f"), "cannot be imported.*No module named"),
+        (function("no_such_function"), "cannot be imported.*no_such_function"),
+        (function("constant"), "cannot be imported.*constant is no function"),
+        (function("needs_gold"), "needs the column 'gold'; dataset has answer, id"),
+        (function("takes_no_columns"), "takes no argument 'answer'.*add \\*\\*columns"),
+    ],
+)
+async def test_a_reward_that_cannot_work_is_refused_before_the_run(
+    config: RewardConfig, message: str
+) -> None:
+    async with built(config) as reward:
+        with pytest.raises(ValueError, match=message):
+            await reward.check({"answer": ["12", "34"], "id": [1, None]}, dataset="dataset")
+
+
+async def test_a_column_that_is_called_as_an_argument_is_refused_before_the_run() -> None:
+    async with built(function("always_half")) as reward:
+        with pytest.raises(ValueError, match=r"dataset has a column 'completions'.*rename it"):
+            await reward.check({"completions": ["a"]}, dataset="dataset")
 
 
 def test_a_pattern_that_does_not_compile_is_refused_before_the_run() -> None:
@@ -123,41 +131,134 @@ def test_a_pattern_that_does_not_compile_is_refused_before_the_run() -> None:
         build_reward(RegexReward(pattern="("))
 
 
+# --- failures -----------------------------------------------------------------------------------
+
+_SECOND = "completion 1 of 2, '43' to the prompt 's43='"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("broken", "ZeroDivisionError"),
-        ("forgets_to_return", "forgets_to_return raised TypeError"),
-        ("one_short", "gave 1 values for 2 completions"),
-        ("not_finite", "nan for completion 0"),
+        ("broken_by_43", f"raised ZeroDivisionError.* in .*reward_functions.py, line .*{_SECOND}"),
+        ("broken_by_two", "raised RuntimeError.* 2 completions, and it is none of them alone"),
+        ("forgets_to_return", "raised TypeError.*it returned None, not a list of numbers"),
+        ("by_name", "raised TypeError.*not a list of numbers"),
+        ("leaves_43_out", f"gave 1 values for 2 completions: {_SECOND}"),
+        ("nan_for_43", f"gave nan, not a finite number, for {_SECOND}"),
+        ("infinite", "gave inf, not a finite number, for completion 0 of 2, '12'"),
+        ("nothing", "gave None, not a finite number, for completion 0"),
+        ("text", "gave '0.5', not a finite number, for completion 0"),
+        ("too_large", "gave 1000.*, not a finite number, for completion 0"),
+        ("leaves", r"raised SystemExit\(3\)"),
+        ("dies_of_43", f"ended its process, which was ended by SIGSEGV: {_SECOND}"),
     ],
 )
-async def test_a_reward_that_fails_is_never_zero(
-    name: str, message: str, tiny_checkpoint: Path
+async def test_a_function_that_fails_is_never_zero_and_names_the_completion(
+    name: str, message: str
 ) -> None:
     """NeMo-RL#3589: failures became rewards of 0 and biased the baseline."""
-    scorer = Scorer([function(name)], PromptEncoder.load(tiny_checkpoint))
-    with pytest.raises(RewardFailed, match=message):
-        await scorer.score(PROMPTS, GROUPS)
+    with pytest.raises(RewardFailed, match=rf"^reward function [\w.]+:{name} {message}"):
+        await rewards_of(function(name))
 
 
-async def test_a_function_that_hangs_ends_at_its_deadline() -> None:
-    config = FunctionReward(path=f"{__name__}:asleep", timeout_s=0.05)
-    with pytest.raises(RewardFailed, match=r"asleep gave no rewards within 0\.05 s"):
-        await build_reward(config)(BATCH)
+@pytest.mark.parametrize("name", ["sleeps_for_43", "hangs_in_c_for_43"])
+async def test_a_function_that_hangs_ends_at_its_deadline_with_the_completion(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewards, "_MAX_SEARCH_S", 2.0)
+    with pytest.raises(RewardFailed, match=f"{name} took more than 1 s: {_SECOND}"):
+        await rewards_of(function(name, timeout_s=1.0))
+
+
+async def test_a_pattern_that_takes_forever_ends_at_its_deadline_with_the_completion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rewards, "_MAX_SEARCH_S", 2.0)
+    batch = replace(BATCH, completions=["12", "a" * 64])
+    with pytest.raises(RewardFailed, match=r"^reward regex '\(a\+\)\+b' took more.*: completion 1"):
+        await rewards_of(RegexReward(pattern="(a+)+b", timeout_s=1.0), batch)
+
+
+async def test_a_function_that_is_cancelled_leaves_no_process(tmp_path: Path) -> None:
+    """A run is stopped while a reward is computed."""
+    batch = replace(BATCH, columns={"path": [str(tmp_path / "never")] * 2})
+    async with built(function("waits_for_a_file")) as reward:
+        await reward.check(batch.columns, dataset="dataset")
+        scoring = asyncio.ensure_future(compute(reward, batch))
+        await asyncio.sleep(0.05)
+        scoring.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await scoring
+        (tmp_path / "never").touch()
+        assert await compute(reward, batch) == [1.0, 1.0]  # in another process
+
+
+async def test_a_function_lives_in_one_process_until_it_is_closed() -> None:
+    async with built(function("process_id")) as reward:
+        (first, _), (second, _) = await compute(reward, BATCH), await compute(reward, BATCH)
+    assert first == second != os.getpid()
+    assert not Path(f"/proc/{first:.0f}").exists()
+
+
+_TRAINER = """
+import asyncio
+from services.trainer.reward_process import FunctionProcess
+
+async def main():
+    process = FunctionProcess("tests.trainer.reward_functions:process_id")
+    (pid,) = await process.call({"completions": ["a"]}, timeout_s=60)
+    print(int(pid), flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_a_trainer_that_is_killed_leaves_no_reward_process() -> None:
+    with subprocess.Popen([sys.executable, "-c", _TRAINER], stdout=subprocess.PIPE) as trainer:
+        assert trainer.stdout
+        pid = int(trainer.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        trainer.kill()
+    assert eventually(lambda: has_ended(pid), timeout_s=10)
+
+
+def has_ended(pid: int) -> bool:
+    """Nobody may be there to take note of it: then it is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+async def test_a_coroutine_function_keeps_its_event_loop() -> None:
+    """A client that it opened lives in it."""
+    async with built(function("event_loop")) as reward:
+        assert await compute(reward, BATCH) == await compute(reward, BATCH)
+
+
+async def test_a_long_text_is_shown_without_its_middle() -> None:
+    batch = replace(BATCH, completions=["12", "4" + "0" * 500 + "3"])
+    with pytest.raises(RewardFailed, match=r"'40{39}' \.\.\. '0{39}3' to the prompt"):
+        await rewards_of(function("leaves_long_out"), batch)
 
 
 async def test_a_reward_function_never_runs_twice_at_once(tiny_checkpoint: Path) -> None:
     """An evaluation scores while groups ahead are scored."""
     scorer = Scorer([function("alone")], PromptEncoder.load(tiny_checkpoint))
-    await asyncio.gather(scorer.score(PROMPTS, GROUPS), scorer.score(PROMPTS, GROUPS))
+    try:
+        await asyncio.gather(scorer.score(PROMPTS, GROUPS), scorer.score(PROMPTS, GROUPS))
+    finally:
+        scorer.close()
 
 
 async def test_scores_are_weighted_sums_in_the_order_of_the_completions(
     tiny_checkpoint: Path,
 ) -> None:
     configs: list[RewardConfig] = [ExactMatchReward(weight=2.0), function("always_half")]
-    scored = await Scorer(configs, PromptEncoder.load(tiny_checkpoint)).score(PROMPTS, GROUPS)
+    scorer = Scorer(configs, PromptEncoder.load(tiny_checkpoint))
+    scored = await scorer.score(PROMPTS, GROUPS)
+    scorer.close()
     assert [[c.reward for c in group.completions] for group in scored] == [[2.5], [0.5]]
     assert [[c.rewards for c in group.completions] for group in scored] == [[(2, 0.5)], [(0, 0.5)]]
 
@@ -193,6 +294,7 @@ class RewardService(HTTPServer):
 
     answers: list[tuple[int, bytes]]
     bodies: list[dict[str, Any]]
+    authorizations: list[str | None]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -200,6 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = int(self.headers["Content-Length"])
+        self.server.authorizations.append(self.headers["Authorization"])
         self.server.bodies.append(json.loads(self.rfile.read(length)))
         status, body = self.server.answers.pop(0)
         self.send_response(status)
@@ -214,7 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def service() -> Iterator[RewardService]:
     server = RewardService(("127.0.0.1", 0), _Handler)
-    server.answers, server.bodies = [], []
+    server.answers, server.bodies, server.authorizations = [], [], []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -223,39 +326,110 @@ def service() -> Iterator[RewardService]:
     thread.join()
 
 
-def over_http(service: RewardService, max_attempts: int = 2) -> HttpReward:
-    return HttpReward(
-        url=f"http://127.0.0.1:{service.server_port}/reward", max_attempts=max_attempts
-    )
+def over_http(service: RewardService, **settings: Any) -> HttpReward:
+    return HttpReward(url=f"http://127.0.0.1:{service.server_port}/reward", **settings)
 
 
 async def test_a_reward_service_is_asked_with_the_whole_batch(service: RewardService) -> None:
     service.answers = [(200, b'{"rewards": [0.25, 1]}')]
-    assert list(await build_reward(over_http(service))(BATCH)) == [0.25, 1]
+    assert await rewards_of(over_http(service)) == [0.25, 1]
     assert service.bodies[0]["columns"] == {"answer": ["12", "34"]}
 
 
-async def test_a_reward_service_that_fails_is_asked_again(service: RewardService) -> None:
-    service.answers = [(503, b""), (200, b'{"rewards": [1, 0]}')]
-    assert list(await build_reward(over_http(service))(BATCH)) == [1, 0]
+async def test_requests_are_bounded_and_keep_the_completions_of_a_prompt_together(
+    service: RewardService,
+) -> None:
+    batch = RewardBatch(["a", "b", "b", "c"], ["1", "2", "3", "4"], {"x": [5, 6, 7, 8]})
+    service.answers = [(200, b'{"rewards": [1]}'), (200, b'{"rewards": [2, 3]}')]
+    service.answers += [(200, b'{"rewards": [4]}')]
+    config = over_http(service, max_completions_per_request=2, max_concurrent_requests=1)
+    assert await rewards_of(config, batch) == [1, 2, 3, 4]
+    assert [body["prompts"] for body in service.bodies] == [["a"], ["b", "b"], ["c"]]
+    assert service.bodies[1]["columns"] == {"x": [6, 7]}
+
+
+async def test_a_reward_service_gets_its_own_key(
+    service: RewardService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    service.answers = [(200, b'{"rewards": [1, 1]}')]
+    await rewards_of(over_http(service, api_key_env="JUDGE_KEY"))
+    assert service.authorizations == ["Bearer secret"]
+
+
+def test_a_key_that_is_not_in_the_environment_is_said_before_the_run() -> None:
+    with pytest.raises(ValueError, match="environment has no NO_SUCH_KEY"):
+        build_reward(HttpReward(url="http://judge", api_key_env="NO_SUCH_KEY"))
+
+
+async def test_the_run_waits_for_a_reward_service_that_is_away_and_says_so(
+    service: RewardService,
+) -> None:
+    service.answers = [(503, b"loading"), (429, b""), (200, b'{"rewards": [1, 0]}')]
+    said: list[str] = []
+
+    async def on_stall(why: str) -> None:
+        said.append(why)
+
+    assert await compute(build_reward(over_http(service), on_stall), BATCH) == [1, 0]
+    waits, goes_on = said
+    assert "gives no rewards" in waits
+    assert "HTTP 503 'loading'" in waits
+    assert goes_on == ""
 
 
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ([(503, b""), (503, b"")], "HTTP 503"),
-        ([(404, b"")], "HTTP 404"),
-        ([(200, b"[]")], "must answer"),
-        ([(200, b'{"rewards": null}')], "must answer .* not None"),
+        ([(503, b"")], "gave no rewards for 0 s: HTTP 503.*; start it"),
+        (
+            [(500, b"oh")] * 3 + [(200, b'{"rewards": [1]}'), (500, b"oh")],
+            f"answers HTTP 500 'oh', 3 times in a row: {_SECOND}",
+        ),
+        ([(404, b"no")] * 2, "refuses the request: HTTP 404 'no': completion 0"),
+        ([(302, b"")] * 2, "refuses the request: HTTP 302"),
+        ([(200, b"[]")] * 2, r"must answer .* not '\[\]': completion 0"),
+        ([(200, b"<html>")] * 2, "must answer .* not '<html>'"),
+        ([(200, b'{"rewards": null}')] * 2, "must answer .* not .*null"),
+        (
+            [(200, b'{"rewards": [1]}'), (200, b'{"rewards": [1]}'), (200, b'{"rewards": []}')],
+            f"gave 1 values for 2 completions: {_SECOND}",
+        ),
+        ([(200, b'{"rewards": [1, NaN]}')], f"gave nan, not a finite number, for {_SECOND}"),
+        ([(200, b'{"rewards": [1, null]}')], f"gave None, not a finite number, for {_SECOND}"),
     ],
 )
 async def test_a_reward_service_without_rewards_is_an_error(
     service: RewardService, answers: list[tuple[int, bytes]], message: str
 ) -> None:
-    service.answers = answers
-    with pytest.raises(RewardFailed, match=message):
-        await build_reward(over_http(service))(BATCH)
+    service.answers = list(answers)
+    outage_s = 0.0 if answers[0][0] == 503 else 60.0
+    with pytest.raises(RewardFailed, match=rf"^reward service http://[\w.:]+/reward {message}"):
+        await rewards_of(over_http(service, max_outage_s=outage_s))
     assert not service.answers
+
+
+async def test_a_column_that_json_has_not_is_an_error(service: RewardService) -> None:
+    batch = replace(BATCH, columns={"day": [date(2025, 1, 1)] * 2})
+    with pytest.raises(RewardFailed, match=r"takes JSON.*date"):
+        await rewards_of(over_http(service), batch)
+
+
+async def test_a_reward_service_that_is_not_there_is_named_with_the_reason() -> None:
+    config = HttpReward(url="http://127.0.0.1:9/reward", max_outage_s=0)
+    with pytest.raises(RewardFailed, match=r"127\.0\.0\.1:9/reward gave no rewards.*ConnectError"):
+        await rewards_of(config)
+
+
+async def test_a_reward_service_that_never_answers_is_given_up() -> None:
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(hang, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        with pytest.raises(RewardFailed, match=r"gave no rewards.*no answer within 0\.1 s"):
+            await rewards_of(HttpReward(url=url, timeout_s=0.1, max_outage_s=0))
 
 
 PROMPTS = [

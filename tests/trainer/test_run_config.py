@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,6 @@ def test_the_overlong_penalty_has_a_weight_as_rewards_do() -> None:
         ("a: b: c", "neither YAML nor JSON"),
         ("[" * 10_000, "neither YAML nor JSON"),
         ("{}", "a managed run needs dataset"),
-        (MANAGED + "steps: 4", "unknown field .steps."),
         (MANAGED + "sampling: {top_p: 0.9}", "top_p=0.9"),
         (MANAGED + "sampling: {n: 8, temperature: 0}", "temperature=0"),
         (MANAGED + "sampling: {n: 1}", "at least 2"),
@@ -109,6 +109,79 @@ def test_a_bad_config_is_refused_by_name(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MANAGED + "steps: 4", "unknown key 'steps': did you mean 'num_steps'? (line 5)"),
+        (
+            MANAGED + "sampling:\n  temprature: 1",
+            "unknown key 'sampling.temprature': did you mean 'temperature'? (line 6)",
+        ),
+        (
+            MANAGED + "temperature: 1",
+            "unknown key 'temperature': did you mean sampling.temperature? (line 5)",
+        ),
+        (
+            MANAGED + "lora:\n  r: 8",
+            "unknown key 'lora.r': the keys there are rank, alpha, use_rslora, target_modules "
+            "(line 6)",
+        ),
+        (  # of a union: the keys of the one that is named
+            MANAGED + "algorithm:\n  name: online_dpo\n  betta: 0.1",
+            "unknown key 'algorithm.betta' of online_dpo: did you mean 'beta'? (line 7)",
+        ),
+        (
+            MANAGED + "algorithm:\n  name: dpo\n  clip_low: 0.1",
+            "unknown key 'algorithm.clip_low' of dpo: the keys there are loss, beta, num_epochs, "
+            "num_minibatches, name (line 7)",
+        ),
+        (
+            MANAGED + "algorithm: {kl: {coeficient: 0.1}, name: ppo}",
+            "unknown key 'algorithm.kl.coeficient': did you mean 'coefficient'? (line 5)",
+        ),
+        (  # in a list; the misspelt key is why `path` is missing
+            "rewards:\n- type: exact_match\n- type: function\n  pth: a:b\n",
+            "unknown key 'rewards.1.pth' of function: did you mean 'path'? (line 4)",
+        ),
+        (
+            MANAGED + "eval:\n  dataset:\n    type: jsonl\n    path: x\n    promt_column: y",
+            "unknown key 'eval.dataset.promt_column' of jsonl: did you mean 'prompt_column'? "
+            "(line 9)",
+        ),
+        (
+            MANAGED + "algorithm: grppo",
+            "algorithm has an unknown name 'grppo': did you mean 'grpo'? There are grpo, rloo, "
+            "reinforce_pp, reinforce_pp_baseline, ppo, online_dpo, dpo (line 5)",
+        ),
+        (
+            MANAGED + "overlong:\n  penalty: 1",
+            "overlong.buffer_tokens is missing: it has no default (line 5)",
+        ),
+        (MANAGED + "dataset: {}", "key 'dataset' is there twice, in lines 3 and 5: leave one out"),
+        (
+            '{\n\t"optimizer": {\n\t\t"learning_rat": 1\n\t}\n}',  # JSON, with tabs
+            "unknown key 'optimizer.learning_rat': did you mean 'learning_rate'? (line 3)",
+        ),
+        ('{"num_step": 1}', "unknown key 'num_step': did you mean 'num_steps'?"),  # of one line
+        (
+            MANAGED + "algorithm:\n  loss: dapoo\n  name: grpo",
+            "algorithm.loss is 'dapoo': Input should be 'dapo', 'grpo', 'bnpo', 'dr_grpo', 'gspo', "
+            "'luspo', 'cispo', 'sapo' or 'rloo' (line 6)",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_and_the_nearest_valid_key(
+    text: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parse_run_config(text)
+
+
+def test_a_circle_of_aliases_is_refused_as_any_mistake() -> None:
+    with pytest.raises(ValueError, match="unknown key 'a'"):
+        parse_run_config("a: &a [*a]")
+
+
+@pytest.mark.parametrize(
     ("option", "reason"),
     [
         ("use_dora: true", "use_dora rescales every row of a weight"),
@@ -121,7 +194,7 @@ def test_a_bad_config_is_refused_by_name(text: str, message: str) -> None:
 def test_what_an_adapter_on_a_replica_cannot_have_is_refused_with_the_reason(
     option: str, reason: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"^lora: {reason}.*: leave it out$"):
+    with pytest.raises(ValueError, match=rf"^lora: {reason}.*: leave it out \(line 2\)$"):
         parse_run_config(f"managed: false\nlora: {{{option}}}")
 
 

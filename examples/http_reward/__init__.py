@@ -1,0 +1,1 @@
+"""A reward that a service of its own computes, over HTTP."""

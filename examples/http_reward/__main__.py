@@ -1,0 +1,98 @@
+"""`python -m examples.http_reward`: see README.md.
+
+The reward service is killed after some steps and started again: the run waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from examples.demo.history import History
+from examples.demo.processes import ServiceProcess, free_ports, wait_until_ready
+from examples.runner import READY_TIMEOUT_S, Example, Meanwhile, main
+
+_NUM_STEPS_BEFORE = 3  # steps that the service lives to see
+_AWAY_S = 4.0
+_STOP_TIMEOUT_S = 10.0
+
+
+class RewardService:
+    """The process of server.py, on a port of its own for as long as this example runs."""
+
+    def __init__(self) -> None:
+        (self.port,) = free_ports(1)
+        self.key = secrets.token_urlsafe(24)
+
+    def start(self, folder: Path) -> ServiceProcess:
+        return ServiceProcess(
+            "reward",
+            "reward",
+            self.port,
+            folder / "logs" / "reward.log",
+            {"REWARD_KEY": self.key, "REWARD_PORT": str(self.port)},
+            module="examples.http_reward.server",
+        )
+
+    def changes(self, _folder: Path) -> Mapping[str, Any]:
+        """The run config's reward, at this port."""
+        text = Path(__file__).with_name("run.yaml").read_text()
+        (reward,) = yaml.safe_load(text)["rewards"]
+        return {"rewards": [{**reward, "url": f"http://127.0.0.1:{self.port}/rewards"}]}
+
+    @asynccontextmanager
+    async def running(self, folder: Path) -> AsyncIterator[list[ServiceProcess]]:
+        """The service is ready; what is in the list at the end, is stopped."""
+        processes = [self.start(folder)]
+        try:
+            await wait_until_ready(
+                processes,
+                api_key=self.key,
+                timeout_s=READY_TIMEOUT_S,
+                on_wait=lambda missing: None,
+            )
+            yield processes
+        finally:
+            for process in processes:
+                process.stop(timeout_s=_STOP_TIMEOUT_S)
+
+    @asynccontextmanager
+    async def beside(self, folder: Path, console: Console) -> AsyncIterator[Meanwhile]:
+        """The service is ready; what is yielded kills it, and starts it again."""
+        async with self.running(folder) as processes:
+
+            async def die_and_come_back(history: History) -> None:
+                while len(history.steps) < _NUM_STEPS_BEFORE:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+                processes[-1].kill()
+                console.print(f"The reward service is killed; it comes back in {_AWAY_S:g} s")
+                await asyncio.sleep(_AWAY_S)
+                processes.append(self.start(folder))
+                console.print("The reward service is started again")
+
+            yield die_and_come_back
+
+
+def example() -> Example:
+    service = RewardService()
+    return Example(
+        name="http_reward",
+        title="Sorting five digits: rewards over HTTP",
+        unit="digits in place",
+        min_rise_points=20.0,
+        changes=service.changes,
+        environment={"REWARD_KEY": service.key},
+        beside=service.beside,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(example()))

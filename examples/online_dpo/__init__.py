@@ -1,0 +1,1 @@
+"""Online DPO: preferences from a judge that compares two completions."""

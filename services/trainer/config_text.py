@@ -1,0 +1,197 @@
+"""The text of a config, and where in it a mistake is: YAML or JSON ─▶ a pydantic model, or one
+sentence with the line, the key and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+Model = TypeVar("Model", bound=BaseModel)
+_MAX_PLACES = 2  # elsewhere in a config where a misplaced key may belong
+
+
+def parse_config(text: str | bytes, model: type[Model], *, name: str) -> Model:
+    """A `model` from YAML or JSON; `name` says what it is. Raises ValueError in one sentence."""
+    root, value = _read(text, name)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"the {name} must be a mapping of settings")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        # A misspelt key is often the reason why another is missing.
+        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+        place = _Place.of(first["loc"], model)
+        problem = _problem(first, place, model, name)
+        line = _line(root, place.path)
+        has_lines = root is not None and root.end_mark.line > root.start_mark.line
+        raise ValueError(f"{problem} (line {line})" if line and has_lines else problem) from error
+
+
+def _read(text: str | bytes, name: str) -> tuple[yaml.Node | None, Any]:
+    """The tree of the text, and its value."""
+    try:
+        value = json.loads(text)  # JSON may be indented with tabs, YAML may not
+        text = (text.decode() if isinstance(text, bytes) else text).replace("\t", " ")
+        is_json = True
+    except (ValueError, RecursionError):
+        is_json = False
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_twice(root)
+        return root, value if is_json else yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"the {name} is neither YAML nor JSON: {problem}") from error
+
+
+def _refuse_twice(root: yaml.Node | None) -> None:
+    """Raise ValueError for a mapping with a key twice, of which YAML takes the last."""
+    waiting: list[yaml.Node | None] = [root]
+    seen: set[int] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen:  # an alias may close a circle
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, item in node.value:
+                line = key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                    raise ValueError(
+                        f"key {key.value!r} is there twice, in lines {lines[key.value]} and "
+                        f"{line}: leave one out"
+                    )
+                if isinstance(key, yaml.ScalarNode):
+                    lines[key.value] = line
+                waiting.append(item)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where pydantic found a mistake, as the writer of the config sees it."""
+
+    path: tuple[str | int, ...]  # keys and indices, without the tags of unions
+    owner: type[BaseModel] | None  # the model that the last of them is a field of
+    tag: str | None  # of that model, when it is one of several
+
+    @classmethod
+    def of(cls, location: Sequence[str | int], root: type[BaseModel]) -> _Place:
+        path: list[str | int] = []
+        choices: list[type[BaseModel]] = [root]
+        owner: type[BaseModel] | None = None
+        owner_tag: str | None = None
+        tag: str | None = None
+        for part in location:
+            if isinstance(part, int):
+                path.append(part)
+            elif len(choices) > 1:
+                choices, tag = [choice for choice in choices if part in _tags(choice)], part
+            else:
+                path.append(part)
+                owner, owner_tag, tag = (choices[0] if choices else None), tag, None
+                field = owner.model_fields.get(part) if owner else None
+                choices = list(dict.fromkeys(_models(field.annotation))) if field else []
+        return cls(tuple(path), owner, owner_tag)
+
+    def __str__(self) -> str:
+        return ".".join(str(part) for part in self.path)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models in a type, as `tuple[A | B, ...] | None` has two."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
+
+
+def _tags(model: type[BaseModel]) -> set[str]:
+    """What a union may know the model by."""
+    return {
+        value
+        for name in ("type", "name")
+        if name in model.model_fields
+        for value in get_args(model.model_fields[name].annotation)
+        if get_origin(model.model_fields[name].annotation) is Literal
+    }
+
+
+def _problem(error: Any, place: _Place, model: type[BaseModel], name: str) -> str:
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "extra_forbidden":
+            return _unknown_key(place, model)
+        case "missing":
+            return f"{place} is missing: it has no default"
+        case "union_tag_invalid":
+            tags = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
+            near = difflib.get_close_matches(context["tag"], tags, n=1)
+            hint = f"did you mean {near[0]!r}? There are" if near else "there are"
+            return (
+                f"{place} has an unknown {_bare(context)} {context['tag']!r}: {hint} "
+                f"{', '.join(tags)}"
+            )
+        case "union_tag_not_found":
+            return f"{place} must be a mapping with a {_bare(context)}"
+        case _:
+            field, value = str(place) or name, error.get("input")
+            if error["type"] != "value_error" and isinstance(value, str | int | float | None):
+                field = f"{field} is {value!r:.60}"
+            return f"{field}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _bare(context: Mapping[str, Any]) -> str:
+    return str(context["discriminator"]).strip("'")
+
+
+def _unknown_key(place: _Place, root: type[BaseModel]) -> str:
+    """The complaint about the last key of a path, which its model has not."""
+    key, valid = str(place.path[-1]), list(place.owner.model_fields) if place.owner else []
+    found = dict.fromkeys(path for path in _paths(root) if path.rpartition(".")[2] == key)
+    elsewhere = [path for path in found if path != str(place)]  # there for others of its union
+    kind = f" of {place.tag}" if place.tag else ""
+    if near := difflib.get_close_matches(key, valid, n=1):
+        hint = f"did you mean {near[0]!r}?"
+    elif 1 <= len(elsewhere) <= _MAX_PLACES:
+        hint = f"did you mean {' or '.join(elsewhere)}?"
+    else:
+        hint = f"the keys there are {', '.join(valid)}"
+    return f"unknown key {str(place)!r}{kind}: {hint}"
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all settings below a model, but for those of items of a list."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if get_origin(field.annotation) is not tuple:
+            for inner in _models(field.annotation):
+                yield from _paths(inner, f"{prefix}{name}.")
+
+
+def _line(root: yaml.Node | None, path: Sequence[str | int]) -> int | None:
+    """The line of the last part of `path` that is there, counted from 1; None for the whole."""
+    node: Any = root
+    line: int | None = None
+    for part in path:
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            items = [(item, item) for item in node.value[part : part + 1]]
+        elif isinstance(node, yaml.MappingNode):
+            items = [(key, item) for key, item in node.value if key.value == part]
+        else:
+            items = []
+        if not items:
+            break
+        start, node = items[0]
+        line = start.start_mark.line + 1
+    return line

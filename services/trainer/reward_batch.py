@@ -1,0 +1,105 @@
+"""What a reward is computed from, and what it can say instead of numbers."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+_SHOWN_CHARACTERS = 80  # of a prompt, a completion or a value, in a sentence
+
+
+@dataclass(frozen=True, slots=True)
+class RewardBatch:
+    """Parallel by completion: what every reward is computed from."""
+
+    prompts: Sequence[str]
+    completions: Sequence[str]
+    columns: Mapping[str, Sequence[Any]]
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def part(self, start: int, end: int) -> RewardBatch:
+        columns = {name: values[start:end] for name, values in self.columns.items()}
+        return RewardBatch(self.prompts[start:end], self.completions[start:end], columns)
+
+    def shares(self, max_completions: int) -> Iterator[RewardBatch]:
+        """Parts of at most so many completions; those of one prompt in a row stay together."""
+        start = 0
+        while start < len(self):
+            end = min(start + max_completions, len(self))
+            while start < end < len(self) and self.prompts[end] == self.prompts[end - 1]:
+                end -= 1
+            if end == start:  # the completions of one prompt alone are more
+                end = start + 1
+                while end < len(self) and self.prompts[end] == self.prompts[start]:
+                    end += 1
+            yield self.part(start, end)
+            start = end
+
+    def shown(self, index: int) -> str:
+        """A completion and its prompt, in some words."""
+        return (
+            f"completion {index} of {len(self)}, {shown(self.completions[index])} to the prompt "
+            f"{shown(self.prompts[index])}"
+        )
+
+
+def shown(text: str) -> str:
+    """A text in quotes, without its middle when it is long."""
+    if len(text) <= _SHOWN_CHARACTERS:
+        return repr(text)
+    half = _SHOWN_CHARACTERS // 2
+    return f"{text[:half]!r} ... {text[-half:]!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class NoNumber:
+    """A value in the place of a reward, as it would be printed."""
+
+    text: str
+
+
+def as_reward(value: object) -> float | NoNumber:
+    """A finite float of any kind of real number, as numpy has its own."""
+    if isinstance(value, numbers.Real):
+        try:
+            number = float(value)
+        except (OverflowError, ValueError):
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    return NoNumber(repr(value)[:_SHOWN_CHARACTERS])
+
+
+class RewardProblem(Exception):
+    """Why there are no rewards for a batch: the end of a sentence that begins with the reward.
+
+    `may_be_of_one` says that a single completion may be the cause, so that each is tried alone.
+    """
+
+    def __init__(self, problem: str, *, may_be_of_one: bool = False) -> None:
+        super().__init__(problem)
+        self.may_be_of_one = may_be_of_one
+
+
+class Reward(Protocol):
+    """Computes rewards. `check` and `__call__` may start what `close` ends."""
+
+    @property
+    def name(self) -> str:
+        """As the sentences about it call it."""
+
+    async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
+        """Raises ValueError when it can never work, as for columns that `dataset` lacks."""
+
+    async def __call__(
+        self, batch: RewardBatch, *, timeout_s: float | None = None
+    ) -> Sequence[float | NoNumber]:
+        """One value per completion. Raises RewardProblem. `timeout_s` is for a trial that is made
+        once; by default the time is that of the config."""
+
+    def close(self) -> None: ...
