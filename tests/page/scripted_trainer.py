@@ -159,7 +159,8 @@ class ScriptedTrainer(Trainer):
 class Served:
     """The app of a trainer on a loopback port, in a thread. `stop` is what a crash looks like."""
 
-    def __init__(self, trainer: Trainer, port: int | None = None) -> None:
+    def __init__(self, trainer: ScriptedTrainer, port: int | None = None) -> None:
+        self._trainer = trainer
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(
@@ -175,6 +176,7 @@ class Served:
         assert eventually(lambda: self._server.started, timeout_s=10)
 
     def stop(self) -> None:
+        self._trainer.cut()  # else the server waits for the streams
         self._server.should_exit = True
         self._thread.join(10)
         assert not self._thread.is_alive()

@@ -77,8 +77,9 @@ export const startRun = (config) =>
 export const stopRun = () => json("/runs/current/stop", { method: "POST", timeoutMs: 60_000 });
 
 /**
- * The events of the current run after `lastId`, as `[{id, data}, …]` per read, until the run ends.
- * Throws Away when the stream is cut or falls silent.
+ * The events of the current run after `lastId`, as `[{id, data}, …]` per read, until the run ends;
+ * the first one is empty and says that the trainer has answered. Throws Away when the stream is cut
+ * or falls silent.
  */
 export async function* events(lastId, signal) {
   const response = await request("/runs/current/events", {
@@ -90,6 +91,7 @@ export async function* events(lastId, signal) {
   signal.addEventListener("abort", stop, { once: true });
   let rest = "";
   try {
+    yield [];
     while (true) {
       const { done, value } = await inTime(reader.read());
       if (done) return;

@@ -49,7 +49,7 @@ let history = new History();
 let following = null; // AbortController of the stream
 let numFailures = 0; // answers that did not come, in a row
 let isStreamCut = false;
-let nextLook = null; // resolves to look at once
+const pauses = new Set(); // what ends each pause that goes on
 
 const curves = new Curves($("curves"), (range) => {
   $("unzoom").hidden = range === null;
@@ -63,12 +63,18 @@ const completions = new Completions($("completions"), () => follow(false));
 
 function pause(ms) {
   return new Promise((resolve) => {
-    const timer = setTimeout(resolve, ms);
-    nextLook = () => (clearTimeout(timer), resolve());
+    const end = () => {
+      clearTimeout(timer);
+      pauses.delete(end);
+      resolve();
+    };
+    const timer = setTimeout(end, ms);
+    pauses.add(end);
   });
 }
 
-const lookNow = () => nextLook?.();
+/** Whoever waits to ask the trainer asks now. */
+const lookNow = () => [...pauses].forEach((end) => end());
 
 const until = (target, name) => new Promise((resolve) => target.addEventListener(name, resolve, { once: true }));
 
@@ -78,6 +84,7 @@ async function watch() {
     if (document.hidden) await until(document, "visibilitychange");
     try {
       [trainer, replicas] = await Promise.all([api.getStatus(), api.getReplicas()]);
+      if (numFailures) lookNow(); // the stream waits, too
       numFailures = 0;
       showLink();
       take();
@@ -145,7 +152,7 @@ async function stream(name, signal, into) {
         }
         numCuts = 0;
         setCut(false);
-        onEvents();
+        if (batch.length) onEvents();
         if (batch.some(({ data }) => data.kind === "state")) lookNow();
       }
       if (into.state && ENDED.has(into.state.state)) return lookNow();
@@ -156,7 +163,7 @@ async function stream(name, signal, into) {
     setCut(true);
     lookNow();
     const ms = RETRY_MS[Math.min(numCuts++, RETRY_MS.length - 1)];
-    await new Promise((resolve) => setTimeout(resolve, ms));
+    await pause(ms);
   }
 }
 
