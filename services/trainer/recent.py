@@ -1,6 +1,6 @@
-"""What the policy said last, for people: scored groups on their way to an update, kept for the page.
+"""What the policy said last, for people: scored groups on their way to an update.
 
-    loop, POST /train ─add─▶ RecentGroups ─newest─▶ in_words ─▶ GET /runs/current/completions
+loop, POST /train ─add─▶ RecentGroups ─newest─▶ in_words ─▶ GET /runs/current/completions
 """
 
 from __future__ import annotations

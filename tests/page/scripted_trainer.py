@@ -10,7 +10,6 @@ import math
 import random
 import threading
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any, cast
 
 import uvicorn

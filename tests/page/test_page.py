@@ -1,4 +1,4 @@
-"""What the page does with what a trainer says; the trainer is scripted, the app and browser real."""
+"""What the page does with what a trainer says: a scripted one behind the real app."""
 
 from __future__ import annotations
 
@@ -486,9 +486,9 @@ def test_the_policy_of_the_page_forbids_everything_from_elsewhere(
     outcome = page.evaluate(
         """async () => {
           const refused = new Promise((resolve) =>
-            document.addEventListener("securitypolicyviolation", (e) => resolve(e.effectiveDirective)));
+            document.addEventListener("securitypolicyviolation", resolve));
           fetch("http://example.com/").catch(() => {});
-          return refused;
+          return (await refused).effectiveDirective;
         }"""
     )
     assert outcome == "connect-src"

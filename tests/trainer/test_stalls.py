@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from shared.errors import NotFound
 from shared.schemas import PolicyId, TrainRequest
 from shared.trainer_client import TrainerClient
 from tests.fake_replica import FakeReplica
+from tests.replica_process import until
 from tests.trainer.test_trainer import EXTERNAL, MANAGED, make_trainer, train_request
 
 pytestmark = pytest.mark.anyio
@@ -75,9 +75,8 @@ async def test_a_run_without_its_replica_says_why(trainer: Trainer) -> None:
     trainer._fleet = Fleet((replica.url,), connect=lambda _: replica.client())
     await trainer.fleet.look()
     await trainer.start_run(EXTERNAL)
-    async with asyncio.timeout(10):
-        while not (found := trainer.run_status().stalls):
-            await asyncio.sleep(0.01)
+    await until(lambda: bool(trainer.run_status().stalls))
+    found = trainer.run_status().stalls
     assert found[0].startswith("0 of 1 replicas that must serve policy")
     assert replica.url in found[0]
 

@@ -1,7 +1,7 @@
 """The live page at `/`: its files, as they lie in this folder, read once and served without a key.
 
     browser ◀─ GET /, /page/… ─ these files
-    browser ─ with the key ─▶ /status, /replicas, /runs, /runs/current/{events,completions,config,stop}
+    browser ─ with the key ─▶ /status, /replicas, /runs, /runs/current and what is below it
 
 They hold no data, and ask no other host for anything: the policy below has the browser enforce it.
 """

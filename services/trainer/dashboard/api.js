@@ -26,7 +26,10 @@ export const key = {
   },
 };
 
-async function request(path, { method = "GET", body, headers = {}, signal, timeoutMs = 10_000 } = {}) {
+async function request(
+  path,
+  { method = "GET", body, headers = {}, signal, timeoutMs = 10_000 } = {},
+) {
   const own = new AbortController();
   const timer = setTimeout(() => own.abort(), timeoutMs);
   const stop = () => own.abort();

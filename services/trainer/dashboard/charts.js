@@ -10,44 +10,129 @@ const dots = { dots: true };
 
 /** In the order of the page. `when` is a column without which a chart tells nothing. */
 const CHARTS = [
-  { title: "Reward", unit: "mean ± std of a step", shape: "hero", band: ["reward_high", "reward_low"],
-    lines: [line("reward_mean", "mean", "--s1"), line("eval_sampled", "eval sampled", "--s2", dots),
-      line("eval_greedy", "eval greedy", "--s3", dots)] },
-  { title: "KL", unit: "nats per token", log: true,
-    lines: [line("sampler_kl", "sampler to policy", "--s1"),
-      line("reference_kl", "policy to reference", "--s2", { when: "reference_kl" })] },
-  { title: "Logprob gap", unit: "nats, policy to sampler", log: true,
-    lines: [line("logprob_gap", "mean", "--s1"), line("logprob_gap_p99", "p99", "--s2"),
-      line("logprob_gap_max", "max", "--s4")] },
-  { title: "Staleness", unit: "versions", zero: true,
-    lines: [line("staleness_mean", "mean", "--s1"), line("staleness_max", "max", "--s2")] },
-  { title: "Throughput", unit: "completion tokens per s", zero: true,
-    lines: [line("tokens_per_s", "of the whole step", "--s1")] },
-  { title: "Idle", unit: "share of the step", percent: true,
-    lines: [line("trainer_idle_fraction", "trainer", "--s1"),
-      line("rollout_idle_fraction", "replicas", "--s2")] },
-  { title: "Time", unit: "s per step", zero: true, format: seconds,
-    lines: [line("step_s", "step", "--s1"), line("wait_s", "wait", "--s2"),
-      line("update_s", "update", "--s3"), line("sync_s", "sync", "--s4")] },
-  { title: "Loss", unit: "", lines: [line("loss", "loss", "--s1"),
-    line("value_loss", "value", "--s2", { when: "value_loss" })] },
-  { title: "Gradient norm", unit: "before clipping", zero: true,
-    lines: [line("grad_norm", "norm", "--s1")] },
-  { title: "Entropy", unit: "nats per token", zero: true,
-    lines: [line("entropy", "entropy", "--s1")] },
-  { title: "Completion length", unit: "tokens", zero: true,
-    lines: [line("completion_tokens_mean", "mean", "--s1")] },
-  { title: "Lost signal", unit: "share", percent: true,
-    lines: [line("constant_fraction", "equal rewards", "--s1"),
-      line("truncated_fraction", "truncated", "--s2")] },
-  { title: "Effective sample size", unit: "share", percent: true,
-    lines: [line("token_ess", "tokens", "--s1"), line("sequence_ess", "completions", "--s2")] },
-  { title: "Explained variance", unit: "of the critic", when: "explained_variance",
-    lines: [line("explained_variance", "share", "--s1")] },
-  { title: "Preference", unit: "accuracy", percent: true, when: "preference_accuracy",
-    lines: [line("preference_accuracy", "accuracy", "--s1")] },
-  { title: "Preference margin", unit: "nats", when: "preference_margin",
-    lines: [line("preference_margin", "margin", "--s1")] },
+  {
+    title: "Reward",
+    unit: "mean ± std of a step",
+    shape: "hero",
+    band: ["reward_high", "reward_low"],
+    lines: [
+      line("reward_mean", "mean", "--s1"),
+      line("eval_sampled", "eval sampled", "--s2", dots),
+      line("eval_greedy", "eval greedy", "--s3", dots),
+    ],
+  },
+  {
+    title: "KL",
+    unit: "nats per token",
+    log: true,
+    lines: [
+      line("sampler_kl", "sampler to policy", "--s1"),
+      line("reference_kl", "policy to reference", "--s2", { when: "reference_kl" }),
+    ],
+  },
+  {
+    title: "Logprob gap",
+    unit: "nats, policy to sampler",
+    log: true,
+    lines: [
+      line("logprob_gap", "mean", "--s1"),
+      line("logprob_gap_p99", "p99", "--s2"),
+      line("logprob_gap_max", "max", "--s4"),
+    ],
+  },
+  {
+    title: "Staleness",
+    unit: "versions",
+    zero: true,
+    lines: [line("staleness_mean", "mean", "--s1"), line("staleness_max", "max", "--s2")],
+  },
+  {
+    title: "Throughput",
+    unit: "completion tokens per s",
+    zero: true,
+    lines: [line("tokens_per_s", "of the whole step", "--s1")],
+  },
+  {
+    title: "Idle",
+    unit: "share of the step",
+    percent: true,
+    lines: [
+      line("trainer_idle_fraction", "trainer", "--s1"),
+      line("rollout_idle_fraction", "replicas", "--s2"),
+    ],
+  },
+  {
+    title: "Time",
+    unit: "s per step",
+    zero: true,
+    format: seconds,
+    lines: [
+      line("step_s", "step", "--s1"),
+      line("wait_s", "wait", "--s2"),
+      line("update_s", "update", "--s3"),
+      line("sync_s", "sync", "--s4"),
+    ],
+  },
+  {
+    title: "Loss",
+    unit: "",
+    lines: [
+      line("loss", "loss", "--s1"),
+      line("value_loss", "value", "--s2", { when: "value_loss" }),
+    ],
+  },
+  {
+    title: "Gradient norm",
+    unit: "before clipping",
+    zero: true,
+    lines: [line("grad_norm", "norm", "--s1")],
+  },
+  {
+    title: "Entropy",
+    unit: "nats per token",
+    zero: true,
+    lines: [line("entropy", "entropy", "--s1")],
+  },
+  {
+    title: "Completion length",
+    unit: "tokens",
+    zero: true,
+    lines: [line("completion_tokens_mean", "mean", "--s1")],
+  },
+  {
+    title: "Lost signal",
+    unit: "share",
+    percent: true,
+    lines: [
+      line("constant_fraction", "equal rewards", "--s1"),
+      line("truncated_fraction", "truncated", "--s2"),
+    ],
+  },
+  {
+    title: "Effective sample size",
+    unit: "share",
+    percent: true,
+    lines: [line("token_ess", "tokens", "--s1"), line("sequence_ess", "completions", "--s2")],
+  },
+  {
+    title: "Explained variance",
+    unit: "of the critic",
+    when: "explained_variance",
+    lines: [line("explained_variance", "share", "--s1")],
+  },
+  {
+    title: "Preference",
+    unit: "accuracy",
+    percent: true,
+    when: "preference_accuracy",
+    lines: [line("preference_accuracy", "accuracy", "--s1")],
+  },
+  {
+    title: "Preference margin",
+    unit: "nats",
+    when: "preference_margin",
+    lines: [line("preference_margin", "margin", "--s1")],
+  },
 ];
 
 let probe;
@@ -72,13 +157,30 @@ class Chart {
       return { item, value, entry: h("span", {}, swatch, item.label, value) };
     });
     this.plot = h("div", { className: "plot" });
-    this.element = h("figure",
-      { className: `chart ${spec.shape ?? ""}`, tabIndex: 0, role: "group", onkeydown: (e) => this.#key(e),
-        onblur: () => this.#point(null), ariaLabel: `${spec.title}, ${spec.unit || "by step"}` },
-      h("figcaption", {},
-        h("div", { className: "chart-head" }, h("b", {}, spec.title), h("span", {}, spec.unit), this.step),
-        h("div", { className: "legend" }, ...this.values.map((value) => value.entry))),
-      this.plot);
+    this.element = h(
+      "figure",
+      {
+        className: `chart ${spec.shape ?? ""}`,
+        tabIndex: 0,
+        role: "group",
+        onkeydown: (e) => this.#key(e),
+        onblur: () => this.#point(null),
+        ariaLabel: `${spec.title}, ${spec.unit || "by step"}`,
+      },
+      h(
+        "figcaption",
+        {},
+        h(
+          "div",
+          { className: "chart-head" },
+          h("b", {}, spec.title),
+          h("span", {}, spec.unit),
+          this.step,
+        ),
+        h("div", { className: "legend" }, ...this.values.map((value) => value.entry)),
+      ),
+      this.plot,
+    );
     this.format = spec.format ?? (spec.percent ? percent : number);
   }
 
@@ -101,12 +203,20 @@ class Chart {
     let data = history.points(this.names, range, POINTS_PER_PIXEL * width);
     const nothing = (column) => column.map(() => null);
     const [steps, ...columns] = data;
-    data = [steps, ...columns.map((column, index) =>
-      this.values[index]?.entry.hidden ? nothing(column)
-        : spec.log ? column.map((value) => (value > 0 ? value : null)) : column)];
+    data = [
+      steps,
+      ...columns.map((column, index) =>
+        this.values[index]?.entry.hidden
+          ? nothing(column)
+          : spec.log
+            ? column.map((value) => (value > 0 ? value : null))
+            : column,
+      ),
+    ];
     if (!this.uplot) this.uplot = new uPlot(this.#options(width, height), data, this.plot);
     else {
-      if (this.uplot.width !== width || this.uplot.height !== height) this.uplot.setSize({ width, height });
+      if (this.uplot.width !== width || this.uplot.height !== height)
+        this.uplot.setSize({ width, height });
       this.uplot.setData(data);
     }
     this.#read();
@@ -129,7 +239,9 @@ class Chart {
       width: item.dots ? 1 : 1.5,
       dash: item.dots ? [2, 3] : undefined,
       spanGaps: true,
-      points: item.dots ? { show: true, size: 6, fill: () => colour(item.colour) } : { show: alone },
+      points: item.dots
+        ? { show: true, size: 6, fill: () => colour(item.colour) }
+        : { show: alone },
     }));
     const [high, low] = [series.length + 1, series.length + 2];
     const edges = spec.band ? [{ stroke: "transparent" }, { stroke: "transparent" }] : [];
@@ -138,7 +250,7 @@ class Chart {
       width,
       height,
       legend: { show: false },
-      padding: [6, 4, 0, 0],
+      padding: [6, 9, 0, 0],
       scales: {
         x: { time: false, range: (_, min, max) => stepRange(curves, min, max) },
         y: spec.log
@@ -146,14 +258,28 @@ class Chart {
           : { range: (_, min, max) => linearRange(spec, min, max) },
       },
       axes: [
-        { ...axis, size: 22, grid: { show: false }, space: 56, incrs: STEP_INCREMENTS,
-          values: (_, ticks) => ticks.map((value) => tick(value, false)) },
-        { ...axis, space: 30,
-          grid: { stroke: () => colour("--grid"), width: 1,
-            filter: (_, ticks) => ticks.map((v) => (spec.log && !tick(v, true) ? null : v)) },
+        {
+          ...axis,
+          size: 22,
+          grid: { show: false },
+          space: 56,
+          incrs: STEP_INCREMENTS,
+          values: (_, ticks) => ticks.map((value) => tick(value, false)),
+        },
+        {
+          ...axis,
+          space: 30,
+          grid: {
+            stroke: () => colour("--grid"),
+            width: 1,
+            filter: (_, ticks) => ticks.map((v) => (spec.log && !tick(v, true) ? null : v)),
+          },
           size: (u, values) => 10 + 6.6 * Math.max(2, ...(values ?? []).map((v) => v.length)),
           values: (_, ticks) =>
-            ticks.map((v) => (v === null ? "" : spec.percent ? `${Math.round(100 * v)}\u202f%` : tick(v, spec.log))) },
+            ticks.map((v) =>
+              v === null ? "" : spec.percent ? `${Math.round(100 * v)}\u202f%` : tick(v, spec.log),
+            ),
+        },
       ],
       series: [{}, ...series, ...edges],
       bands: spec.band ? [{ series: [high, low], fill: () => colour("--band") }] : [],
@@ -180,13 +306,18 @@ class Chart {
     if (to > from) this.curves.zoom([from, to]);
   }
 
-  /** The values under the cursor, or else the latest ones. */
+  /** The values under the cursor, or else the latest ones; of an evaluation the last one before. */
   #read() {
     const index = this.uplot?.cursor.idx;
     const isAt = index !== null && index !== undefined;
     this.step.textContent = isAt ? `step ${count(this.uplot.data[0][index])}` : "";
     this.values.forEach(({ item, value }, position) => {
-      const shown = isAt ? this.uplot.data[position + 1][index] : this.curves.history.latest(item.name);
+      const column = this.uplot?.data[position + 1];
+      const shown = !isAt
+        ? this.curves.history.latest(item.name)
+        : item.dots
+          ? column.slice(0, index + 1).findLast((reward) => reward !== null)
+          : column[index];
       const text = this.format(shown);
       if (value.textContent !== text) value.textContent = text;
     });
@@ -202,7 +333,8 @@ class Chart {
     event.preventDefault();
     this.#point(Math.min(last, Math.max(0, to)));
     const read = this.values.filter(({ entry }) => !entry.hidden);
-    $("announcer").textContent = `${this.spec.title}, ${this.step.textContent}: ` +
+    $("announcer").textContent =
+      `${this.spec.title}, ${this.step.textContent}: ` +
       read.map(({ item, value }) => `${item.label} ${value.textContent}`).join(", ");
   }
 
@@ -213,7 +345,9 @@ class Chart {
   }
 }
 
-const STEP_INCREMENTS = [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5, 6].map((e) => n * 10 ** e)).sort((a, b) => a - b);
+const STEP_INCREMENTS = [1, 2, 5]
+  .flatMap((n) => [0, 1, 2, 3, 4, 5, 6].map((e) => n * 10 ** e))
+  .sort((a, b) => a - b);
 const alone = (u, index) => u.data[index].filter((value) => value !== null).length === 1;
 
 function stepRange(curves, min, max) {
@@ -243,13 +377,16 @@ export class Curves {
     element.replaceChildren(...this.charts.map((chart) => chart.element));
     this.numDraws = 0; // what the tests watch: curves move
     const byElement = new Map(this.charts.map((chart) => [chart.element, chart]));
-    this.view = new IntersectionObserver((entries) => {
-      for (const entry of entries) {
-        const chart = byElement.get(entry.target);
-        chart.isInView = entry.isIntersecting;
-        if (chart.isDue) this.#wake();
-      }
-    }, { rootMargin: "200px" });
+    this.view = new IntersectionObserver(
+      (entries) => {
+        for (const entry of entries) {
+          const chart = byElement.get(entry.target);
+          chart.isInView = entry.isIntersecting;
+          if (chart.isDue) this.#wake();
+        }
+      },
+      { rootMargin: "200px" },
+    );
     const sizes = new ResizeObserver(() => this.draw());
     for (const chart of this.charts) {
       this.view.observe(chart.element);
@@ -273,7 +410,8 @@ export class Curves {
     for (const chart of this.charts) {
       chart.isDue = true;
       // One that is hidden is never in view: the history says whether it is due.
-      if (chart.spec.when && this.history) chart.element.hidden = !this.history.has(chart.spec.when);
+      if (chart.spec.when && this.history)
+        chart.element.hidden = !this.history.has(chart.spec.when);
     }
     this.#wake();
   }

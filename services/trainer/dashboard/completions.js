@@ -14,7 +14,9 @@ export class Completions {
   }
 
   show({ reward_names: names, groups }) {
-    const wanted = JSON.stringify(groups.map((group) => [group.step, group.group, group.completions.length]));
+    const wanted = JSON.stringify(
+      groups.map((group) => [group.step, group.group, group.completions.length]),
+    );
     if (wanted === this.shown) return;
     this.shown = wanted;
     this.element.replaceChildren(...groups.map((group) => this.#group(group, names)));
@@ -27,46 +29,84 @@ export class Completions {
     const rows = group.completions.map((completion) => this.#completion(completion, names));
     const list = h("ol", {}, ...rows.slice(0, NUM_SHOWN));
     const rest = rows.slice(NUM_SHOWN);
-    const more = rest.length && h("button", { className: "quiet", onclick: () => {
-      this.onRead();
-      more.replaceWith();
-      list.append(...rest);
-    } }, `Show ${count(rest.length)} more of this prompt`);
-    return h("article", { className: "group" },
-      h("header", {},
+    const more =
+      rest.length &&
+      h(
+        "button",
+        {
+          className: "quiet",
+          onclick: () => {
+            this.onRead();
+            more.replaceWith();
+            list.append(...rest);
+          },
+        },
+        `Show ${count(rest.length)} more of this prompt`,
+      );
+    return h(
+      "article",
+      { className: "group" },
+      h(
+        "header",
+        {},
         h("p", {}, `Step ${count(group.step)} · ${count(group.num_prompt_tokens)} prompt tokens`),
         this.#text(group.prompt, "prompt"),
-        h("p", {}, `mean reward ${number(mean)}${areEqual ? ", all equal: nothing to compare" : ""}`)),
-      h("div", {}, list, more || null));
+        h(
+          "p",
+          {},
+          `mean reward ${number(mean)}${areEqual ? ", all equal: nothing to compare" : ""}`,
+        ),
+      ),
+      h("div", {}, list, more || null),
+    );
   }
 
   #completion(completion, names) {
-    const parts = completion.rewards.length > 1 && completion.rewards
-      .map((value, index) => `${names[index] ?? `reward ${index + 1}`} ${number(value)}`).join(" · ");
-    return h("li", { className: "completion" },
+    const parts =
+      completion.rewards.length > 1 &&
+      completion.rewards
+        .map((value, index) => `${names[index] ?? `reward ${index + 1}`} ${number(value)}`)
+        .join(" · ");
+    return h(
+      "li",
+      { className: "completion" },
       h("span", { className: "reward", title: "reward" }, number(completion.reward)),
       this.#text(completion.text, ""),
-      h("span", { className: "meta" },
-        `${versions(completion.segments)} · ${completion.finish_reason} · ${count(completion.num_tokens)} tokens`),
-      parts && h("span", { className: "parts" }, parts));
+      h("span", { className: "meta" }, facts(completion)),
+      parts && h("span", { className: "parts" }, parts),
+    );
   }
 
   #text(text, name) {
-    if (!text.trim()) return h("div", { className: `text ${name}` }, h("span", { className: "nothing" }, "no text"));
+    if (!text.trim())
+      return h(
+        "div",
+        { className: `text ${name}` },
+        h("span", { className: "nothing" }, "no text"),
+      );
     const block = h("div", { className: `text ${name}`, dir: "auto" }, text);
     if (text.length <= NUM_CHARACTERS && text.split("\n").length <= NUM_LINES) return block;
     block.classList.add("clamped");
-    const unfold = h("button", { className: "quiet", ariaExpanded: "false", onclick: () => {
-      const isFolded = block.classList.toggle("clamped");
-      unfold.textContent = isFolded ? "Show all" : "Show less";
-      unfold.ariaExpanded = String(!isFolded);
-      if (!isFolded) this.onRead();
-    } }, "Show all");
+    const unfold = h(
+      "button",
+      {
+        className: "quiet",
+        ariaExpanded: "false",
+        onclick: () => {
+          const isFolded = block.classList.toggle("clamped");
+          unfold.textContent = isFolded ? "Show all" : "Show less";
+          unfold.ariaExpanded = String(!isFolded);
+          if (!isFolded) this.onRead();
+        },
+      },
+      "Show all",
+    );
     return h("div", {}, block, unfold);
   }
 }
 
-function versions(segments) {
-  const seen = [...new Set(segments.map((segment) => segment.policy.version))];
-  return seen.length ? `v${seen.map(count).join(" → v")}` : "no sampler";
+/** v12 · stop · 340 tokens; two versions when one went on with what another began. */
+function facts({ segments, finish_reason: reason, num_tokens: numTokens }) {
+  const versions = [...new Set(segments.map((segment) => segment.policy.version))];
+  return `v${versions.map(count).join(" → v")} · ${reason} · ${count(numTokens)} tokens`;
 }

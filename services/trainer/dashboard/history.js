@@ -2,16 +2,47 @@
 
 /** What a chart reads of a step record; names are those of shared/schemas.py. */
 const STEP_COLUMNS = [
-  "reward_mean", "sampler_kl", "reference_kl", "logprob_gap", "logprob_gap_p99", "logprob_gap_max",
-  "staleness_mean", "staleness_max", "tokens_per_s", "trainer_idle_fraction",
-  "rollout_idle_fraction", "loss", "grad_norm", "entropy", "completion_tokens_mean",
-  "truncated_fraction", "token_ess", "sequence_ess", "step_s", "wait_s", "update_s", "sync_s",
-  "value_loss", "explained_variance", "preference_accuracy", "preference_margin",
+  "reward_mean",
+  "sampler_kl",
+  "reference_kl",
+  "logprob_gap",
+  "logprob_gap_p99",
+  "logprob_gap_max",
+  "staleness_mean",
+  "staleness_max",
+  "tokens_per_s",
+  "trainer_idle_fraction",
+  "rollout_idle_fraction",
+  "loss",
+  "grad_norm",
+  "entropy",
+  "completion_tokens_mean",
+  "truncated_fraction",
+  "token_ess",
+  "sequence_ess",
+  "step_s",
+  "wait_s",
+  "update_s",
+  "sync_s",
+  "value_loss",
+  "explained_variance",
+  "preference_accuracy",
+  "preference_margin",
 ];
 // Numbers of tokens that the updated version itself sampled: there may be none.
-const OF_FRESH_TOKENS = new Set(["sampler_kl", "logprob_gap", "logprob_gap_p99", "logprob_gap_max"]);
+const OF_FRESH_TOKENS = new Set([
+  "sampler_kl",
+  "logprob_gap",
+  "logprob_gap_p99",
+  "logprob_gap_max",
+]);
 const COLUMNS = [
-  ...STEP_COLUMNS, "reward_low", "reward_high", "constant_fraction", "eval_sampled", "eval_greedy",
+  ...STEP_COLUMNS,
+  "reward_low",
+  "reward_high",
+  "constant_fraction",
+  "eval_sampled",
+  "eval_greedy",
 ];
 
 export class History {
@@ -50,8 +81,9 @@ export class History {
     }
     this.columns.reward_low[row] = event.reward_mean - event.reward_std;
     this.columns.reward_high[row] = event.reward_mean + event.reward_std;
-    this.columns.constant_fraction[row] =
-      event.num_groups ? event.num_constant_groups / event.num_groups : null;
+    this.columns.constant_fraction[row] = event.num_groups
+      ? event.num_constant_groups / event.num_groups
+      : null;
   }
 
   #addEval(event) {
@@ -90,7 +122,8 @@ export class History {
     const end = range ? lowerBound(this.steps, range[1] + 1) : this.steps.length;
     const columns = names.map((name) => this.columns[name]);
     const stride = Math.ceil((2 * (end - first)) / maxPoints);
-    if (stride <= 2) return [this.steps.slice(first, end), ...columns.map((c) => c.slice(first, end))];
+    if (stride <= 2)
+      return [this.steps.slice(first, end), ...columns.map((c) => c.slice(first, end))];
     const result = [[], ...columns.map(() => [])];
     for (let start = first; start < end; start += stride) {
       const stop = Math.min(start + stride, end);

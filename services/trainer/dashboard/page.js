@@ -76,7 +76,8 @@ function pause(ms) {
 /** Whoever waits to ask the trainer asks now. */
 const lookNow = () => [...pauses].forEach((end) => end());
 
-const until = (target, name) => new Promise((resolve) => target.addEventListener(name, resolve, { once: true }));
+const until = (target, name) =>
+  new Promise((resolve) => target.addEventListener(name, resolve, { once: true }));
 
 async function watch() {
   if (document.documentElement.dataset.key && !api.key.get()) await askForKey();
@@ -101,8 +102,7 @@ async function watch() {
 async function standBy(error) {
   const ms = RETRY_MS[Math.min(numFailures++, RETRY_MS.length - 1)];
   const until = Date.now() + ms;
-  const tell = () =>
-    showLink(error.message, Math.max(1, Math.ceil((until - Date.now()) / 1000)));
+  const tell = () => showLink(error.message, Math.max(1, Math.ceil((until - Date.now()) / 1000)));
   tell();
   const ticking = setInterval(tell, 1000);
   await pause(ms);
@@ -115,9 +115,12 @@ function showLink(problem = null, seconds = 0) {
   $("forget").hidden = !api.key.get();
   const link = $("link");
   link.dataset.link = problem !== null ? "away" : isStreamCut ? "cut" : "live";
-  const text = problem !== null
-    ? `${problem[0].toUpperCase()}${problem.slice(1)}; next try in ${seconds} s`
-    : isStreamCut ? "Reconnecting to the events" : "Live";
+  const text =
+    problem !== null
+      ? `${problem[0].toUpperCase()}${problem.slice(1)}; next try in ${seconds} s`
+      : isStreamCut
+        ? "Reconnecting to the events"
+        : "Live";
   if (link.textContent !== text) link.textContent = text;
 }
 
@@ -132,6 +135,7 @@ function take() {
     life = now;
     history = new History();
     curves.show(history);
+    completions.show({ reward_names: [], groups: [] });
     if (run) stream(now, (following = new AbortController()).signal, history);
     loadCompletions();
   }
@@ -145,7 +149,8 @@ async function stream(name, signal, into) {
   while (!signal.aborted) {
     try {
       for await (const batch of api.events(lastId, signal)) {
-        if (batch.some(({ data }) => data.policy && !isOf(data.policy, name))) throw new api.Away("another run");
+        if (batch.some(({ data }) => data.policy && !isOf(data.policy, name)))
+          throw new api.Away("another run");
         for (const { id, data } of batch) {
           lastId = id;
           into.add(data);
@@ -197,8 +202,14 @@ function showRun() {
   const hasEnded = !run || ENDED.has(state);
   const step = history.lastStep?.step ?? run?.step ?? 0;
   $("model").textContent = trainer.model;
-  $("run-title").textContent = run ? run.run_id : trainer.state === "ready" ? "No run yet" : "The trainer is starting";
-  document.title = run ? `${run.num_steps ? `${step}/${run.num_steps}` : state} · ${run.run_id}` : "Tandem";
+  $("run-title").textContent = run
+    ? run.run_id
+    : trainer.state === "ready"
+      ? "No run yet"
+      : "The trainer is starting";
+  document.title = run
+    ? `${run.num_steps ? `${step}/${run.num_steps}` : state} · ${run.run_id}`
+    : "Tandem";
   $("run-state").textContent = run ? state : trainer.state === "ready" ? "" : trainer.state;
   $("run-state").toggleAttribute("data-wrong", state === "failed" || trainer.state === "dead");
   $("start").hidden = !hasEnded || trainer.state === "dead";
@@ -231,19 +242,32 @@ function showProgress(run, step, hasEnded) {
   const left = run.num_steps && typical && !hasEnded ? (run.num_steps - step) * typical : null;
   const policy = history.lastStep?.policy ?? run.policy;
   const parts = [
-    h("b", {}, run.num_steps ? `Step ${count(step)} of ${count(run.num_steps)}` : `Step ${count(step)}, your own loop`),
+    h(
+      "b",
+      {},
+      run.num_steps
+        ? `Step ${count(step)} of ${count(run.num_steps)}`
+        : `Step ${count(step)}, your own loop`,
+    ),
     `policy v${count(Math.max(policy.version, run.policy.version))}`,
     run.policy.incarnation > 1 && `life ${count(run.policy.incarnation)}`,
     left !== null && `about ${duration(left)} left`,
     typical && `${number(typical)} s per step`,
   ].filter(Boolean);
-  $("progress-text").replaceChildren(...parts.flatMap((part, index) => (index ? [" · ", part] : [part])));
+  $("progress-text").replaceChildren(
+    ...parts.flatMap((part, index) => (index ? [" · ", part] : [part])),
+  );
 }
 
 function showNote(run, state) {
-  const note = trainer.state === "starting" ? `${trainer.detail}.`
-    : !run ? ""
-    : state === "failed" ? "" : run.detail;
+  const note =
+    trainer.state === "starting"
+      ? `${trainer.detail}.`
+      : !run
+        ? ""
+        : state === "failed"
+          ? ""
+          : run.detail;
   $("run-note").hidden = !note;
   if ($("run-note").textContent !== note) $("run-note").textContent = note;
 }
@@ -260,8 +284,11 @@ function showBanners(run, state) {
   const wanted = JSON.stringify(found);
   if ($("banners").dataset.shown === wanted) return;
   $("banners").dataset.shown = wanted;
-  $("banners").replaceChildren(...found.map(([kind, title, sentence]) =>
-    h("p", { className: `banner ${kind}` }, h("b", {}, title), " ", sentence)));
+  $("banners").replaceChildren(
+    ...found.map(([kind, title, sentence]) =>
+      h("p", { className: `banner ${kind}` }, h("b", {}, title), " ", sentence),
+    ),
+  );
 }
 
 function showFigures(run) {
@@ -272,16 +299,29 @@ function showFigures(run) {
   const fresh = step?.num_fresh_tokens > 0;
   const figures = [
     ["Reward", number(step?.reward_mean), step && `± ${number(step.reward_std)}`],
-    ...(evaluation ? [["Eval, greedy", number(evaluation.greedy_reward), `step ${count(evaluation.step)}`]] : []),
+    ...(evaluation
+      ? [["Eval, greedy", number(evaluation.greedy_reward), `step ${count(evaluation.step)}`]]
+      : []),
     ["KL", fresh ? number(step.sampler_kl) : "–", "nats"],
     ["Logprob gap", fresh ? number(step.logprob_gap) : "–", "nats"],
-    ["Staleness", number(step?.staleness_mean), step && (step.staleness_max ? `≤ ${count(step.staleness_max)} versions` : "versions")],
+    [
+      "Staleness",
+      number(step?.staleness_mean),
+      step && (step.staleness_max ? `≤ ${count(step.staleness_max)} versions` : "versions"),
+    ],
     ["Throughput", count(step?.tokens_per_s), "tokens/s"],
     ["Trainer idle", percent(step?.trainer_idle_fraction), ""],
     ["Replicas idle", percent(step?.rollout_idle_fraction), ""],
   ];
-  $("figures").replaceChildren(h("dl", { className: "figures-list" }, ...figures.map(([label, value, note]) =>
-    h("div", {}, h("dt", {}, label), h("dd", {}, value, note && h("small", {}, ` ${note}`))))));
+  $("figures").replaceChildren(
+    h(
+      "dl",
+      { className: "figures-list" },
+      ...figures.map(([label, value, note]) =>
+        h("div", {}, h("dt", {}, label), h("dd", {}, value, note && h("small", {}, ` ${note}`))),
+      ),
+    ),
+  );
 }
 
 function showFleet(run) {
@@ -290,7 +330,9 @@ function showFleet(run) {
   $("fleet").dataset.shown = wanted;
   $("fleet").replaceChildren(fleetTable(replicas, run, location.origin));
   $("fleet-hint").textContent = fleetSummary(replicas);
-  $("fleet-hint").className = replicas.some((replica) => wrongness(replica) === "bad") ? "hint is-bad" : "hint";
+  $("fleet-hint").className = replicas.some((replica) => wrongness(replica) === "bad")
+    ? "hint is-bad"
+    : "hint";
 }
 
 // --- completions ---------------------------------------------------------------------------------
@@ -371,7 +413,8 @@ async function submit(button, errorId, work) {
     button.closest("dialog").close();
     lookNow();
   } catch (error) {
-    if (error.status === 401) lookNow(); // which asks for the key
+    if (error.status === 401)
+      lookNow(); // which asks for the key
     else if (error instanceof api.Problem || error instanceof api.Away) say(errorId, error.message);
     else throw error;
   } finally {
@@ -406,7 +449,9 @@ function insert(text) {
 }
 
 function wire() {
-  const header = document.documentElement.dataset.key ? '-H "Authorization: Bearer $TANDEM_API_KEY" ' : "";
+  const header = document.documentElement.dataset.key
+    ? '-H "Authorization: Bearer $TANDEM_API_KEY" '
+    : "";
   $("intro-curl").textContent = `curl ${header}--data-binary @config.yaml ${location.origin}/runs`;
   $("retry").onclick = lookNow;
   $("forget").onclick = () => {
@@ -420,8 +465,12 @@ function wire() {
     curves.recolour();
   };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => curves.recolour());
-  document.addEventListener("visibilitychange", () => document.hidden || lookNow());
-  $("key-dialog").addEventListener("cancel", (event) => event.preventDefault()); // nothing goes without
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) return;
+    lookNow();
+    loadCompletions();
+  });
+  $("key-dialog").addEventListener("cancel", (event) => event.preventDefault()); // it is needed
   for (const button of document.querySelectorAll("[data-close]")) {
     button.onclick = () => button.closest("dialog").close();
   }

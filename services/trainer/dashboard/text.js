@@ -6,7 +6,9 @@ export const NONE = "–";
 
 const minus = (text) => text.replace("-", "−");
 const power = (exponent) =>
-  "10" + (exponent < 0 ? "⁻" : "") + [...String(Math.abs(exponent))].map((d) => SUPERSCRIPT[d]).join("");
+  "10" +
+  (exponent < 0 ? "⁻" : "") +
+  [...String(Math.abs(exponent))].map((d) => SUPERSCRIPT[d]).join("");
 
 /** Three digits that count, whatever the size: 12 345 · 123 · 1.23 · 0.012 · 1.2 × 10⁻⁵ · 1. */
 export function number(value) {
@@ -16,7 +18,8 @@ export function number(value) {
   if (size < 0.001) {
     let exponent = Math.floor(Math.log10(size));
     let mantissa = (value / 10 ** exponent).toFixed(1);
-    if (mantissa.endsWith("10.0")) [mantissa, exponent] = [mantissa.replace("10.0", "1.0"), exponent + 1];
+    if (mantissa.endsWith("10.0"))
+      [mantissa, exponent] = [mantissa.replace("10.0", "1.0"), exponent + 1];
     return minus(`${mantissa} × ${power(exponent)}`);
   }
   if (size >= 1000) return count(value);
@@ -27,14 +30,18 @@ export function number(value) {
 
 /** A whole number. */
 export const count = (value) =>
-  value === null || value === undefined ? NONE : minus(whole.format(value).replaceAll(",", "\u202f"));
+  value === null || value === undefined
+    ? NONE
+    : minus(whole.format(value).replaceAll(",", "\u202f"));
 
 /** Seconds where there is little room: two digits that count. */
 export const seconds = (value) =>
   value === null || value === undefined ? NONE : value < 0.01 ? "0" : String(+value.toPrecision(2));
 
 export const percent = (value) =>
-  value === null || value === undefined ? NONE : `${(100 * value).toFixed(value > 0 && value < 0.0995 ? 1 : 0)}\u202f%`;
+  value === null || value === undefined
+    ? NONE
+    : `${(100 * value).toFixed(value > 0 && value < 0.0995 ? 1 : 0)}\u202f%`;
 
 export function duration(seconds) {
   if (seconds < 60) return `${Math.max(1, Math.round(seconds))} s`;
@@ -68,7 +75,9 @@ export function h(tag, properties = {}, ...children) {
     else if (name in element && name !== "role") element[name] = value;
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
