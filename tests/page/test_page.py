@@ -68,10 +68,6 @@ def num_draws(page: Page) -> int:
     return int(page.locator("#curves").get_attribute("data-draws") or 0)
 
 
-def has_no_sideways_scroll(page: Page) -> bool:
-    return bool(page.evaluate("document.documentElement.scrollWidth <= innerWidth"))
-
-
 # --- the key ------------------------------------------------------------------------------------
 
 
@@ -372,15 +368,19 @@ def test_another_life_of_a_run_is_read_from_its_first_event(
 # --- how it looks -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [320, 360, 768, 1280, 1920])
 def test_nothing_is_wider_than_the_window(
-    trainer: ScriptedTrainer, served: Served, visit: Visitor, width: int
+    trainer: ScriptedTrainer, served: Served, visit: Visitor
 ) -> None:
     train_a_while(trainer)
     trainer.change(stalls=("a-word-without-a-break-" * 20,))
-    page = visit(served.url, viewport={"width": width, "height": 800}).open()
+    page = visit(served.url).open()
     expect(page.locator(".group").first).to_be_visible()
-    assert has_no_sideways_scroll(page)
+    too_wide = []
+    for width in (1920, 1280, 1000, 768, 360, 320):
+        page.set_viewport_size({"width": width, "height": 800})
+        if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
+            too_wide.append(width)
+    assert too_wide == []
 
 
 def test_on_a_phone_charts_are_one_column_and_the_table_scrolls_in_its_box(
