@@ -148,6 +148,21 @@ def test_a_run_shows_its_numbers_curves_replicas_and_completions(
     seen.shoot("light")
 
 
+def test_a_run_that_samples_ahead_shows_the_kl_of_older_versions(
+    trainer: ScriptedTrainer, served: Served, visit: Visitor
+) -> None:
+    """No token is fresh then: their gap says nothing, and has no chart."""
+    trainer.begin()
+    lags = [{"lag": 1, "kl": 0.02, "num_tokens": 300}, {"lag": 2, "kl": 0.06, "num_tokens": 100}]
+    for step in (1, 2, 3):
+        trainer.emit(step_record(step, num_fresh_tokens=0, sampler_kl=0, kl_by_lag=lags))
+    page = visit(served.url).open()
+    kl = page.get_by_role("group", name="KL, nats per token")
+    expect(kl.locator(".legend span:visible")).to_have_text(["older versions 0.030"])
+    expect(page.get_by_role("group", name=re.compile("Logprob gap"))).to_be_hidden()
+    expect(page.locator("#figures")).to_contain_text("0.030 nats, stale")
+
+
 def test_completions_are_text_whatever_they_hold(
     trainer: ScriptedTrainer, served: Served, visit: Visitor
 ) -> None:

@@ -26,7 +26,8 @@ const CHARTS = [
     unit: "nats per token",
     log: true,
     lines: [
-      line("sampler_kl", "sampler to policy", "--s1"),
+      line("sampler_kl", "sampler to policy", "--s1", { when: "sampler_kl" }),
+      line("stale_kl", "older versions", "--s3", { when: "stale_kl" }),
       line("reference_kl", "policy to reference", "--s2", { when: "reference_kl" }),
     ],
   },
@@ -34,6 +35,7 @@ const CHARTS = [
     title: "Logprob gap",
     unit: "nats, policy to sampler",
     log: true,
+    when: "logprob_gap",
     lines: [
       line("logprob_gap", "mean", "--s1"),
       line("logprob_gap_p99", "p99", "--s2"),
@@ -154,7 +156,7 @@ class Chart {
       const swatch = h("i", { className: item.dots ? "dashed" : "", ariaHidden: "true" });
       swatch.style.borderTopColor = `var(${item.colour})`;
       const value = h("b", {}, NONE);
-      return { item, value, entry: h("span", {}, swatch, item.label, value) };
+      return { item, value, entry: h("span", {}, swatch, `${item.label} `, value) };
     });
     this.plot = h("div", { className: "plot" });
     this.element = h(

@@ -41,9 +41,19 @@ const COLUMNS = [
   "reward_low",
   "reward_high",
   "constant_fraction",
+  "stale_kl",
   "eval_sampled",
   "eval_greedy",
 ];
+
+/** KL(sampler || policy) over the tokens of older versions, nats; null when there are none. */
+export function staleKl({ kl_by_lag: byLag }) {
+  const stale = byLag.filter(({ lag }) => lag > 0);
+  const numTokens = stale.reduce((sum, { num_tokens: n }) => sum + n, 0);
+  return numTokens
+    ? stale.reduce((sum, { kl, num_tokens: n }) => sum + kl * n, 0) / numTokens
+    : null;
+}
 
 export class History {
   constructor() {
@@ -79,6 +89,7 @@ export class History {
       const hasValue = event.num_fresh_tokens > 0 || !OF_FRESH_TOKENS.has(name);
       this.columns[name][row] = hasValue ? event[name] : null;
     }
+    this.columns.stale_kl[row] = staleKl(event);
     this.columns.reward_low[row] = event.reward_mean - event.reward_std;
     this.columns.reward_high[row] = event.reward_mean + event.reward_std;
     this.columns.constant_fraction[row] = event.num_groups

@@ -8,7 +8,7 @@ import * as api from "./api.js";
 import { Curves } from "./charts.js";
 import { Completions } from "./completions.js";
 import { fleetSummary, fleetTable, wrongness } from "./fleet.js";
-import { History } from "./history.js";
+import { History, staleKl } from "./history.js";
 import { $, count, duration, h, number, percent } from "./text.js";
 
 const POLL_MS = 2_000;
@@ -17,6 +17,11 @@ const COMPLETIONS_MS = 2_000;
 const FIRST_GROUPS = 6;
 const ALL_GROUPS = 64;
 const ENDED = new Set(["completed", "stopped", "failed", "suspended"]);
+const WITHOUT_RUN = {
+  starting: "The trainer is starting",
+  ready: "No run yet",
+  dead: "The trainer has ended",
+};
 const DRAFT = "tandem.config";
 const EXAMPLE = `# GRPO on sorting five digits. Every setting: services/trainer/run_config.py
 num_steps: 50
@@ -101,8 +106,8 @@ async function watch() {
 /** The trainer is away: say so, and try again later and later. */
 async function standBy(error) {
   const ms = RETRY_MS[Math.min(numFailures++, RETRY_MS.length - 1)];
-  const until = Date.now() + ms;
-  const tell = () => showLink(error.message, Math.max(1, Math.ceil((until - Date.now()) / 1000)));
+  const end = Date.now() + ms;
+  const tell = () => showLink(error.message, Math.max(1, Math.ceil((end - Date.now()) / 1000)));
   tell();
   const ticking = setInterval(tell, 1000);
   await pause(ms);
@@ -113,15 +118,13 @@ function showLink(problem = null, seconds = 0) {
   document.body.classList.toggle("away", problem !== null);
   $("retry").hidden = problem === null;
   $("forget").hidden = !api.key.get();
-  const link = $("link");
-  link.dataset.link = problem !== null ? "away" : isStreamCut ? "cut" : "live";
-  const text =
-    problem !== null
-      ? `${problem[0].toUpperCase()}${problem.slice(1)}; next try in ${seconds} s`
-      : isStreamCut
-        ? "Reconnecting to the events"
-        : "Live";
-  if (link.textContent !== text) link.textContent = text;
+  let [state, text] = isStreamCut ? ["cut", "Reconnecting to the events"] : ["live", "Live"];
+  if (problem !== null) {
+    state = "away";
+    text = `${problem[0].toUpperCase()}${problem.slice(1)}; next try in ${seconds} s`;
+  }
+  $("link").dataset.link = state;
+  if ($("link").textContent !== text) $("link").textContent = text;
 }
 
 // --- the stream ----------------------------------------------------------------------------------
@@ -132,6 +135,7 @@ function take() {
   const now = run && `${run.policy.run_id}.${run.policy.incarnation}`;
   if (now !== life) {
     following?.abort();
+    setCut(false);
     life = now;
     history = new History();
     curves.show(history);
@@ -202,16 +206,12 @@ function showRun() {
   const hasEnded = !run || ENDED.has(state);
   const step = history.lastStep?.step ?? run?.step ?? 0;
   $("model").textContent = trainer.model;
-  $("run-title").textContent = run
-    ? run.run_id
-    : trainer.state === "ready"
-      ? "No run yet"
-      : "The trainer is starting";
+  $("run-title").textContent = run?.run_id ?? WITHOUT_RUN[trainer.state];
   document.title = run
     ? `${run.num_steps ? `${step}/${run.num_steps}` : state} · ${run.run_id}`
     : "Tandem";
-  $("run-state").textContent = run ? state : trainer.state === "ready" ? "" : trainer.state;
-  $("run-state").toggleAttribute("data-wrong", state === "failed" || trainer.state === "dead");
+  $("run-state").textContent = state ?? "";
+  $("run-state").toggleAttribute("data-wrong", state === "failed");
   $("start").hidden = !hasEnded || trainer.state === "dead";
   $("start").disabled = trainer.state !== "ready";
   $("stop").hidden = hasEnded;
@@ -260,14 +260,8 @@ function showProgress(run, step, hasEnded) {
 }
 
 function showNote(run, state) {
-  const note =
-    trainer.state === "starting"
-      ? `${trainer.detail}.`
-      : !run
-        ? ""
-        : state === "failed"
-          ? ""
-          : run.detail;
+  const isSaidBelow = !run || state === "failed";
+  const note = trainer.state === "starting" ? `${trainer.detail}.` : isSaidBelow ? "" : run.detail;
   $("run-note").hidden = !note;
   if ($("run-note").textContent !== note) $("run-note").textContent = note;
 }
@@ -275,7 +269,7 @@ function showNote(run, state) {
 /** What stalls training, in the server’s own sentences. */
 function showBanners(run, state) {
   const found = [];
-  if (trainer.state === "dead") found.push(["bad", "The trainer is dead", trainer.detail]);
+  if (trainer.state === "dead") found.push(["bad", "The trainer cannot go on", trainer.detail]);
   if (state === "failed") found.push(["bad", "The run failed", run.detail]);
   for (const sentence of run?.stalls ?? []) found.push(["warn", "Training is held up", sentence]);
   for (const replica of replicas.filter((item) => item.state === "quarantined")) {
@@ -296,14 +290,15 @@ function showFigures(run) {
   const evaluation = history.lastEval;
   $("figures").hidden = !run || !(step || evaluation);
   if ($("figures").hidden) return;
-  const fresh = step?.num_fresh_tokens > 0;
+  const isFresh = step?.num_fresh_tokens > 0; // else KL is that of older versions
+  const kl = isFresh ? step.sampler_kl : step && staleKl(step);
   const figures = [
     ["Reward", number(step?.reward_mean), step && `± ${number(step.reward_std)}`],
     ...(evaluation
       ? [["Eval, greedy", number(evaluation.greedy_reward), `step ${count(evaluation.step)}`]]
       : []),
-    ["KL", fresh ? number(step.sampler_kl) : "–", "nats"],
-    ["Logprob gap", fresh ? number(step.logprob_gap) : "–", "nats"],
+    ["KL", number(kl), isFresh || !step ? "nats" : "nats, stale"],
+    ...(isFresh ? [["Logprob gap", number(step.logprob_gap), "nats"]] : []),
     [
       "Staleness",
       number(step?.staleness_mean),
