@@ -90,10 +90,11 @@ def test_a_run_is_started_watched_and_stopped_from_the_page(
     lost = page.locator(f'#fleet tr[data-id="{killed.url.removeprefix("http://")}"]')
     expect(lost.locator("td span.is-bad")).to_be_visible(timeout=STEP_MS)
     expect(lost.locator("td.detail")).not_to_be_empty()
+    page.locator("#completions-section").scroll_into_view_if_needed()
+    seen.shoot("real-run-replica-killed")
     wait_for_another_step(page)
     wait_for_another_step(page)
     expect(page.locator("#link")).to_have_text("Live")
-    seen.shoot("real-run-replica-killed")
 
     page.get_by_role("button", name="Stop run").click()
     page.locator("#stop-dialog").get_by_role("button", name="Stop run").click()
