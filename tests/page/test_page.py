@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -198,7 +199,7 @@ def test_five_thousand_steps_are_drawn_with_a_bounded_number_of_points(
     trainer: ScriptedTrainer, served: Served, visit: Visitor
 ) -> None:
     trainer.begin(num_steps=5000)
-    spike = {3210: {"grad_norm": 77.0}}
+    spike: dict[int, dict[str, Any]] = {3210: {"grad_norm": 77.0}}
     for step in range(1, 5001):
         trainer.emit(step_record(step, **spike.get(step, {})))
     page = visit(served.url).open()

@@ -20,7 +20,7 @@ export function number(value) {
     let mantissa = (value / 10 ** exponent).toFixed(1);
     if (mantissa.endsWith("10.0"))
       [mantissa, exponent] = [mantissa.replace("10.0", "1.0"), exponent + 1];
-    return minus(`${mantissa} × ${power(exponent)}`);
+    return minus(`${mantissa}\u202f×\u202f${power(exponent)}`);
   }
   if (size >= 1000) return count(value);
   if (size >= 100) return minus(value.toFixed(0));
