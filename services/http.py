@@ -48,9 +48,11 @@ def prepare_app(
     max_body_bytes: int,
     body_timeout_s: float,
     streamed: frozenset[str] = frozenset(),
+    open_paths: frozenset[str] = frozenset(),
     on_error: Callable[[ServiceError], None] = lambda _: None,
 ) -> None:
-    """Install the gate and the error handlers. `streamed` paths read and bound their own body."""
+    """Install the gate and the error handlers. `streamed` paths read and bound their own body;
+    `open_paths`, beside /healthz, need no key."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         problem = as_service_error(request, error)
@@ -65,6 +67,7 @@ def prepare_app(
         max_body_bytes=max_body_bytes,
         body_timeout_s=body_timeout_s,
         streamed=streamed,
+        open_paths=open_paths | {"/healthz"},
         on_error=on_error,
     )
 
@@ -124,6 +127,7 @@ class _Gate:
         max_body_bytes: int,
         body_timeout_s: float,
         streamed: frozenset[str],
+        open_paths: frozenset[str],
         on_error: Callable[[ServiceError], None],
     ) -> None:
         self.app = app
@@ -131,6 +135,7 @@ class _Gate:
         self.max_body_bytes = max_body_bytes
         self.body_timeout_s = body_timeout_s
         self.streamed = streamed
+        self.open_paths = open_paths
         self.on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -138,7 +143,7 @@ class _Gate:
             return await self.app(scope, receive, send)
         try:
             request = Request(scope)
-            if scope["path"] != "/healthz":
+            if scope["path"] not in self.open_paths:
                 check_authorization(request.headers.get("authorization"), self.api_key)
             receive = self._in_time(receive)
             if scope["path"] not in self.streamed:

@@ -617,12 +617,42 @@ class RunStatus(Wire):
     run_id: RunId
     state: RunState
     detail: str
+    stalls: tuple[str, ...] = ()  # what keeps it from learning now, a sentence each
     step: int
     num_steps: int | None  # None: the loop is somebody else's
     policy: PolicyId
     last_step: StepRecord | None
     last_eval: EvalRecord | None
     run_dir: str
+
+
+class RecentCompletion(Wire):
+    """A scored completion in words. `rewards` are the parts of `reward`, weighted."""
+
+    text: str  # special tokens left out
+    reward: float
+    rewards: tuple[float, ...]
+    segments: tuple[Segment, ...]
+    finish_reason: Literal["stop", "length", "interrupted"]
+    num_tokens: int
+
+
+class RecentGroup(Wire):
+    """The completions of one prompt that step `step` was given to learn from."""
+
+    step: int
+    group: int  # its place in the batch of the step
+    prompt: str
+    num_prompt_tokens: int
+    completions: tuple[RecentCompletion, ...]
+
+
+class CompletionsResponse(Wire):
+    """`GET /runs/current/completions`: the newest groups, newest first."""
+
+    run_id: RunId
+    reward_names: tuple[str, ...]  # of `rewards`; () when somebody else scored
+    groups: tuple[RecentGroup, ...]
 
 
 class PolicyStatus(Wire):

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from shared.errors import Unavailable
 from shared.http_client import ServiceClient, raise_problem
 from shared.schemas import (
+    CompletionsResponse,
     PolicyStatus,
     ReplicaRegistration,
     ReplicasResponse,
@@ -60,6 +61,11 @@ class TrainerClient(ServiceClient):
                         yield _EVENT.validate_json(line.removeprefix("data:").strip())
         except httpx.TransportError as error:
             raise Unavailable(f"the event stream of {self.url} broke: {error!r}") from error
+
+    async def completions(self, *, num_groups: int = 64) -> CompletionsResponse:
+        """The newest scored groups of the current run, at most so many."""
+        path = f"/runs/current/completions?num_groups={num_groups}"
+        return await self._call(CompletionsResponse, "GET", path, timeout_s=10)
 
     async def train(self, request: TrainRequest) -> TrainResponse:
         return await self._call(TrainResponse, "POST", "/train", body=request)

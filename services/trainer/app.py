@@ -6,16 +6,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
 
-from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from services.http import PROBLEMS, prepare_app, raw_body
-from services.trainer.run_config import parse_run_config
+from services.trainer.dashboard import page_files, serve_page
+from services.trainer.recent import MAX_COMPLETIONS
+from services.trainer.run_config import dump_run_config, parse_run_config
 from services.trainer.trainer import Trainer
 from shared.errors import InvalidRequest
 from shared.metrics import exposition
 from shared.schemas import (
+    CompletionsResponse,
     PolicyStatus,
     ReplicaRegistration,
     ReplicasResponse,
@@ -37,12 +40,15 @@ def create_app(trainer: Trainer) -> FastAPI:
         await trainer.stop()
 
     app = FastAPI(title="Tandem trainer", lifespan=lifespan, responses=PROBLEMS)
+    page = page_files(needs_key=settings.api_key is not None)
     prepare_app(
         app,
         api_key=settings.api_key,
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
+        open_paths=frozenset(page),  # which hold no data: the page asks for the key
     )
+    serve_page(app, page)
 
     @app.post("/runs", status_code=201, openapi_extra=raw_body("application/yaml"))
     async def start_run(request: Request) -> RunStatus:
@@ -77,6 +83,18 @@ def create_app(trainer: Trainer) -> FastAPI:
         """Every event of the run from its first on; Last-Event-ID resumes after that one."""
         async for index, event in trainer.events(last_event_id + 1):
             yield ServerSentEvent(data=event, event=event.kind, id=str(index))
+
+    @app.get("/runs/current/config")
+    async def run_config() -> Response:
+        """What the run was started with: posted again, it goes on."""
+        return Response(dump_run_config(trainer.run_config()), media_type="application/yaml")
+
+    @app.get("/runs/current/completions")
+    async def completions(
+        num_groups: Annotated[int, Query(ge=1, le=MAX_COMPLETIONS)] = MAX_COMPLETIONS,
+    ) -> CompletionsResponse:
+        """The newest scored groups, newest first."""
+        return await trainer.completions(num_groups)
 
     @app.post("/train")
     async def train(body: TrainRequest) -> TrainResponse:

@@ -51,6 +51,7 @@ class ExternalUpdates:
         run = self._run
         step = run.policy.id.version + 1  # every update of a run makes one version
         clock, meter = Clock(), Meter(run.fleet)
+        run.recent.add(step, request.groups)
         try:
             samples = pair_samples(request.pairs) or make_samples(request.groups, run.policy.id)
             learned = await learn(run, samples, step=step, clock=clock)

@@ -217,6 +217,17 @@ class Fleet:
             f"do ({self.details()})"
         )
 
+    def obstacle(self) -> str | None:
+        """Why too few replicas serve, or take the newest policy; None while a sync goes its way."""
+        if self._goal is None:
+            return None
+        num_needed, newest = self._goal.requirements.min_ready_replicas, self._goal.newest
+        serving = [member for member in self._members.values() if member.state == "serving"]
+        failed_sync = any(member.detail for member in serving)
+        if len(serving) < num_needed or (failed_sync and self.num_serving(newest) < num_needed):
+            return self._serving_report(newest)
+        return None
+
     def details(self) -> str:
         """Each replica with its state and why, and the names behind which there is none."""
         known = [f"{m.client.url} {m.state} {m.detail}".rstrip() for m in self._members.values()]

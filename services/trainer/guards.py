@@ -98,7 +98,7 @@ class GuardWatch:
     once when there is nothing to guard by."""
 
     def __init__(self) -> None:
-        self._beyond: set[str] = set()
+        self.beyond: dict[str, str] = {}  # number -> the sentence of the last step
         self._is_blind = False
 
     def see(self, step: int, stats: UpdateStats, guards: GuardsConfig) -> None:
@@ -116,24 +116,20 @@ class GuardWatch:
             ("sampler_kl", stats.sampler_kl, guards.warn_sampler_kl),
             ("probability_factor", stats.probability_factor, guards.warn_probability_factor),
         ):
-            was_beyond = name in self._beyond
+            was_beyond = name in self.beyond
             limit = math.inf if bound is None else bound
             # Back is well below, so that a number about the bound is not said at every step.
             is_beyond = value > (_back_at(limit, name) if was_beyond else limit)
-            if is_beyond == was_beyond:
-                continue
-            self._beyond ^= {name}
             if is_beyond:
-                log.warning(
-                    "step %d: %s is %.4g, above guards.warn_%s %g: trainer and replicas drift "
-                    "apart; compare logprob_gap per replica in GET /replicas",
-                    step,
-                    name,
-                    value,
-                    name,
-                    bound,
+                self.beyond[name] = (
+                    f"step {step}: {name} is {value:.4g}, above guards.warn_{name} {bound:g}: "
+                    "trainer and replicas drift apart; compare logprob_gap per replica in GET "
+                    "/replicas"
                 )
-            else:
+                if not was_beyond:
+                    log.warning("%s", self.beyond[name])
+            elif was_beyond:
+                del self.beyond[name]
                 log.info("step %d: %s is back at %.4g", step, name, value)
 
 

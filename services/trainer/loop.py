@@ -27,6 +27,7 @@ from services.trainer.fleet import Fleet
 from services.trainer.guards import GuardWatch, check_handshake, refused
 from services.trainer.pacing import Ahead, Batch
 from services.trainer.policy import Policy, PublishedAdapter
+from services.trainer.recent import RecentGroups
 from services.trainer.rewards import Scorer, punish_overlong
 from services.trainer.run_config import RunConfig
 from services.trainer.run_log import RunLog
@@ -66,6 +67,7 @@ class Run:
     held_out: Sequence[Prompt]
     stop: asyncio.Event
     watch: GuardWatch = field(default_factory=GuardWatch)
+    recent: RecentGroups = field(default_factory=RecentGroups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,8 @@ async def train(run: Run) -> None:
                 batch = await unless_stopped(run, take)
             if batch is None:
                 return
+            if isinstance(batch, Batch):
+                run.recent.add(step, batch.scored)
             learned = await learn(run, to_samples(run, batch), step=step, clock=clock)
             run.consumed.add(batch.positions)
             with clock.measure("sync_s"):

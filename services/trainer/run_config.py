@@ -506,6 +506,15 @@ class RunConfig(Config):
         num_groups = round(self.dynamic_sampling.max_groups_factor * self.prompts_per_step, 6)
         return math.ceil(num_groups) - self.prompts_per_step
 
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """Of the same, for people: a function by its own name, others by their type."""
+        names = (
+            reward.path.partition(":")[2] if isinstance(reward, FunctionReward) else reward.type
+            for reward in self.rewards
+        )
+        return (*names, *(("overlong",) if self.overlong else ()))
+
     def is_constant(self, rewards: Sequence[tuple[float, ...]], truncated: Sequence[bool]) -> bool:
         """True when comparing the completions of a group teaches nothing, by what the algorithm
         compares: `rewards` of each, and whether it was `truncated`."""
@@ -577,6 +586,12 @@ class RunConfig(Config):
 def parse_run_config(text: str | bytes) -> RunConfig:
     """A run config from YAML or JSON. Raises ValueError in one sentence, with the line."""
     return parse_config(text, RunConfig, name="run config")
+
+
+def dump_run_config(config: RunConfig) -> str:
+    """The settings that were given, as YAML, of which `parse_run_config` makes the same run."""
+    given = config.model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
 
 
 def read_run_config(path: Path) -> RunConfig:

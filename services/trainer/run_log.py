@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -96,6 +97,7 @@ class RunLog:
         self._lost_curves: list[str] = []  # sentences
         self.last_step: StepRecord | None = None
         self.last_eval: EvalRecord | None = None
+        self.changed_at = time.monotonic()  # when the last event came
         self._metrics = metrics
         self._changed = asyncio.Condition()
         for name in (EVENTS_FILE, GROUPS_FILE):
@@ -138,6 +140,7 @@ class RunLog:
     async def emit(self, event: RunEvent) -> None:
         """Subscribers have the event whatever the disk does."""
         self._note(event)
+        self.changed_at = time.monotonic()
         self._events.append(event)
         self._write(self._lines, event.model_dump_json())
         async with self._changed:

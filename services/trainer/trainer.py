@@ -28,6 +28,7 @@ from services.trainer.loop import Run, train, unless_stopped
 from services.trainer.member import Requirements
 from services.trainer.policy import Policy
 from services.trainer.preflight import check_start
+from services.trainer.recent import in_words
 from services.trainer.rewards import Scorer
 from services.trainer.run_config import PreferenceDataset, RunConfig
 from services.trainer.run_folder import (
@@ -39,6 +40,7 @@ from services.trainer.run_folder import (
 )
 from services.trainer.run_log import RunLog
 from services.trainer.settings import TrainerSettings
+from services.trainer.stalls import stalls
 from services.trainer.tracking import TrackedRun, check_tracking
 from shared.errors import (
     InvalidRequest,
@@ -51,6 +53,7 @@ from shared.errors import (
 from shared.metrics import TrainerMetrics
 from shared.rollout_client import RolloutClient
 from shared.schemas import (
+    CompletionsResponse,
     PolicyId,
     PolicyStatus,
     PreferencePair,
@@ -483,6 +486,7 @@ class Trainer:
             run_id=current.policy.run_id,
             state=run.log.state,
             detail=run.log.detail,
+            stalls=stalls(run),
             step=last_step.step if last_step else run.first_step,
             num_steps=run.config.num_steps,
             policy=current.policy,
@@ -499,6 +503,20 @@ class Trainer:
             run.stop.set()
             await run.log.emit(StateRecord(state="stopping", detail="after the current step"))
         return self.run_status()
+
+    def run_config(self) -> RunConfig:
+        return self._run().run.config
+
+    async def completions(self, num_groups: int) -> CompletionsResponse:
+        """The newest groups of the run that has begun last, in words."""
+        run = self._run().run
+        assert run.config.run_id
+        groups = run.recent.newest(num_groups)
+        return CompletionsResponse(
+            run_id=run.config.run_id,
+            reward_names=run.config.reward_names,
+            groups=await asyncio.to_thread(in_words, groups, run.policy.encoder),
+        )
 
     def events(self, start: int) -> AsyncIterator[tuple[int, RunEvent]]:
         return self._run().run.log.events(start)

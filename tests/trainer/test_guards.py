@@ -250,6 +250,15 @@ def test_a_number_beyond_its_bound_is_said_once_and_so_is_its_return(
     assert said == [("WARNING", "step 2"), ("INFO", "step 5"), ("WARNING", "step 7")]
 
 
+def test_what_is_beyond_its_bound_is_known_until_it_is_back() -> None:
+    watch = GuardWatch()
+    known = []
+    for step, kl in enumerate([1e-4, 2e-3, 3e-3, 1e-4], start=1):
+        watch.see(step, stats(sampler_kl=kl), GUARDS)
+        known.append([sentence[:6] for sentence in watch.beyond.values()])
+    assert known == [[], ["step 2"], ["step 3"], []]
+
+
 def test_numbers_are_watched_apart(caplog: pytest.LogCaptureFixture) -> None:
     watch = GuardWatch()
     watch.see(1, stats(sampler_kl=2e-3), GUARDS)

@@ -1,0 +1,176 @@
+// The numbers of a run by step, in columns, and fewer points of them than there are pixels.
+
+/** What a chart reads of a step record; names are those of shared/schemas.py. */
+const STEP_COLUMNS = [
+  "reward_mean",
+  "sampler_kl",
+  "reference_kl",
+  "logprob_gap",
+  "logprob_gap_p99",
+  "logprob_gap_max",
+  "staleness_mean",
+  "staleness_max",
+  "tokens_per_s",
+  "trainer_idle_fraction",
+  "rollout_idle_fraction",
+  "loss",
+  "grad_norm",
+  "entropy",
+  "completion_tokens_mean",
+  "truncated_fraction",
+  "token_ess",
+  "sequence_ess",
+  "step_s",
+  "wait_s",
+  "update_s",
+  "sync_s",
+  "value_loss",
+  "explained_variance",
+  "preference_accuracy",
+  "preference_margin",
+];
+// Numbers of tokens that the updated version itself sampled: there may be none.
+const OF_FRESH_TOKENS = new Set([
+  "sampler_kl",
+  "logprob_gap",
+  "logprob_gap_p99",
+  "logprob_gap_max",
+]);
+const COLUMNS = [
+  ...STEP_COLUMNS,
+  "reward_low",
+  "reward_high",
+  "constant_fraction",
+  "stale_kl",
+  "eval_sampled",
+  "eval_greedy",
+];
+
+/** KL(sampler || policy) over the tokens of older versions, nats; null when there are none. */
+export function staleKl({ kl_by_lag: byLag }) {
+  const stale = byLag.filter(({ lag }) => lag > 0);
+  const numTokens = stale.reduce((sum, { num_tokens: n }) => sum + n, 0);
+  return numTokens
+    ? stale.reduce((sum, { kl, num_tokens: n }) => sum + kl * n, 0) / numTokens
+    : null;
+}
+
+export class History {
+  constructor() {
+    this.steps = [];
+    this.columns = Object.fromEntries(COLUMNS.map((name) => [name, []]));
+    this.lastStep = null;
+    this.lastEval = null;
+    this.state = null;
+    this.stepSeconds = [];
+  }
+
+  get isEmpty() {
+    return this.steps.length === 0;
+  }
+
+  /** Median of the last steps: what the next one will probably take. */
+  get typicalStepSeconds() {
+    const sorted = this.stepSeconds.slice(-20).sort((a, b) => a - b);
+    return sorted.length ? sorted[sorted.length >> 1] : null;
+  }
+
+  add(event) {
+    if (event.kind === "state") this.state = event;
+    else if (event.kind === "eval") this.#addEval(event);
+    else this.#addStep(event);
+  }
+
+  #addStep(event) {
+    this.lastStep = event;
+    this.stepSeconds.push(event.step_s);
+    const row = this.#row(event.step);
+    for (const name of STEP_COLUMNS) {
+      const hasValue = event.num_fresh_tokens > 0 || !OF_FRESH_TOKENS.has(name);
+      this.columns[name][row] = hasValue ? event[name] : null;
+    }
+    this.columns.stale_kl[row] = staleKl(event);
+    this.columns.reward_low[row] = event.reward_mean - event.reward_std;
+    this.columns.reward_high[row] = event.reward_mean + event.reward_std;
+    this.columns.constant_fraction[row] = event.num_groups
+      ? event.num_constant_groups / event.num_groups
+      : null;
+  }
+
+  #addEval(event) {
+    this.lastEval = event;
+    const row = this.#row(event.step);
+    this.columns.eval_sampled[row] = event.sampled_reward;
+    this.columns.eval_greedy[row] = event.greedy_reward;
+  }
+
+  /** The row of `step`: nearly always the last one, or a new one after it. */
+  #row(step) {
+    let row = this.steps.length;
+    while (row > 0 && this.steps[row - 1] > step) row--;
+    if (row > 0 && this.steps[row - 1] === step) return row - 1;
+    this.steps.splice(row, 0, step);
+    for (const column of Object.values(this.columns)) column.splice(row, 0, null);
+    return row;
+  }
+
+  /** The last value of a column, or null. */
+  latest(name) {
+    return this.columns[name].findLast((value) => value !== null) ?? null;
+  }
+
+  has(name) {
+    return this.columns[name].some((value) => value);
+  }
+
+  /**
+   * [steps, ...columns] within `range` (null: all), of at most about `maxPoints` points. Of the
+   * steps that share a point the lowest and the highest value stay, in their order: a spike is seen
+   * at any length of the run.
+   */
+  points(names, range, maxPoints) {
+    const first = range ? lowerBound(this.steps, range[0]) : 0;
+    const end = range ? lowerBound(this.steps, range[1] + 1) : this.steps.length;
+    const columns = names.map((name) => this.columns[name]);
+    const stride = Math.ceil((2 * (end - first)) / maxPoints);
+    if (stride <= 2)
+      return [this.steps.slice(first, end), ...columns.map((c) => c.slice(first, end))];
+    const result = [[], ...columns.map(() => [])];
+    for (let start = first; start < end; start += stride) {
+      const stop = Math.min(start + stride, end);
+      result[0].push(this.steps[start]);
+      if (stop - start > 1) result[0].push(this.steps[stop - 1]);
+      columns.forEach((column, index) => {
+        const [a, b] = extremes(column, start, stop);
+        result[index + 1].push(a);
+        if (stop - start > 1) result[index + 1].push(b);
+      });
+    }
+    return result;
+  }
+}
+
+function extremes(column, start, stop) {
+  let low = -1;
+  let high = -1;
+  for (let i = start; i < stop; i++) {
+    const value = column[i];
+    if (value === null) continue;
+    if (low < 0 || value < column[low]) low = i;
+    if (high < 0 || value > column[high]) high = i;
+  }
+  if (low < 0) return [null, null];
+  if (low === high) return [column[low], null];
+  return low < high ? [column[low], column[high]] : [column[high], column[low]];
+}
+
+function lowerBound(sorted, value) {
+  let low = 0;
+  let high = sorted.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (sorted[middle] < value) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
