@@ -167,8 +167,8 @@ def write_dense(
 ) -> None:
     """Write `source` to the folder `target` as bf16, tokenizer and all else included.
 
-    With `in_4bit` every linear has passed through the 4-bit weights of a QLoRA policy. `change` gets
-    the module path and the bf16 weight [out, in] of every linear, and answers what to write.
+    With `in_4bit` every linear has passed through the 4-bit weights of a QLoRA policy. `change`
+    gets the module path and bf16 weight [out, in] of every linear, and answers what to write.
     """
     import bitsandbytes as bnb
     import torch

@@ -4,8 +4,8 @@
     trainer: GET /policy, /policy/adapters/{version} ─────────────────┴▶ TrainedPolicy
                                   PEFT's folder ◀── write_peft ◀── │ ──▶ write_merged ──▶ checkpoint
 
-What the policy is: W x + scaling · B (A x), with the W that it was trained with (4-bit weights, back
-in bf16) and A, B in bf16. Merged weights are that sum in float32, rounded once.
+The policy computes W x + scaling · B (A x), with the W that was trained with (4-bit weights, back
+in bf16), A and B in bf16. The merged weights are W + scaling · B A in float32, rounded once.
 """
 
 from __future__ import annotations

@@ -169,8 +169,6 @@ def test_the_newest_adapter_of_a_run_counts(trained: TrainedPolicy, tmp_path: Pa
     ("name", "message"),
     [("nowhere", "no such folder"), ("", "neither adapter/ nor checkpoints/ with an adapter")],
 )
-def test_a_folder_without_an_adapter_is_refused(
-    name: str, message: str, tmp_path: Path
-) -> None:
+def test_a_folder_without_an_adapter_is_refused(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_policy(tmp_path / name)
