@@ -143,7 +143,8 @@ def _deltas(policy: TrainedPolicy) -> dict[str, Callable[[], Tensor]]:
             tensors[f"base_model.model.{module}.lora_{part}.weight"].bfloat16().float()
             for part in "AB"
         )
-        return policy.manifest.scaling * (b @ a)
+        product: Tensor = policy.manifest.scaling * (b @ a)
+        return product
 
     prefix, suffix = "base_model.model.", ".lora_A.weight"
     modules = [n.removeprefix(prefix).removesuffix(suffix) for n in tensors if n.endswith(suffix)]
