@@ -34,12 +34,13 @@ class RunDisplay:
         self._eval: EvalRecord | None = None
         self._state = ""
         self._fleet = Text()
+        self._states: tuple[object, ...] = ()
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=8)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._live.start()
-        else:
+        elif self._title:
             self._print(self._title)
         return self
 
@@ -64,18 +65,21 @@ class RunDisplay:
             self._state = ": ".join(filter(None, (event.state, event.detail)))
             self._print(self._state)
 
-    def set_fleet(self, replicas: Sequence[ReplicaStatus]) -> None:
-        fleet = fleet_summary(replicas)
-        if fleet.plain != self._fleet.plain:
-            self._fleet = fleet
-            self._print(fleet.plain)
+    def set_fleet(self, replicas: Sequence[ReplicaStatus], note: str = "") -> None:
+        """`note` is something else to say in the line of the fleet."""
+        self._fleet = fleet_summary(replicas, note)
+        states = (note, *((replica.id, replica.state) for replica in replicas))
+        if states != self._states:  # a detail alone changes every second
+            self._states = states
+            self._print(self._fleet.plain)
 
     def _print(self, line: str) -> None:
         if not self._console.is_terminal:
             self._console.print(line, soft_wrap=True)
 
     def _render(self) -> RenderableType:
-        parts: list[RenderableType] = [Text(self._title), self._progress]
+        parts: list[RenderableType] = [Text(self._title)] if self._title else []
+        parts.append(self._progress)
         if self._state not in ("", "running", "external"):
             parts.append(Text(self._state))
         parts.append(self._fleet)
@@ -103,7 +107,7 @@ def step_cells(step: StepRecord, held_out: EvalRecord | None) -> dict[str, str]:
         "reward": f"{step.reward_mean:.3f}",
         "held out": "–" if held_out is None else f"{held_out.sampled_reward:.3f}",
         "KL": f"{step.sampler_kl:.1e}",
-        "logprob gap": f"{step.logprob_gap:.4f}",
+        "gap": f"{step.logprob_gap:.4f}",
         "staleness": str(step.staleness_max),
         "tokens/s": f"{step.tokens_per_s:,.0f}",
         "sync": milliseconds(step.sync_s) if step.adapter_bytes else "–",
@@ -120,10 +124,11 @@ def _table(rows: Sequence[dict[str, str]]) -> Table:
     return table
 
 
-def fleet_summary(replicas: Sequence[ReplicaStatus]) -> Text:
+def fleet_summary(replicas: Sequence[ReplicaStatus], note: str = "") -> Text:
     """Who serves in one line, and what is wrong with whom in one more each."""
     num_serving = sum(replica.state == "serving" for replica in replicas)
-    text = Text(f"replicas: {num_serving} of {len(replicas)} serving")
+    summary = f"replicas: {num_serving} of {len(replicas)} serving"
+    text = Text(" · ".join(filter(None, (summary, note))))
     for replica in replicas:
         if replica.state in _WRONG:
             line = f"\n  {replica.id} {replica.state}: {replica.detail}"

@@ -229,7 +229,7 @@ async def test_run_submits_the_file_as_it_is_and_follows_to_the_end(
     lines = ended.out.splitlines()
     assert lines[0] == f"run sort-1 on {trainer.url}"
     (last_step,) = [line for line in lines if line.startswith("step 2/2")]
-    assert "reward 0.250 · held out – · KL 1.9e-05 · logprob gap 0.0023" in last_step
+    assert "reward 0.250 · held out – · KL 1.9e-05 · gap 0.0023" in last_step
     assert "eval at step 2 · sampled 0.750 · greedy 0.875 · 8 prompts" in lines
     assert lines[-1].startswith("Run sort-1 completed at step 0; results in runs/sort-1.")
     assert "\x1b" not in ended.out
