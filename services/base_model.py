@@ -196,6 +196,8 @@ def write_dense(
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
     (target / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
+    for file in target.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+        file.chmod((target / "config.json").stat().st_mode)
     for file in source.iterdir():
         is_weight = file.suffix in {".safetensors", ".bin", ".pt"} or ".index." in file.name
         if file.is_file() and not is_weight and file.name != "config.json":

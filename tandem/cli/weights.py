@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import logging
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +213,7 @@ def export(
     if model is not None:
         policy = dataclasses.replace(policy, model=model)
     if merged:
+        _quiet()
         write_merged(policy, output, base=base, device=device)
     else:
         write_peft(policy, output)
@@ -227,6 +230,15 @@ def export(
         )
     else:
         console().print(f"Wrote policy {policy.manifest.policy} ({kind}) to {output}.")
+
+
+def _quiet() -> None:
+    """No bars of the libraries where no terminal shows them, nor a warning of every start."""
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 async def _trainers_policy(url: str, version: int | None) -> TrainedPolicy:

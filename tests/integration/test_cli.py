@@ -187,7 +187,8 @@ async def test_the_engine_serves_an_exported_checkpoint_as_it_serves_the_adapter
 ) -> None:
     cli("run", write_config(tmp_path / "run.yaml"))
     run = trainer.run()
-    assert f"policy {run.policy}" in cli("export", tmp_path / "merged", "--merged")
+    out, err = (exporting := cli.start("export", tmp_path / "merged", "--merged")).communicate()
+    assert (exporting.returncode, err, f"policy {run.policy}" in out) == (0, "", True)
     cli("export", tmp_path / "adapter", "--run", run.run_dir)
     assert (tmp_path / "adapter/adapter_model.safetensors").read_bytes() == await client.adapter(3)
 

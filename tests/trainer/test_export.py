@@ -92,6 +92,8 @@ def test_a_merged_checkpoint_has_tokenizer_template_and_generation_config(
     write_merged(trained, tmp_path / "merged")
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+    modes = {path.stat().st_mode for path in (tmp_path / "merged").iterdir()}
+    assert modes == {(tiny_checkpoint / "config.json").stat().st_mode}  # others may read all of it
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert "quantization_config" not in config
