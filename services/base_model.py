@@ -5,11 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from services.boot import one_line
 from shared.schemas import QuantizationRecipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Every file whose content enters the identity of a base, so that it does not depend on what
 # another tool has left in the hub's cache.
@@ -150,3 +155,50 @@ def quantized_load_options(source: Path, device: str) -> dict[str, Any]:
             llm_int8_skip_modules=list(recipe.skipped_modules),
         )
     return options
+
+
+def write_dense(
+    source: Path,
+    target: Path,
+    device: str,
+    *,
+    in_4bit: bool = True,
+    change: Callable[[str, Tensor], Tensor] = lambda _, weight: weight,
+) -> None:
+    """Write `source` to the folder `target` as bf16, tokenizer and all else included.
+
+    With `in_4bit` every linear has passed through the 4-bit weights of a QLoRA policy. `change`
+    gets the module path and bf16 weight [out, in] of every linear, and answers what to write.
+    """
+    import bitsandbytes as bnb
+    import torch
+    from huggingface_hub import save_torch_state_dict
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": device}}
+    if in_4bit:
+        options = quantized_load_options(source, device)
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
+    linears = {n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        plain = parameter.detach()
+        if isinstance(parameter, bnb.nn.Params4bit):
+            plain = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+        plain = plain.to(torch.bfloat16)
+        module, _, leaf = name.rpartition(".")
+        if module in linears and leaf == "weight":
+            plain = change(module, plain)
+        tensors[name] = plain.cpu()
+    save_torch_state_dict(tensors, target)
+
+    config = json.loads((source / "config.json").read_text())
+    config.pop("quantization_config", None)
+    config.pop("torch_dtype", None)
+    (target / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
+    for file in target.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+        file.chmod((target / "config.json").stat().st_mode)
+    for file in source.iterdir():
+        is_weight = file.suffix in {".safetensors", ".bin", ".pt"} or ".index." in file.name
+        if file.is_file() and not is_weight and file.name != "config.json":
+            shutil.copy2(file, target / file.name)

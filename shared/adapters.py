@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from shared.errors import DigestMismatch, InvalidAdapter, InvalidRequest
-from shared.schemas import AdapterManifest
+from shared.schemas import AdapterManifest, BaseIdentity, PolicyId
 
 MAX_HEADER_BYTES = 1 << 20  # 392 tensors take 50 KB; safetensors itself would read 100 MB
 MANIFEST_KEY = "tandem_manifest"
@@ -89,6 +89,10 @@ def file_header(manifest: AdapterManifest, shapes: Mapping[str, tuple[int, ...]]
     for name, shape in shapes.items():
         start, end = end, end + ELEMENT_BYTES["BF16"] * math.prod(shape)
         entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    return _encode_header(entries)
+
+
+def _encode_header(entries: Mapping[str, Any]) -> bytes:
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # so that the tensors are aligned
     return struct.pack("<Q", len(header)) + header
@@ -111,6 +115,56 @@ def peft_config(manifest: AdapterManifest, base_model: str) -> dict[str, Any]:
         "target_modules": list(manifest.target_modules),
         "inference_mode": True,
     }
+
+
+# Options of a PEFT LoRA that change what it computes and that no replica can serve; falsy is off.
+_UNSERVABLE = (
+    "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out",
+    "trainable_token_indices", "layer_replication",
+)  # fmt: skip
+
+
+def from_peft(folder: Path, policy: PolicyId, base: BaseIdentity) -> bytes:
+    """The adapter file of a PEFT folder, as `policy` on `base`: its bytes under another header.
+
+    Raises InvalidAdapter for a folder that is none, or an adapter that no replica can serve.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        path = folder / "adapter_model.safetensors"
+        header, first_byte = _header_json(path)
+        tensors = path.read_bytes()[first_byte:]
+    except (OSError, ValueError) as error:
+        raise InvalidAdapter(
+            f"{folder} is no PEFT adapter with adapter_config.json and adapter_model.safetensors "
+            f"({error}): save it there with model.save_pretrained()"
+        ) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise InvalidAdapter(f"{folder} is no LoRA adapter: only those can be served")
+    for name in _UNSERVABLE:
+        if config.get(name):
+            raise InvalidAdapter(
+                f"{folder} was trained with {name}: a replica serves LoRA with one rank and one "
+                "scaling for all its modules, without DoRA, biases or saved modules"
+            )
+    if (bias := config.get("bias", "none")) != "none":
+        raise InvalidAdapter(f"{folder} was trained with bias={bias!r}, which no replica serves")
+    header.pop("__metadata__", None)
+    leaves = {name.partition(".lora_")[0].rpartition(".")[2] for name in header}
+    try:
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        manifest = AdapterManifest(
+            policy=policy,
+            base=base,
+            rank=rank,
+            scaling=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
+            target_modules=tuple(sorted(leaves)),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InvalidAdapter(
+            f"{folder}/adapter_config.json has no usable r and lora_alpha: save the adapter again"
+        ) from error
+    return _encode_header({"__metadata__": manifest_metadata(manifest), **header}) + tensors
 
 
 # --- read and check -----------------------------------------------------------------------------

@@ -19,6 +19,24 @@ _KEPT_S = 60.0  # an idle connection; the services keep theirs for 75 s
 Answer = TypeVar("Answer", bound=Wire)
 
 
+def service_url(text: str, *, port: int) -> str:
+    """The URL of `http://host:port`, `host:port` or `host`, whose port is `port`.
+
+    Raises ValueError for anything else.
+    """
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{text!r} is not a URL: {error}") from error
+    has_more = parsed.path != "/" or " " in text
+    if parsed.scheme not in ("http", "https") or not parsed.host or has_more:
+        raise ValueError(f"{text!r} is not a URL: write http://host:port, or host:port")
+    if url != text and parsed.port is None:
+        return f"{url}:{port}"
+    return url
+
+
 class _Pools(httpx.AsyncBaseTransport):
     """Takes turns between small pools of connections, straight to the service, without a proxy.
 

@@ -29,14 +29,15 @@ _EVENT: TypeAdapter[RunEvent] = TypeAdapter(RunEvent)
 
 
 class TrainerClient(ServiceClient):
-    async def start_run(self, config: Mapping[str, Any]) -> RunStatus:
-        """Start a run. `config` is a run config (services/trainer/run_config.py)."""
+    async def start_run(self, config: Mapping[str, Any] | bytes) -> RunStatus:
+        """Start a run. `config` is a run config (services/trainer/run_config.py), or a file of one,
+        in YAML or JSON, as it is: what the trainer says of it then names its lines."""
         return await self._call(
             RunStatus,
             "POST",
             "/runs",
-            content=json.dumps(config).encode(),
-            headers={"Content-Type": "application/json"},
+            content=config if isinstance(config, bytes) else json.dumps(config).encode(),
+            headers={"Content-Type": "application/yaml"},
         )
 
     async def run(self) -> RunStatus:

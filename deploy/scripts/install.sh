@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Installs torch for CPU and the pinned closure into a virtual environment, which it makes if need be.
+# Installs torch for CPU, the pinned closure and this tree's command `tandem` into a virtual environment,
+# which it makes if need be.
 #   install.sh VENV PYTHON TORCH_INDEX
 set -euo pipefail
 venv=$1 python=$2 torch_index=$3
 torch='torch==2.13.0+cpu'
-requirements="$(dirname "$0")/../requirements/cpu.txt"
+root="$(dirname "$0")/../.."
+requirements="$root/deploy/requirements/cpu.txt"
 
 fail() { echo "$*" >&2; exit 1; }
 
@@ -38,3 +40,6 @@ if ! pip_install "${brief[@]}" "$torch" 2>"$errors" &&
 fi
 pip_install --requirement "$requirements" ||
     fail "The pinned packages of deploy/requirements/cpu.txt could not be installed: see pip's message above."
+# Built with the pinned setuptools, so that nothing more is fetched; the tree stays where it is.
+pip_install --no-index --no-build-isolation --editable "$root" ||
+    fail "The command tandem could not be installed from $root: see pip's message above."

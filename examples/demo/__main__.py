@@ -29,7 +29,7 @@ WORK_DIR = ROOT / ".demo"
 
 def main() -> int:
     options, config = parse_options()
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=options.json)
     try:
         make_model(WORK_DIR / "model", console)
         return asyncio.run(run_demo(options, config, console))
@@ -65,6 +65,9 @@ def parse_options() -> tuple[argparse.Namespace, RunConfig]:
         help=f"every few seconds a fault of a random replica ({faults}); one that ended is "
         "replaced by another, which joins; needs --replicas 2 or more",
     )
+    parser.add_argument(
+        "--json", action="store_true", help="the events of the run on stdout, as NDJSON"
+    )
     options = parser.parse_args()
     if options.replicas < (2 if options.chaos else 1):
         parser.error(
@@ -85,7 +88,7 @@ async def run_demo(options: argparse.Namespace, config: RunConfig, console: Cons
             with WaitDisplay(console) as waiting:
                 await services.wait_until_ready(timeout_s=READY_TIMEOUT_S, on_wait=waiting.show)
             chaos = Chaos(services, seed=config.seed) if options.chaos else None
-            finished = await train(services, config, console, chaos=chaos)
+            finished = await train(services, config, console, chaos=chaos, as_json=options.json)
             succeeded = report(finished, config, chaos, options.min_rise, console)
             if options.keep:
                 tell_how_to_call(services, console)

@@ -17,11 +17,6 @@ class History:
     evals: list[EvalRecord] = field(default_factory=list)
 
     @property
-    def accuracy(self) -> float | None:
-        """Held-out, sampled, as last measured."""
-        return self.evals[-1].sampled_reward if self.evals else None
-
-    @property
     def sampled_rise_points(self) -> float:
         """Percentage points of held-out sampled accuracy, last over first."""
         return 100 * (self.evals[-1].sampled_reward - self.evals[0].sampled_reward)

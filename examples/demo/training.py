@@ -17,7 +17,6 @@ from typing import Any
 from rich.console import Console
 
 from examples.demo.chaos import Chaos
-from examples.demo.display import FleetView, RunDisplay, progress
 from examples.demo.history import History
 from examples.demo.processes import DemoError, watch
 from examples.demo.services import DemoServices
@@ -25,6 +24,7 @@ from services.trainer.run_config import RunConfig, parse_run_config, read_run_co
 from shared.errors import Unavailable
 from shared.schemas import EvalRecord, StateRecord, StepRecord
 from shared.trainer_client import TrainerClient
+from tandem.cli.display import RunDisplay, progress
 
 _RUN_CONFIG = Path(__file__).with_name("run.yaml")
 _CALL_TIMEOUT_S = 180.0
@@ -81,8 +81,10 @@ async def train(
     *,
     chaos: Chaos | None = None,
     meanwhile: Callable[[History], Awaitable[None]] | None = None,
+    as_json: bool = False,
 ) -> FinishedRun:
-    """Start a run and show it until it has completed; `meanwhile` sees what it has done so far.
+    """Start a run and show it until it has completed; `meanwhile` sees what it has done so far,
+    with `as_json` its events go to stdout too.
 
     Raises DemoError if it does not, and when a service exits: under chaos the trainer only.
     """
@@ -90,10 +92,10 @@ async def train(
     async with TrainerClient(
         services.trainer.url, api_key=services.api_key, timeout_s=_CALL_TIMEOUT_S
     ) as client:
-        with RunDisplay(console, history, num_steps=config.num_steps) as display:
-            following = asyncio.create_task(_follow(client, config, history, display))
+        with RunDisplay(console, title="", num_steps=config.num_steps) as display:
+            following = asyncio.create_task(_follow(client, config, history, display, as_json))
             watching = asyncio.create_task(watch([services.trainer] if chaos else services.all))
-            others = [asyncio.create_task(_show_fleet(client, services, chaos, display))]
+            others = [asyncio.create_task(_show_fleet(client, chaos, display))]
             if chaos:
                 others.append(asyncio.create_task(chaos.run()))
             if meanwhile:
@@ -121,7 +123,11 @@ async def _and_wait(work: Awaitable[None]) -> None:
 
 
 async def _follow(
-    client: TrainerClient, config: RunConfig, history: History, display: RunDisplay
+    client: TrainerClient,
+    config: RunConfig,
+    history: History,
+    display: RunDisplay,
+    as_json: bool,
 ) -> FinishedRun:
     """Start the run and show its events."""
     status = await client.start_run(config.model_dump(mode="json", exclude_unset=True))
@@ -129,10 +135,12 @@ async def _follow(
         async with asyncio.timeout(_EVENT_TIMEOUT_S) as deadline:
             async for event in client.events():
                 deadline.reschedule(asyncio.get_running_loop().time() + _EVENT_TIMEOUT_S)
+                display.add(event)
+                if as_json:
+                    print(event.model_dump_json(), flush=True)
                 match event:
                     case StepRecord():
                         history.steps.append(event)
-                        display.add_step(event)
                     case EvalRecord():
                         history.evals.append(event)
                     case StateRecord(state="completed"):
@@ -146,15 +154,11 @@ async def _follow(
     raise DemoError(f"the events of run {status.run_id} ended before the run did")
 
 
-async def _show_fleet(
-    client: TrainerClient, services: DemoServices, chaos: Chaos | None, display: RunDisplay
-) -> None:
+async def _show_fleet(client: TrainerClient, chaos: Chaos | None, display: RunDisplay) -> None:
     while True:
         try:
             replicas = (await client.replicas()).replicas
         except Unavailable:  # busy, or ending, which is told elsewhere
             replicas = ()
-        num_serving = sum(replica.state == "serving" for replica in replicas)
-        num_faults = len(chaos.faults) if chaos else None
-        display.set_fleet(FleetView(num_serving, services.num_replicas, num_faults))
+        display.set_fleet(replicas, f"faults injected: {len(chaos.faults)}" if chaos else "")
         await asyncio.sleep(_FLEET_POLL_S)

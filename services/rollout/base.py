@@ -8,7 +8,6 @@ of its own, which takes its memory (on a GPU also its CUDA context) with it when
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import signal
@@ -20,7 +19,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.base_model import resolve_checkpoint
+from services.base_model import resolve_checkpoint, write_dense
 from services.boot import one_line
 from services.machine import check_memory, check_writable, memory, size, weight_bytes
 from shared.checkpoints import base_identity, linear_shapes
@@ -103,40 +102,9 @@ def _build_failure(
     return ValueError(f"{what}: {result.stderr.strip().splitlines()[-1]}")
 
 
-def write_dequantized(source: Path, target: Path, device: str) -> None:
-    """Write `source`, with every linear passed through the trainer's 4-bit weights, as bf16."""
-    import bitsandbytes as bnb
-    import torch
-    from huggingface_hub import save_torch_state_dict
-    from transformers import AutoModelForCausalLM
-
-    from services.base_model import quantized_load_options
-
-    model = AutoModelForCausalLM.from_pretrained(source, **quantized_load_options(source, device))
-    tensors = {}
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            weight = module.weight
-            plain = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-            tensors[f"{name}.weight"] = plain.to(torch.bfloat16).cpu()
-    for name, parameter in model.named_parameters():
-        if name not in tensors:
-            tensors[name] = parameter.detach().to(torch.bfloat16).cpu()
-    save_torch_state_dict(tensors, target)
-
-    config = json.loads((source / "config.json").read_text())
-    config.pop("quantization_config", None)
-    config.pop("torch_dtype", None)
-    (target / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
-    for file in source.iterdir():
-        is_weight = file.suffix in {".safetensors", ".bin", ".pt"} or ".index." in file.name
-        if file.is_file() and not is_weight and file.name != "config.json":
-            shutil.copy2(file, target / file.name)
-
-
 if __name__ == "__main__":
     try:
-        write_dequantized(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+        write_dense(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
     except Exception as error:  # whatever it is: the last line says it, the service passes it on
         traceback.print_exc()
         sys.exit(one_line(error))

@@ -220,6 +220,11 @@ def write_adapter(
     }
 
 
+def saved_adapter(folder: Path) -> bytes:
+    """The adapter file of a checkpoint. Raises ValueError for a damaged one."""
+    return _read_file(folder / _WEIGHTS, _read_state(folder).digests[_WEIGHTS])
+
+
 def _write(path: Path, content: bytes) -> str:
     path.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
@@ -229,13 +234,7 @@ def _read(folder: Path) -> Checkpoint:
     """Raises ValueError, with the folder and what is wrong, for one that is not as it was saved."""
     from safetensors.torch import load
 
-    try:
-        state = CheckpointState.model_validate_json((folder / _STATE).read_bytes())
-    except FileNotFoundError as error:
-        raise ValueError(f"checkpoint {folder} is damaged: it has no {_STATE}") from error
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]["msg"]
-        raise ValueError(f"checkpoint {folder} is damaged: {_STATE}: {problem}") from error
+    state = _read_state(folder)
     contents = {name: _read_file(folder / name, digest) for name, digest in state.digests.items()}
     try:
         saved: Any = torch.load(io.BytesIO(contents[_OPTIMIZER]), weights_only=True)
@@ -250,6 +249,16 @@ def _read(folder: Path) -> Checkpoint:
     except (KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"checkpoint {folder} is incomplete: {error}") from error
     return Checkpoint(folder, state, snapshot)
+
+
+def _read_state(folder: Path) -> CheckpointState:
+    try:
+        return CheckpointState.model_validate_json((folder / _STATE).read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"checkpoint {folder} is damaged: it has no {_STATE}") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"]
+        raise ValueError(f"checkpoint {folder} is damaged: {_STATE}: {problem}") from error
 
 
 def _read_file(path: Path, digest: str) -> bytes:

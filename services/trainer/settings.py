@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import httpx
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.auth import ApiKey
+from shared.http_client import service_url
 from shared.logs import LogLevel
 
 _ROLLOUT_PORT = 8000  # of a replica that is named without a port
@@ -55,19 +55,4 @@ class TrainerSettings(BaseSettings):
     @field_validator("rollout_urls")
     @classmethod
     def _are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(_replica_url, urls))
-
-
-def _replica_url(text: str) -> str:
-    """The URL of `http://host:port`, `host:port` or `host`. Raises ValueError for anything else."""
-    url = text if "://" in text else f"http://{text}"
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ValueError(f"{text!r} is not a URL: {error}") from error
-    has_more = parsed.path != "/" or " " in text
-    if parsed.scheme not in ("http", "https") or not parsed.host or has_more:
-        raise ValueError(f"{text!r} is not a URL: write http://host:port, or host:port")
-    if url != text and parsed.port is None:
-        return f"{url}:{_ROLLOUT_PORT}"
-    return url
+        return tuple(service_url(url, port=_ROLLOUT_PORT) for url in urls)

@@ -36,11 +36,16 @@ _SAMPLING: SamplingParams = RunConfig.model_fields["sampling"].default
 
 def main(arguments: Sequence[str]) -> int:
     try:
-        options = _parser().parse_args(arguments)
-        plan = make_plan(_request(options))
+        return answer(arguments)
     except (ValueError, OSError) as error:
         print(one_line(error), file=sys.stderr)
         return 2
+
+
+def answer(arguments: Sequence[str], *, prog: str = "python -m services.trainer plan") -> int:
+    """Print the plan; the exit code. Raises ValueError or OSError for bad input."""
+    options = _parser(prog).parse_args(arguments)
+    plan = make_plan(_request(options))
     print(json.dumps(_record(plan), indent=2) if options.json else _text(plan))
     return 0 if plan.fits else 1
 
@@ -53,10 +58,10 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help says what there is)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     run, trainer = RunConfig.model_fields, TrainerSettings.model_fields
     parser = _Parser(
-        prog="python -m services.trainer plan",
+        prog=prog,
         description="The GPU memory that trainer and replica take, and the settings to use.",
         allow_abbrev=False,
     )

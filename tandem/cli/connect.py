@@ -1,0 +1,112 @@
+"""What commands share: options, the clients of the services they name, and what they print.
+
+TANDEM_TRAINER_URL, TANDEM_ROLLOUT_URLS, TANDEM_API_KEY ──▶ clients        records ──▶ text or JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Annotated, Any
+
+import httpx
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from shared.errors import Unauthorized, Unavailable
+from shared.http_client import service_url
+from shared.rollout_client import RolloutClient
+from shared.trainer_client import TrainerClient
+
+_TRAINER_PORT, _ROLLOUT_PORT = 8080, 8000  # the services' own defaults
+_ROLLOUT_VARIABLE = "TANDEM_ROLLOUT_URLS"
+_PIPED_WIDTH = 240  # of what no terminal shows: long enough for a row of a table
+
+TrainerUrl = Annotated[
+    str, typer.Option("--url", envvar="TANDEM_TRAINER_URL", metavar="URL", help="The trainer.")
+]
+RolloutUrls = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--url",
+        metavar="URL",
+        help=f"A replica; more of them by repeating it. [env var: {_ROLLOUT_VARIABLE}, separated "
+        f"by commas; default: http://127.0.0.1:{_ROLLOUT_PORT}]",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and errors as RFC 9457 problems.")]
+DEFAULT_TRAINER_URL = f"http://127.0.0.1:{_TRAINER_PORT}"
+
+
+def rollout_urls(given: Sequence[str] | None) -> list[str]:
+    """The replicas that are named, by options or the environment; one at least."""
+    named = given or os.environ.get(_ROLLOUT_VARIABLE, "").split(",")
+    urls = [service_url(text.strip(), port=_ROLLOUT_PORT) for text in named if text.strip()]
+    return urls or [f"http://127.0.0.1:{_ROLLOUT_PORT}"]
+
+
+@asynccontextmanager
+async def trainer_at(url: str) -> AsyncIterator[TrainerClient]:
+    """Errors inside say what to do when nothing answers at `url`, or when it wants a key."""
+    url = service_url(url, port=_TRAINER_PORT)
+    start = "start one with `tandem trainer --model …`"
+    with _explained(f"no trainer answers at {url}: {start}, or name another with --url", url):
+        async with TrainerClient(url, api_key=_api_key()) as client:
+            yield client
+
+
+@asynccontextmanager
+async def replica_at(url: str) -> AsyncIterator[RolloutClient]:
+    start = "start one with `tandem rollout --model …`"
+    with _explained(f"no replica answers at {url}: {start}, or name another with --url", url):
+        async with RolloutClient(url, api_key=_api_key()) as client:
+            yield client
+
+
+def _api_key() -> str | None:
+    return os.environ.get("TANDEM_API_KEY") or None
+
+
+@contextmanager
+def _explained(absent: str, url: str) -> Iterator[None]:
+    try:
+        yield
+    except Unavailable as error:
+        if isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout):
+            raise Unavailable(absent) from error
+        raise
+    except Unauthorized as error:
+        raise Unauthorized(
+            f"{url} refuses the key: set TANDEM_API_KEY to the one that the service has"
+        ) from error
+
+
+# --- output -------------------------------------------------------------------------------------
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Colours and control codes for a terminal alone (and NO_COLOR leaves the colours out)."""
+    made = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
+    if not made.is_terminal:
+        made.width = max(made.width, _PIPED_WIDTH)
+    return made
+
+
+def print_json(document: BaseModel | Mapping[str, Any]) -> None:
+    """In one line: a document is also a stream of one."""
+    if isinstance(document, BaseModel):
+        print(document.model_dump_json(), flush=True)
+    else:
+        print(json.dumps(document), flush=True)
+
+
+def plain_table(*columns: str) -> Table:
+    return Table(*columns, box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:.0f} ms"
