@@ -10,6 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
+from openai import (
+    APIError,
+    AsyncOpenAI,
+    AuthenticationError,
+    DefaultAsyncHttpxClient,
+    InternalServerError,
+    RateLimitError,
+)
 
 from services.rollout.openai_types import ChatRequest
 from services.tokens import PromptEncoder
@@ -27,7 +35,7 @@ from shared.schemas import (
 )
 from tests.adapters import adapter_file, make_manifest, make_tensors
 from tests.fake_engine import LOGPROB, TOKEN
-from tests.rollout.service import Service, running, until
+from tests.rollout.service import Service, request, running, until
 from tests.rollout.test_registration import FakeTrainer
 
 pytestmark = pytest.mark.anyio
@@ -390,6 +398,36 @@ async def test_a_full_queue_is_429_with_retry_after(service: Service, caller: Ca
         assert answer.json()["error"]["code"] == "rate_limit_exceeded"
     service.engine.release()
     await task
+
+
+async def test_the_openai_client_raises_its_own_exceptions(
+    serve: Callable[..., Service],
+) -> None:
+    service = serve(TANDEM_API_KEY=KEY)
+    await service.started()
+    async with service.listening() as at, DefaultAsyncHttpxClient(trust_env=False) as http:
+
+        def client(key: str) -> AsyncOpenAI:
+            url = f"{at.url}/v1"
+            return AsyncOpenAI(base_url=url, api_key=key, http_client=http, max_retries=0)
+
+        with pytest.raises(AuthenticationError) as refused:
+            await client("wrong").models.list()
+        assert refused.value.code == "invalid_api_key"
+        service.engine.hold()
+        task = asyncio.ensure_future(service.client.generate(request(4)))
+        await until(lambda: len(service.engine.running) == 1)
+        with pytest.raises(RateLimitError) as full:
+            await client(KEY).completions.create(model="base", prompt="5")
+        assert full.value.response.headers["retry-after"] == "1"
+        service.engine.release()
+        await task
+        service.engine.fails = RuntimeError("broken")
+        with pytest.raises(InternalServerError):
+            await client(KEY).completions.create(model="base", prompt="5")
+        stream = await client(KEY).completions.create(model="base", prompt="5", stream=True)
+        with pytest.raises(APIError, match="broken"):
+            _ = [chunk async for chunk in stream]
 
 
 # --- interruptions ------------------------------------------------------------------------------
