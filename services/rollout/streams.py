@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from shared.schemas import StreamAlive, StreamEnd, Wire
 
 Item = TypeVar("Item")
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # by proxies
 _MAX_WAITING = 64  # items; a source that finds no place waits, and the engine merges its deltas
 
 
@@ -81,7 +82,7 @@ class NdjsonResponse(Response):
     ) -> None:
         self.status_code = 200
         self.background = None
-        self.init_headers()
+        self.init_headers(_UNBUFFERED)
         self._first = first
         self._rest = rest
         self._timeout_s = timeout_s
