@@ -52,6 +52,8 @@ def main() -> int:
     except (DemoError, ServiceError, APIError) as error:
         print(f"The example failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return report(steps, options.min_rise)
 
 

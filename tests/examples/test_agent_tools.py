@@ -40,7 +40,7 @@ async def test_the_tokens_that_train_gets_are_those_that_the_endpoint_answered(
     tmp_path: Path,
 ) -> None:
     """16 episodes of a model that has seen the form of a call, and two updates."""
-    make_agent_model(tmp_path / "model", num_steps=60)
+    make_agent_model(tmp_path / "model", num_steps=100)
     answered: list[tuple[Any, ...]] = []
 
     async def keep(response: Any) -> None:
@@ -70,10 +70,10 @@ async def test_the_tokens_that_train_gets_are_those_that_the_endpoint_answered(
     for step, request in zip(steps, trainer.requests, strict=True):
         episodes = step.episodes
         assert {
-            segment.policy
+            segment.policy.version
             for group in request.groups
             for segment in group.completions[0].completion.segments
-        } == {request.expected_policy}
+        } == {request.expected_policy.version}
         assert step.record.logprob_gap < 0.05
         assert max(len(episode.turns) for episode in episodes) >= 2
         for turn, following in (pair for e in episodes for pair in pairwise(e.turns)):
