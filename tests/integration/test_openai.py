@@ -16,6 +16,7 @@ from openai.types import Completion, CompletionChoice
 from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel
 
+from examples.demo.model import CHARACTERS, EOS
 from shared.schemas import ChatMessage, GenerateRequest, PolicyId, SamplingParams
 from tests.publisher import PROBE, Publisher
 from tests.replica_process import ReplicaProcess
@@ -113,8 +114,8 @@ async def test_a_chat_is_the_one_that_generate_samples(
         assert [item.logprob for item in choice.logprobs.content] == pytest.approx(
             completion.logprobs, abs=KERNEL_NOISE
         )
-        shown = "".join(item.token for item in choice.logprobs.content)
-        assert shown.replace("<eos>", "") == completion.text
+        shown = [item.token for item in choice.logprobs.content]
+        assert shown == [CHARACTERS[token] for token in completion.token_ids]
 
 
 async def test_the_text_of_a_stream_is_that_of_the_answer(
@@ -239,5 +240,5 @@ async def test_a_stream_survives_new_weights_with_every_token(
     assert len(ids) == 400
     assert ids[:num_old] == list(whole.groups[0].completions[0].token_ids[:num_old])
     text = "".join(choice.text for choice in choices)
-    assert text == "".join("0123456789+=s"[token - 3] for token in ids if token >= 3)
+    assert text == "".join(CHARACTERS[token] for token in ids if token > EOS)
     assert choices[-1].finish_reason == "length"
