@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -50,14 +50,21 @@ def prepare_app(
     streamed: frozenset[str] = frozenset(),
     open_paths: frozenset[str] = frozenset(),
     on_error: Callable[[ServiceError], None] = lambda _: None,
+    answer_errors: Mapping[str, Callable[[ServiceError], Response]] = {},
 ) -> None:
     """Install the gate and the error handlers. `streamed` paths read and bound their own body;
-    `open_paths`, beside /healthz, need no key."""
+    `open_paths`, beside /healthz, need no key.
 
-    async def answer(request: Request, error: Exception) -> JSONResponse:
-        problem = as_service_error(request, error)
-        on_error(problem)
-        return problem_response(problem)
+    `answer_errors` maps the beginnings of paths to what answers their errors in place of problems.
+    """
+
+    def error_response(path: str, error: ServiceError) -> Response:
+        on_error(error)
+        answers = (to for prefix, to in answer_errors.items() if path.startswith(prefix))
+        return next(answers, problem_response)(error)
+
+    async def answer(request: Request, error: Exception) -> Response:
+        return error_response(request.url.path, as_service_error(request, error))
 
     for kind in (ServiceError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
@@ -68,7 +75,7 @@ def prepare_app(
         body_timeout_s=body_timeout_s,
         streamed=streamed,
         open_paths=open_paths | {"/healthz"},
-        on_error=on_error,
+        error_response=error_response,
     )
 
 
@@ -89,12 +96,17 @@ def as_service_error(request: Request, error: Exception) -> ServiceError:
 
 def problem_response(error: ServiceError) -> JSONResponse:
     """RFC 9457, with the headers that the status asks for."""
+    headers = error_headers(error)
+    return JSONResponse(error.to_problem(), error.status, headers=headers, media_type=MEDIA_TYPE)
+
+
+def error_headers(error: ServiceError) -> dict[str, str]:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.to_problem(), error.status, headers=headers, media_type=MEDIA_TYPE)
+    return headers
 
 
 def invalid_request(first: dict[str, Any]) -> InvalidRequest:
@@ -128,7 +140,7 @@ class _Gate:
         body_timeout_s: float,
         streamed: frozenset[str],
         open_paths: frozenset[str],
-        on_error: Callable[[ServiceError], None],
+        error_response: Callable[[str, ServiceError], Response],
     ) -> None:
         self.app = app
         self.api_key = api_key
@@ -136,7 +148,7 @@ class _Gate:
         self.body_timeout_s = body_timeout_s
         self.streamed = streamed
         self.open_paths = open_paths
-        self.on_error = on_error
+        self.error_response = error_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -149,8 +161,7 @@ class _Gate:
             if scope["path"] not in self.streamed:
                 receive = await self._bounded_body(request, receive)
         except ServiceError as error:
-            self.on_error(error)
-            return await problem_response(error)(scope, receive, send)
+            return await self.error_response(scope["path"], error)(scope, receive, send)
         return await self.app(scope, receive, send)
 
     def _in_time(self, receive: Receive) -> Receive:

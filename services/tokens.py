@@ -26,7 +26,13 @@ class PromptEncoder:
         if isinstance(prompt, str):
             return tuple(self._tokenizer.encode(prompt))
         if isinstance(prompt[0], ChatMessage):
-            return self._encode_chat([m.model_dump() for m in prompt if isinstance(m, ChatMessage)])
+            return self._encode_chat(
+                [
+                    message.model_dump(mode="json", exclude_none=True)
+                    for message in prompt
+                    if isinstance(message, ChatMessage)
+                ]
+            )
         ids = tuple(token for token in prompt if isinstance(token, int))
         self.check_vocabulary(ids)
         return ids
@@ -46,7 +52,11 @@ class PromptEncoder:
         """The text of a completion or prompt, special tokens left out."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _encode_chat(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+    def token_text(self, token: int) -> str:
+        """The text of one token, of a special one its name; \ufffd for a part of a character."""
+        return str(self._tokenizer.decode([token]))
+
+    def _encode_chat(self, messages: list[dict[str, Any]]) -> tuple[int, ...]:
         if not getattr(self._tokenizer, "chat_template", None):
             raise InvalidRequest(
                 "this model has no chat template: send the prompt as text or token ids"

@@ -63,7 +63,7 @@ class RolloutMetrics:
         )
         self.open_streams = Gauge(
             "tandem_rollout_open_streams",
-            "Streamed /generate requests that run",
+            "Streamed /generate requests that run, and those of /v1",
             registry=self.registry,
         )
         self.completions = Counter(

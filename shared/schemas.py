@@ -14,6 +14,7 @@ was accepted cannot change. `logprobs` are natural logarithms; `_s` is seconds, 
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -159,9 +160,31 @@ class SamplingParams(Wire):
         return ("temperature=0", *found) if self.temperature == 0 else tuple(found)
 
 
+class ToolFunction(Wire):
+    name: str
+    arguments: dict[str, Any]
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _from_json(cls, arguments: object) -> object:
+        """OpenAI's clients send JSON in a string; chat templates take the object."""
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+class ToolCall(Wire):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: ToolFunction
+
+
 class ChatMessage(Wire):
+    """What a chat template renders: what it does not ask for is not in the prompt."""
+
     role: str = Field(min_length=1, max_length=64)
     content: str
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None  # of an assistant
+    tool_call_id: str | None = None  # that a tool's message answers
 
 
 def _prompt_kind(value: object) -> str:

@@ -18,8 +18,17 @@ from services.http import (
     raw_body,
     until_disconnect,
 )
+from services.rollout.openai import OpenAiEndpoint, error_response
+from services.rollout.openai_types import (
+    ChatAnswer,
+    ChatRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    Model,
+    Models,
+)
 from services.rollout.replica import Replica
-from services.rollout.streams import NdjsonResponse
+from services.rollout.streams import NdjsonResponse, SseResponse
 from services.rollout.sync import SyncOptions
 from shared.errors import ClientClosed
 from shared.metrics import exposition
@@ -31,6 +40,7 @@ from shared.schemas import (
     ScoreRequest,
     ScoreResponse,
     SyncReceipt,
+    Wire,
 )
 
 _CHUNK_BYTES = 1 << 20
@@ -41,10 +51,17 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
         "content": {"application/x-ndjson": {}},
     }
 }
+_CHUNKED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "With `stream` server-sent events: chunks, then [DONE]",
+        "content": {"text/event-stream": {}},
+    }
+}
 
 
 def create_app(replica: Replica) -> FastAPI:
     settings = replica.settings
+    openai = OpenAiEndpoint(replica)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -60,6 +77,7 @@ def create_app(replica: Replica) -> FastAPI:
         body_timeout_s=settings.body_timeout_s,
         streamed=frozenset({"/sync_weights"}),
         on_error=lambda error: replica.metrics.errors.labels(type(error).__name__).inc(),
+        answer_errors={"/v1/": error_response},
     )
 
     @app.post("/generate", response_model=GenerateResponse, responses=_STREAMED)
@@ -78,6 +96,31 @@ def create_app(replica: Replica) -> FastAPI:
     async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
         """Logprobs of given token ids under a given version, at temperature 1."""
         return await until_disconnect(request, replica.serving.sampler.score(body))
+
+    @app.post("/v1/completions", response_model=CompletionAnswer, responses=_CHUNKED)
+    async def completions(body: CompletionRequest, request: Request) -> Wire | SseResponse:
+        """As OpenAI's: prompts as text or token ids."""
+        return await answer(body, request)
+
+    @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=_CHUNKED)
+    async def chat_completions(body: ChatRequest, request: Request) -> Wire | SseResponse:
+        """As OpenAI's: messages, rendered by the checkpoint's chat template."""
+        return await answer(body, request)
+
+    async def answer(body: CompletionRequest | ChatRequest, request: Request) -> Wire | SseResponse:
+        if body.stream:
+            return await SseResponse.opened(openai.stream(body), timeout_s=openai.stream_timeout_s)
+        return await until_disconnect(request, openai.complete(body))
+
+    @app.get("/v1/models")
+    async def models() -> Models:
+        """`policy` is the newest version, `policy@17` a resident one, `base` the base."""
+        return openai.models()
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Model:
+        """One of them; 404 for any other."""
+        return openai.model(name)
 
     @app.post("/sync_weights", openapi_extra=raw_body("application/octet-stream"))
     async def sync_weights(

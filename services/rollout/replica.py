@@ -50,6 +50,7 @@ class Serving:
     base: Base
     engine: Engine
     policies: PolicyStore
+    encoder: PromptEncoder
     sampler: Sampler
     receiver: AdapterReceiver
     limits: RolloutLimits
@@ -178,7 +179,9 @@ class Replica:
             boot_id=self.boot_id,
             metrics=self.metrics,
         )
-        self._serving = Serving(base, engine, policies, sampler, receiver, limits, booted.version)
+        self._serving = Serving(
+            base, engine, policies, encoder, sampler, receiver, limits, booted.version
+        )
         self._state, self._detail = "ready", ""
         log.info(
             "ready after %.1f s on http://%s:%d: %s, base %s, KV cache %s, "

@@ -156,16 +156,21 @@ class Sampler:
                 work.append(_Work(i, request_id, lease, prompt, prefix, sampling))
             yield work
 
+    def resolve(self, policy: PolicyId | None) -> PolicyId:
+        """The version that a request runs under: without a pinned one the newest."""
+        if policy is None and self._in_fleet and self._policies.newest.is_base:
+            raise NotReady(
+                "this replica belongs to a fleet and holds no policy of a run yet: send the "
+                "request again, or pin version 0 for the base (model 'base' at /v1)",
+                retry_after_s=1.0,
+            )
+        return policy or self._policies.newest
+
     def _lease(
         self, leases: ExitStack, policy: PolicyId | None, *, interruptible: bool
     ) -> tuple[str, Lease]:
         """A new request id and its lease."""
-        if policy is None and self._in_fleet and self._policies.newest.is_base:
-            raise NotReady(
-                "this replica belongs to a fleet and holds no policy of a run yet: send the "
-                "request again, or pin version 0 for the base",
-                retry_after_s=1.0,
-            )
+        policy = self.resolve(policy)
         request_id = self._next_id()
         lease = self._policies.lease(policy, request_id, interruptible=interruptible)
         return request_id, leases.enter_context(lease)

@@ -17,9 +17,10 @@ from typing import Any, Self, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from shared.schemas import Wire
+from shared.schemas import StreamAlive, StreamEnd, Wire
 
 Item = TypeVar("Item")
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # by proxies
 _MAX_WAITING = 64  # items; a source that finds no place waits, and the engine merges its deltas
 
 
@@ -81,7 +82,7 @@ class NdjsonResponse(Response):
     ) -> None:
         self.status_code = 200
         self.background = None
-        self.init_headers()
+        self.init_headers(_UNBUFFERED)
         self._first = first
         self._rest = rest
         self._timeout_s = timeout_s
@@ -109,15 +110,31 @@ class NdjsonResponse(Response):
     async def _send(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        await send(_body(self._first))
+        await send(self._body(self._first))
         async for batch in self._rest:
-            await send(_body(batch))
+            await send(self._body(batch))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    def _body(self, batch: Sequence[Wire]) -> dict[str, object]:
+        lines = b"".join(map(self._encoded, batch))
+        return {"type": "http.response.body", "body": lines, "more_body": True}
 
-def _body(batch: Sequence[Wire]) -> dict[str, object]:
-    lines = b"".join(record.model_dump_json().encode() + b"\n" for record in batch)
-    return {"type": "http.response.body", "body": lines, "more_body": True}
+    def _encoded(self, record: Wire) -> bytes:
+        return record.model_dump_json().encode() + b"\n"
+
+
+class SseResponse(NdjsonResponse):
+    """The records as server-sent events, `[DONE]` after the last: what OpenAI's clients read."""
+
+    media_type = "text/event-stream"
+
+    def _encoded(self, record: Wire) -> bytes:
+        match record:
+            case StreamAlive():
+                return b": alive\n\n"
+            case StreamEnd():
+                return b"data: [DONE]\n\n"
+        return b"data: " + record.model_dump_json().encode() + b"\n\n"
 
 
 async def _disconnected(receive: Receive) -> None:

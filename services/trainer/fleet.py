@@ -16,8 +16,8 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 
+from services.generation import Draft, Part
 from services.trainer.discovery import addresses, replica_id
-from services.trainer.generation import Draft, Part
 from services.trainer.member import Goal, Load, Member, Requirements, now, pause_s
 from services.trainer.policy import PublishedAdapter
 from shared.errors import (

@@ -1,4 +1,5 @@
-"""What is known of a request's completions while they are sampled, on whichever replica.
+"""What is known of a request's completions while they are sampled, on whichever replica: the
+trainer's fleet asks another one for what is missing, the OpenAI endpoint its own.
 
     GenerateRequest ─▶ Draft.parts() ──▶ one stream each ──records──▶ Draft.add() ─▶ Draft.groups()
                            ▲                                              │
@@ -41,7 +42,9 @@ class Part:
 
 
 @dataclass(slots=True)
-class _Partial:
+class Partial:
+    """One completion so far."""
+
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
@@ -70,7 +73,7 @@ class Draft:
         self.request = request
         self._starts: list[StreamStart | None] = [None] * len(request.prompts)
         self._policies: dict[tuple[int, int], PolicyId] = {}
-        self._partials = [[_Partial() for _ in range(request.sampling.n)] for _ in request.prompts]
+        self._partials = [[Partial() for _ in range(request.sampling.n)] for _ in request.prompts]
 
     @property
     def is_complete(self) -> bool:
@@ -86,11 +89,22 @@ class Draft:
         """That have come so far."""
         return sum(len(partial.token_ids) for group in self._partials for partial in group)
 
-    def _unfinished(self) -> Iterator[tuple[int, int, _Partial]]:
+    def _unfinished(self) -> Iterator[tuple[int, int, Partial]]:
         for group, partials in enumerate(self._partials):
             for index, partial in enumerate(partials):
                 if partial.finish_reason is None:
                     yield group, index, partial
+
+    def partial(self, part: Part, record: StreamTokens) -> Partial:
+        """The completion that `record`, which was added, belongs to."""
+        return self._partials[part.group + record.group][part.completion + record.completion]
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether the next attempt throws tokens away, because what follows them would differ."""
+        return not _can_continue(self.request.sampling) and any(
+            partial.token_ids for _, _, partial in self._unfinished()
+        )
 
     # --- ask ------------------------------------------------------------------------------------
 
@@ -109,13 +123,13 @@ class Draft:
             for group, index, partial in self._unfinished()
         ]
 
-    def _rest(self, group: int, index: int, partial: _Partial, policy: PolicyId) -> Part:
+    def _rest(self, group: int, index: int, partial: Partial, policy: PolicyId) -> Part:
         start = self._starts[group]
         assert start, "tokens come after the start of their group"
         limit = start.sampling.max_tokens
         assert limit, "a replica says what limit it applies"
         if not _can_continue(start.sampling):
-            self._partials[group][index] = partial = _Partial()
+            self._partials[group][index] = partial = Partial()
         num_kept = len(partial.token_ids)
         partial.was_continued |= num_kept > 0
         num_left = limit - num_kept
@@ -181,7 +195,7 @@ class Draft:
         ]
 
 
-def _completion(partial: _Partial) -> Completion:
+def _completion(partial: Partial) -> Completion:
     # Texts of two streams may split a character: only the tokens of a continued one are exact.
     text = "".join(partial.texts) if partial.texts and not partial.was_continued else None
     return Completion.model_validate(

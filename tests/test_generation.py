@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.trainer.generation import Draft, Part
+from services.generation import Draft, Part
 from shared.errors import ServiceError
 from shared.schemas import (
     CompletionGroup,
