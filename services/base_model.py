@@ -26,8 +26,8 @@ def resolve_checkpoint(
 ) -> Path:
     """The folder of a checkpoint: a local one, or a hub id, downloaded unless HF_HUB_OFFLINE.
 
-    `setting` is what the sentences call it; `token` takes the place of HF_TOKEN. Raises ValueError for a model that is not there or not
-    whole, OSError when the hub does not answer.
+    `setting` is what the sentences call it; `token` takes the place of HF_TOKEN. Raises ValueError
+    for a model that is not there or not whole, OSError when the hub does not answer.
     """
     name = f"{setting} {model}"
     folder = Path(model).expanduser()
@@ -105,7 +105,11 @@ def _download(model: str, name: str, revision: str | None, token: str | None) ->
     except HFValidationError as error:
         raise ValueError(f"{name}: neither a folder nor a hub id like owner/model") from error
     except GatedRepoError as error:
-        todo = "the owner of HF_TOKEN has to be granted access" if token or get_token() else "set HF_TOKEN"
+        todo = (
+            "the owner of HF_TOKEN has to be granted access"
+            if token or get_token()
+            else "set HF_TOKEN"
+        )
         raise ValueError(
             f"{name}: it is gated; {todo}, after accepting its conditions on "
             f"{constants.ENDPOINT}/{model}"

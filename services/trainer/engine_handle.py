@@ -397,9 +397,7 @@ class RolloutEngine:
         ids = [self._encode(prompt) for prompt in plain]
         policy = request.policy if request else self._before()
         requests = [
-            GenerateRequest(
-                prompts=(prompt,), sampling=_with_seed(applied, number), policy=policy
-            )
+            GenerateRequest(prompts=(prompt,), sampling=_with_seed(applied, number), policy=policy)
             for number, prompt in enumerate(ids)
         ]
         groups = self._background.call(self._generate(requests, policy))

@@ -309,8 +309,8 @@ class PolicyModel(torch.nn.Module):
         if not all(bool(parameter.isfinite().all()) for parameter in self._trained()):
             raise FloatingPointError(
                 "the LoRA weights are not finite and were not pushed: the engine keeps version "
-                f"{self.policy.id.version}; go back to a saved adapter (restore_lora), with a lower "
-                "learning rate"
+                f"{self.policy.id.version}; go back to a saved adapter (restore_lora), with a "
+                "lower learning rate"
             )
 
     def save_lora(self, folder: str | Path, **others: Any) -> None:
@@ -428,9 +428,9 @@ class PolicyModel(torch.nn.Module):
         """Logprobs of completions under the weights as they are, for a loss.
 
         Of what the engine returned, all completions prompt by prompt at the temperature they were
-        sampled at; or `completions[i]` after `prompts[i]`, all token ids. Logits never exist of more
-        than a chunk of tokens; of more than `max_positions` tokens activations neither: they are
-        computed again in the backward pass.
+        sampled at; or `completions[i]` after `prompts[i]`, all token ids. Logits never exist of
+        more than a chunk of tokens; of more than `max_positions` tokens activations neither: they
+        are computed again in the backward pass.
         """
         samples = _samples(prompts, completions, temperature)
 
@@ -495,7 +495,9 @@ class PolicyModel(torch.nn.Module):
                 values: Tensor = checkpoint(compute, batch, use_reentrant=False)
             else:
                 values = compute(batch)
-            found.update(zip(rows, values.split([samples[i].num_tokens for i in rows]), strict=True))
+            found.update(
+                zip(rows, values.split([samples[i].num_tokens for i in rows]), strict=True)
+            )
         return pad_sequence([found[i] for i in range(len(samples))], batch_first=True)
 
     def __getattr__(self, name: str) -> Any:

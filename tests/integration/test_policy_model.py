@@ -234,7 +234,7 @@ def test_weights_that_are_not_finite_are_not_pushed_and_the_engine_goes_on(
     model: PolicyModel, tmp_path: Path
 ) -> None:
     model.save_lora(tmp_path)
-    name, parameter = next((n, p) for n, p in model.named_parameters() if "lora_B" in n)
+    parameter = next(p for name, p in model.named_parameters() if "lora_B" in name)
     with torch.no_grad():
         parameter[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="were not pushed: the engine keeps version 0"):

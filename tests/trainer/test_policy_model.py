@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,14 +30,14 @@ def loaded(tiny_checkpoint: Path) -> PolicyModel:
 
 
 @pytest.fixture
-def model(loaded: PolicyModel) -> Iterator[PolicyModel]:
+def model(loaded: PolicyModel) -> PolicyModel:
     """With a LoRA of rank 8 that has an effect."""
     loaded.get_peft_model(r=8, lora_alpha=16)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trained(loaded):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    yield loaded
+    return loaded
 
 
 def trained(model: PolicyModel) -> list[torch.nn.Parameter]:
@@ -96,7 +95,7 @@ def test_get_peft_model_is_called_on_the_model_or_on_the_class(loaded: PolicyMod
     assert modules == {"q_proj", "v_proj"}
     with pytest.raises(ValueError, match=r"r is 64.* load it with max_lora_rank=64"):
         loaded.get_peft_model(r=64)
-    with pytest.raises(ValueError, match="lora_dropout=0.1.* cannot be had here"):
+    with pytest.raises(ValueError, match=r"lora_dropout=0.1.* cannot be had here"):
         loaded.get_peft_model(r=4, lora_dropout=0.1)
 
 
@@ -278,14 +277,10 @@ def test_a_saved_adapter_is_peft_s_and_comes_back(
     assert (tmp_path / "mine.txt").read_text() == "stays"
 
 
-def test_training_goes_on_from_a_folder_with_an_adapter(
-    model: PolicyModel, tmp_path: Path
-) -> None:
+def test_training_goes_on_from_a_folder_with_an_adapter(model: PolicyModel, tmp_path: Path) -> None:
     model.save_lora(tmp_path / "saved")
     before = model.logprobs(PROMPTS, COMPLETIONS)
-    again, _ = PolicyModel.from_pretrained(
-        str(tmp_path / "saved"), max_lora_rank=4, device="cpu"
-    )
+    again, _ = PolicyModel.from_pretrained(str(tmp_path / "saved"), max_lora_rank=4, device="cpu")
     after = again.logprobs(PROMPTS, COMPLETIONS)
     torch.testing.assert_close(after.logprobs, before.logprobs, atol=0.05, rtol=0)
 
