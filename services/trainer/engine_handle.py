@@ -283,6 +283,9 @@ class _Background:
         """Idempotent."""
         if self.loop.is_closed():
             return
+        if threading.current_thread() is self._thread:  # the last reference went there
+            threading.Thread(target=self.close).start()
+            return
         if self.fleet is not None:
             closing = asyncio.run_coroutine_threadsafe(self.fleet.aclose(), self.loop)
             with contextlib.suppress(TimeoutError):

@@ -21,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from services.base_model import resolve_checkpoint
+from services.boot import one_line
+from services.machine import gpus
 from services.trainer.attention import plain_attention
 from services.trainer.conformance import Conformance, make_probe
 from services.trainer.engine_handle import (
@@ -49,6 +52,7 @@ from services.trainer.lora_folder import (
 )
 from services.trainer.member import Requirements
 from services.trainer.policy import Policy
+from services.trainer.preflight import check_fits
 from services.trainer.run_config import ConformanceConfig, LoraConfig, OptimizerConfig
 from services.trainer.samples import (
     Sample,
@@ -58,7 +62,7 @@ from services.trainer.samples import (
     make_trees,
     micro_batches,
 )
-from services.trainer.settings import TrainerSettings
+from services.trainer.settings import replica_url
 from shared.adapters import LINEAR_MODULES
 from shared.schemas import PolicyId
 
@@ -159,8 +163,8 @@ class PolicyModel(torch.nn.Module):
         engine = RolloutEngine(generate_timeout_s=generate_timeout_s) if fast_inference else None
         try:
             if engine and rollout_urls:
-                urls = TrainerSettings(model=str(source), rollout_urls=tuple(rollout_urls))
-                engine.use_replicas(urls.rollout_urls, api_key or os.environ.get("TANDEM_API_KEY"))
+                urls = [replica_url(url) for url in rollout_urls]
+                engine.use_replicas(urls, api_key or os.environ.get("TANDEM_API_KEY"))
             elif engine:
                 cache = Path(cache_dir).expanduser().resolve()
                 settings = replica_settings(
@@ -183,6 +187,12 @@ class PolicyModel(torch.nn.Module):
                 engine.start_child(settings, cache / "logs" / log_name)
                 if device == "cuda":  # on one GPU: vLLM counts what is free when it starts
                     engine.wait_until_ready(ready_timeout_s)
+            check_fits(
+                f"model_name {name}",
+                source,
+                gpu=gpus(f"device={device!r}", 1)[0] if device == "cuda" else None,
+                load_in_4bit=load_in_4bit,
+            )
             policy = Policy.load(
                 str(source),
                 device=device,
@@ -196,7 +206,7 @@ class PolicyModel(torch.nn.Module):
                 policy,
                 _load_tokenizer(source),
                 engine=engine,
-                lora=lora or LoraConfig(rank=max_lora_rank, alpha=max_lora_rank),
+                lora=lora or _lora(rank=max_lora_rank, alpha=max_lora_rank),
                 max_lora_rank=max_lora_rank,
                 max_seq_length=max_seq_length,
                 seed=random_state,
@@ -229,7 +239,7 @@ class PolicyModel(torch.nn.Module):
                 f"r is {r}, the model was loaded with max_lora_rank={self._max_lora_rank}: load it "
                 f"with max_lora_rank={r}"
             )
-        lora = LoraConfig(
+        lora = _lora(
             rank=r, alpha=lora_alpha, use_rslora=use_rslora, target_modules=tuple(target_modules)
         )
         self._start(lora, seed=random_state)
@@ -510,6 +520,13 @@ class PolicyModel(torch.nn.Module):
             if name == "peft_model":
                 raise
             return getattr(self.peft_model, name)
+
+
+def _lora(**values: Any) -> LoraConfig:
+    try:
+        return LoraConfig(**values)
+    except ValidationError as error:
+        raise ValueError(f"this LoRA cannot be had: {one_line(error)}") from error
 
 
 def _samples(

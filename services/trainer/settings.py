@@ -52,10 +52,10 @@ class TrainerSettings(BaseSettings):
     @field_validator("rollout_urls")
     @classmethod
     def _are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(_replica_url, urls))
+        return tuple(map(replica_url, urls))
 
 
-def _replica_url(text: str) -> str:
+def replica_url(text: str) -> str:
     """The URL of `http://host:port`, `host:port` or `host`. Raises ValueError for anything else."""
     url = text if "://" in text else f"http://{text}"
     try:

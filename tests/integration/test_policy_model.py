@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, mse_loss
 
+from examples.own_loop.__main__ import accuracy, train
 from services.processes import ProcessFailed
 from services.trainer.engine_handle import RequestOutput, RolloutEngine
 from services.trainer.policy_model import PolicyModel
@@ -203,6 +204,14 @@ def test_a_dpo_loss_of_ones_own_trains_what_the_engine_serves(model: PolicyModel
         margins.append(float((chosen - rejected).mean()))
     assert margins[0] > 0  # the chosen became more likely than the rejected
     check_served(model, sample(model), 3)
+
+
+def test_the_example_trains_what_the_engine_serves(model: PolicyModel) -> None:
+    before = sample(model)
+    assert len(train(model, num_steps=2, num_prompts=4, seed=0)) == 2
+    assert 0 <= accuracy(model) <= 1
+    check_served(model, sample(model), 2)
+    assert before[0].policy.version == 0
 
 
 # --- weights ------------------------------------------------------------------------------------

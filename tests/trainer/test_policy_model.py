@@ -54,6 +54,7 @@ def trained(model: PolicyModel) -> list[torch.nn.Parameter]:
         ({"full_finetuning": True}, "full_finetuning=True.* LoRA is what replicas take in"),
         ({"trust_remote_code": True}, "Transformers itself implements"),
         ({"dtype": torch.float16}, "dtype=float16.* compute in bfloat16"),
+        ({"rollout_urls": ["a b"], "fast_inference": True}, "'a b' is not a URL"),
         ({"max_seq_length": 4}, "max_seq_length is 4: give it 16 or more"),
     ],
 )
@@ -95,6 +96,10 @@ def test_get_peft_model_is_called_on_the_model_or_on_the_class(loaded: PolicyMod
     assert modules == {"q_proj", "v_proj"}
     with pytest.raises(ValueError, match=r"r is 64.* load it with max_lora_rank=64"):
         loaded.get_peft_model(r=64)
+    with pytest.raises(
+        ValueError, match=r"this LoRA cannot be had: rank: .* greater than or equal"
+    ):
+        loaded.get_peft_model(r=0)
     with pytest.raises(ValueError, match=r"lora_dropout=0.1.* cannot be had here"):
         loaded.get_peft_model(r=4, lora_dropout=0.1)
 
