@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from benchmarks.engines import say
 from benchmarks.report import Report
 
 NUM_PROMPTS = (1, 32)
+_CPU_KV_CACHE_BYTES = 1 << 30  # 32 sequences of a block of 128 tokens, and room
 _MIB = 1 << 20
 
 
@@ -58,6 +60,7 @@ def loaded(
         max_lora_rank=16,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
         float8_kv_cache=arguments.device == "cuda",
+        kv_cache_memory_bytes=_CPU_KV_CACHE_BYTES if arguments.device == "cpu" else None,
         device=arguments.device,
         cache_dir=cache,
     )
@@ -167,7 +170,8 @@ def measure(
     name: str, folder: Path, arguments: argparse.Namespace, *, fast_inference: bool
 ) -> Measured:
     log, cache = folder.with_name(f"{name}.log"), folder.with_name("cache")
-    with Child(name, log, {}, loaded, folder, cache, arguments, fast_inference) as child:
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count())}  # the engine's, too: it would take one
+    with Child(name, log, threads, loaded, folder, cache, arguments, fast_inference) as child:
         child.wait_until_ready()
         load_s = child.run(load_seconds)
         say(f"{name}: loaded in {load_s:.1f} s")
@@ -206,7 +210,8 @@ def report(standard: Measured, first: Measured, rl: Measured, arguments: Any) ->
             f"A Qwen3 of random weights, shape `{arguments.shape}`, NF4 with LoRA of rank 16 on "
             f"{arguments.device}; {arguments.prompt} + {arguments.completion} tokens per prompt. "
             "Standard: `fast_inference=False`, Transformers' generate. RL: `fast_inference=True`, "
-            "the engine. Imports are part of loading; memory is after generation."
+            f"the engine; both with {os.cpu_count()} threads. Imports are part of loading; memory "
+            "is after generation."
         ),
         header=["", "standard", "RL"],
         rows=rows,

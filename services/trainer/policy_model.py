@@ -134,6 +134,7 @@ class PolicyModel(torch.nn.Module):
         enforce_eager: bool | None = None,
         max_num_seqs: int | None = None,
         max_loras: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
         device: str = "auto",
         rollout_urls: Sequence[str] = (),
         api_key: str | None = None,
@@ -181,6 +182,7 @@ class PolicyModel(torch.nn.Module):
                         "enforce_eager": enforce_eager,
                         "max_num_seqs": max_num_seqs,
                         "max_live_policies": max_loras,
+                        "kv_cache_memory_bytes": kv_cache_memory_bytes,
                     },
                 )
                 log_name = f"rollout-{os.getpid()}-{secrets.token_hex(2)}.log"
