@@ -75,7 +75,7 @@ def train(model: PolicyModel, *, num_steps: int, num_prompts: int, seed: int) ->
         reward = rewards(outputs, list(answers))
         model.for_training()
         loss = grpo_loss(model, outputs, reward)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

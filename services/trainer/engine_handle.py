@@ -210,8 +210,10 @@ def read_prompts(given: Any) -> list[Any]:
 
 def _is_prompt(given: Any) -> bool:
     """Ids or chat messages, rather than several prompts."""
+    if _is_array(given):
+        return bool(given.ndim == 1)
     if not isinstance(given, Sequence) or not given:
-        return _is_array(given) and given.ndim == 1
+        return False
     first = given[0]
     is_message = isinstance(first, ChatMessage) or (isinstance(first, Mapping) and "role" in first)
     return is_message or (isinstance(first, int) and not isinstance(first, bool))

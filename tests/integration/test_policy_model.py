@@ -93,7 +93,7 @@ class Own:
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-2)
 
     def step(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -44,6 +44,11 @@ def trained(model: PolicyModel) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def gradient_of(model: PolicyModel) -> list[torch.Tensor]:
+    gradients = [parameter.grad for parameter in trained(model)]
+    return [gradient.clone() for gradient in gradients if gradient is not None]
+
+
 # --- options ------------------------------------------------------------------------------------
 
 
@@ -77,8 +82,9 @@ def test_what_cannot_be_had_is_refused_in_one_sentence(
 def test_a_misspelt_parameter_is_answered_with_the_nearest_valid_one(
     wrong: str, right: str
 ) -> None:
+    options: dict[str, Any] = {wrong: 1}
     with pytest.raises(TypeError, match=f"no parameter '{wrong}': did you mean {right}"):
-        PolicyModel.from_pretrained("model", **{wrong: 1})
+        PolicyModel.from_pretrained("model", **options)
 
 
 def test_a_parameter_without_effect_is_taken_and_says_so(
@@ -150,7 +156,7 @@ def test_the_gradient_does_not_depend_on_how_many_positions_are_computed_at_once
     for max_positions in (8192, 8):
         found = model.logprobs(PROMPTS, COMPLETIONS, max_positions=max_positions)
         (found.logprobs - 0.1 * found.entropy)[found.mask].sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in trained(model)])
+        gradients.append(gradient_of(model))
         model.zero_grad()
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, parts, atol=0.02 * float(whole.abs().max()), rtol=0)
@@ -244,7 +250,7 @@ def test_gradients_after_transformers_has_generated_are_those_before(model: Poli
     def gradient() -> list[torch.Tensor]:
         found = model.logprobs(PROMPTS, COMPLETIONS)
         found.logprobs[found.mask].sum().backward()
-        gradients = [parameter.grad.clone() for parameter in trained(model)]
+        gradients = gradient_of(model)
         model.zero_grad()
         return gradients
 
