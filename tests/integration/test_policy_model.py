@@ -206,12 +206,12 @@ def test_a_dpo_loss_of_ones_own_trains_what_the_engine_serves(model: PolicyModel
     check_served(model, sample(model), 3)
 
 
-def test_the_example_trains_what_the_engine_serves(model: PolicyModel) -> None:
-    before = sample(model)
-    assert len(train(model, num_steps=2, num_prompts=4, seed=0)) == 2
-    assert 0 <= accuracy(model) <= 1
-    check_served(model, sample(model), 2)
-    assert before[0].policy.version == 0
+def test_the_example_runs_and_answers_that_are_all_wrong_change_nothing(
+    model: PolicyModel,
+) -> None:
+    assert train(model, num_steps=2, num_prompts=4, seed=0) == [0.0, 0.0]
+    assert accuracy(model) == 0
+    check_served(model, sample(model), 0)
 
 
 # --- weights ------------------------------------------------------------------------------------
