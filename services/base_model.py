@@ -22,11 +22,17 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*tekken*", "*.tiktoken")
 
 
-def resolve_checkpoint(model: str, setting: str = "the model") -> Path:
+def resolve_checkpoint(
+    model: str,
+    setting: str = "the model",
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Path:
     """The folder of a checkpoint: a local one, or a hub id, downloaded unless HF_HUB_OFFLINE.
 
-    `setting` is what the sentences call it. Raises ValueError for a model that is not there or not
-    whole, OSError when the hub does not answer.
+    `setting` is what the sentences call it; `token` takes the place of HF_TOKEN. Raises ValueError
+    for a model that is not there or not whole, OSError when the hub does not answer.
     """
     name = f"{setting} {model}"
     folder = Path(model).expanduser()
@@ -37,7 +43,7 @@ def resolve_checkpoint(model: str, setting: str = "the model") -> Path:
     if not is_here:
         if model.startswith((".", "/", "~")):
             raise ValueError(f"{name}: no such folder; name a checkpoint folder or a hub id")
-        folder = _download(model, name)
+        folder = _download(model, name, revision, token)
     folder = folder.resolve()
     _check_whole(folder, name)
     return folder
@@ -81,7 +87,7 @@ def _unreadable(name: str, path: Path) -> str:
     return f"{name}: user {os.getuid()} may not read {path}; give it to that user, or chmod a+rX"
 
 
-def _download(model: str, name: str) -> Path:
+def _download(model: str, name: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import constants, get_token, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -89,14 +95,26 @@ def _download(model: str, name: str) -> Path:
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(model, allow_patterns=_HUB_FILES, revision=revision, token=token)
+        )
+    except RevisionNotFoundError as error:
+        raise ValueError(
+            f"{name}: {constants.ENDPOINT}/{model} has no revision {revision!r}; name a branch, a "
+            "tag or a commit of it"
+        ) from error
     except HFValidationError as error:
         raise ValueError(f"{name}: neither a folder nor a hub id like owner/model") from error
     except GatedRepoError as error:
-        todo = "the owner of HF_TOKEN has to be granted access" if get_token() else "set HF_TOKEN"
+        todo = (
+            "the owner of HF_TOKEN has to be granted access"
+            if token or get_token()
+            else "set HF_TOKEN"
+        )
         raise ValueError(
             f"{name}: it is gated; {todo}, after accepting its conditions on "
             f"{constants.ENDPOINT}/{model}"

@@ -19,6 +19,9 @@ _KEPT_S = 60.0  # an idle connection; the services keep theirs for 75 s
 Answer = TypeVar("Answer", bound=Wire)
 
 
+ROLLOUT_PORT, TRAINER_PORT = 8000, 8080  # of services, unless their settings or URLs name others
+
+
 def service_url(text: str, *, port: int) -> str:
     """The URL of `http://host:port`, `host:port` or `host`, whose port is `port`.
 

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects
 
@@ -41,7 +42,7 @@ def test_every_file_of_a_bases_identity_is_downloaded(
     """Else it would depend on what another tool has left in the hub's cache."""
     downloaded: list[str] = []
 
-    def snapshot_download(_: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(_: str, *, allow_patterns: list[str], **_wanted: object) -> str:
         downloaded.extend(filter_repo_objects(PUBLISHED, allow_patterns=allow_patterns))
         return str(tiny_checkpoint)
 
@@ -114,7 +115,7 @@ def answered(cls: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
 def test_why_a_model_of_the_hub_cannot_be_had_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[Exception], sentence: str
 ) -> None:
-    def snapshot_download(_: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(_: str, *, allow_patterns: list[str], **_wanted: object) -> str:
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -126,13 +127,26 @@ def test_why_a_model_of_the_hub_cannot_be_had_is_one_sentence(
 
 
 def test_who_has_a_token_is_told_to_ask_for_access(monkeypatch: pytest.MonkeyPatch) -> None:
-    def snapshot_download(_: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(_: str, *, allow_patterns: list[str], **_wanted: object) -> str:
         raise answered(GatedRepoError, 403)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
     with pytest.raises(ValueError, match=r"the owner of HF_TOKEN has to be granted access"):
         resolve_checkpoint("owner/model")
+
+
+def test_a_revision_that_the_hub_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def snapshot_download(_: str, **wanted: object) -> str:
+        asked.update(wanted)
+        raise answered(RevisionNotFoundError, 404)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match=r"owner/model has no revision 'v9'; name a branch, a tag"):
+        resolve_checkpoint("owner/model", revision="v9", token="hf_own")
+    assert (asked["revision"], asked["token"]) == ("v9", "hf_own")
 
 
 def test_offline_a_model_that_is_not_cached_is_refused(

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.auth import ApiKey
+from shared.http_client import ROLLOUT_PORT
 from shared.logs import LogLevel
 from shared.schemas import RolloutLimits, ServingMode
 
@@ -28,7 +29,7 @@ class RolloutSettings(BaseSettings):
 
     model: str  # checkpoint folder or hub id: the model that the trainer trains
     host: str = "127.0.0.1"  # to listen on; another than loopback needs a key
-    port: int = Field(default=8000, ge=0, le=65535)  # 0: any free one
+    port: int = Field(default=ROLLOUT_PORT, ge=0, le=65535)  # 0: any free one
     # of both services; every route but /healthz wants it
     api_key: ApiKey | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
     log_level: LogLevel = "INFO"  # what is logged

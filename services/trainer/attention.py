@@ -2,12 +2,13 @@
 
 `PackedAttention` (samples.py) ─▶ every attention layer of a Transformers model, on CUDA, through
 torch's variable-length flash attention. Keys and values of a prompt are gathered once for each of
-its completions.
+its completions. Whoever calls the model as Transformers does, does so inside `plain_attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -21,6 +22,7 @@ _GROUPED_QUERIES: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 )
 NAME = "tandem_packed"  # attn_implementation; Transformers then makes no mask
+_PLAIN = "sdpa"
 
 
 def packed_attention(
@@ -31,11 +33,20 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    packed: PackedAttention,
+    packed: PackedAttention | None = None,
     kernel: Callable[..., Any] = varlen_attn,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, H_kv, T, D] in 16 bits -> [1, T, H, D]."""
+    """query [1, H, T, D], key and value [1, H_kv, T, D] in 16 bits -> [1, T, H, D].
+
+    Without `packed` a layer of a plain call is computed again, in the backward pass after
+    `plain_attention` has ended: with the mask that was made there.
+    """
+    if packed is None:
+        from transformers import AttentionInterface
+
+        plain: Callable[..., tuple[Tensor, None]] = AttentionInterface()[_PLAIN]
+        return plain(module, query, key, value, attention_mask, scaling=scaling, **others)
     assert attention_mask is None
     out: Tensor = kernel(
         query[0].transpose(0, 1),
@@ -50,3 +61,16 @@ def packed_attention(
         **_GROUPED_QUERIES,
     )
     return out[None], None
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Inside, a model whose attention is packed may be called with ids and a padding mask."""
+    if model.config._attn_implementation != NAME:
+        yield
+        return
+    model.set_attn_implementation(_PLAIN)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from services.generation import Draft, Part
 from services.trainer.discovery import addresses, replica_id
@@ -280,18 +280,43 @@ class Fleet:
         serving = [m for m in self._members.values() if m.serves(adapter.policy)]
         return tuple(member.receipts[adapter.policy] for member in serving)
 
-    async def _wait_for_newest(self, *, deadline: float) -> None:
-        """Until enough members serve the goal, and a moment more for those that nearly do."""
+    @contextlib.asynccontextmanager
+    async def beside(self, adapter: PublishedAdapter, *, timeout_s: float) -> AsyncIterator[None]:
+        """Inside, replicas serve `adapter` too: a version of the run that is not its newest.
+
+        Entered when enough of them do. Raises as `sync`.
+        """
+        assert self._goal, "begin() was not called"
+        goal, policy = self._goal, adapter.policy
+        if prover := goal.requirements.prover:
+            prover.remember(adapter)
+        goal.beside[policy] = adapter
+        try:
+            for member in self._members.values():
+                member.wake()
+            await self._wait_for(policy, deadline=now() + timeout_s)
+            yield
+        finally:
+            if not goal.in_use[policy]:  # by another request
+                goal.beside.pop(policy, None)
+
+    async def _wait_for(self, policy: PolicyId, *, deadline: float) -> None:
+        """Until enough members serve `policy`."""
         assert self._goal
-        goal, started = self._goal, now()
-        num_replicas = goal.requirements.min_ready_replicas
-        while self.num_serving(goal.newest) < num_replicas:
+        num_replicas, started = self._goal.requirements.min_ready_replicas, now()
+        while self.num_serving(policy) < num_replicas:
             errors = [member.error for member in self._members.values() if member.state != "gone"]
             if errors and all(errors) and errors[0]:
                 raise errors[0]
             if now() > deadline:
-                raise Unavailable(f"{self._serving_report(goal.newest)}: start one, or see its log")
-            await self._stalled(goal.newest, since=started, deadline=deadline)
+                raise Unavailable(f"{self._serving_report(policy)}: start one, or see its log")
+            await self._stalled(policy, since=started, deadline=deadline)
+
+    async def _wait_for_newest(self, *, deadline: float) -> None:
+        """Until enough members serve the goal, and a moment more for those that nearly do."""
+        assert self._goal
+        goal, started = self._goal, now()
+        await self._wait_for(goal.newest, deadline=deadline)
         grace_until = now() + max(_MIN_GRACE_S, now() - started)
         while now() < grace_until and any(
             member.state in ("serving", "admitting") and not member.serves(goal.newest)
@@ -351,7 +376,7 @@ class Fleet:
 
     async def _route(self, policy: PolicyId, deadline: float) -> tuple[Member, PolicyId]:
         """The member with the fewest outstanding tokens that serves `policy`; when none does, one
-        that serves the newest version."""
+        that serves the newest version, unless `policy` is not in its line."""
         assert self._goal
         started = now()
         while True:
@@ -360,7 +385,7 @@ class Fleet:
                     f"a request for policy {policy} was not completed in time ({self.details()}): "
                     "start more replicas, or raise generate_timeout_s"
                 )
-            for wanted in (policy, self._goal.newest):
+            for wanted in (policy,) if policy in self._goal.beside else (policy, self._goal.newest):
                 serving = [m for m in self._members.values() if m.serves(wanted)]
                 free = [m for m in serving if m.busy_until <= now()]
                 if free:

@@ -89,12 +89,13 @@ class Requirements:
 
 @dataclass(slots=True)
 class Goal:
-    """What every replica has to serve now: the newest version, and at its admission those that
-    requests still run under."""
+    """What every replica has to serve now: the newest version, at its admission those that
+    requests still run under, and whatever else was asked for beside them."""
 
     requirements: Requirements
     newest: PolicyId
     adapters: dict[PolicyId, PublishedAdapter] = field(default_factory=dict)
+    beside: dict[PolicyId, PublishedAdapter] = field(default_factory=dict)
     in_use: Counter[PolicyId] = field(default_factory=Counter)  # by requests
 
     @contextmanager
@@ -403,19 +404,21 @@ class Member:
         else:
             self._drop_retired(status)
         newest = goal.adapters.get(goal.newest)
-        if newest is None or goal.newest in self._proven:
-            return
-        try:
-            await self._give(goal, newest, activate=True)
-        except Unavailable as error:
-            if self.state != "serving":
-                raise
-            # It goes on with the versions it has, and takes nothing for the one it lacks.
-            self._not_before = now() + pause_s(error, self._interval_s)
-            self._move("serving", f"has not policy {newest.policy} yet: {error.detail}")
-        else:
+        if newest and goal.newest not in self._proven:
+            try:
+                await self._give(goal, newest, activate=True)
+            except Unavailable as error:
+                if self.state != "serving":
+                    raise
+                # It goes on with the versions it has, and takes nothing for the one it lacks.
+                self._not_before = now() + pause_s(error, self._interval_s)
+                self._move("serving", f"has not policy {newest.policy} yet: {error.detail}")
+                return
             if self.state == "serving":
                 self._move("serving", "")
+        for policy, adapter in list(goal.beside.items()):
+            if policy not in self._proven:
+                await self._give_older(goal, adapter)
 
     async def _give_older(self, goal: Goal, adapter: PublishedAdapter) -> None:
         try:

@@ -309,6 +309,10 @@ class Policy:
         """Score these sequences at every publish() of this run."""
         self._probe = tuple(tuple(sequence) for sequence in sequences)
 
+    @property
+    def probe(self) -> tuple[tuple[int, ...], ...]:
+        return self._probe
+
     def lora_shapes(self) -> dict[str, torch.Size]:
         """Shapes of the LoRA tensors by their name in the adapter file."""
         return {name: parameter.shape for name, parameter in self._named_lora()}
@@ -364,6 +368,11 @@ class Policy:
         )
         self._id = self.id.next()
         return stats
+
+    def name(self, policy: PolicyId) -> None:
+        """Somebody else's optimizer changed the weights: they are version `policy` of the run."""
+        assert policy.life == self.id.life
+        self._id = policy
 
     # --- publish --------------------------------------------------------------------------------
 

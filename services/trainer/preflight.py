@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 
 from services.base_model import resolve_checkpoint
-from services.machine import check_memory, check_writable, gpus, memory, weight_bytes
+from services.machine import Gpu, check_memory, check_writable, gpus, memory, weight_bytes
 from services.trainer.settings import TrainerSettings
 
 log = logging.getLogger(__name__)
@@ -26,11 +27,22 @@ def check_start(settings: TrainerSettings) -> None:
                 "torch can use no GPU here: training on the CPU; TRAINER_DEVICE=cuda says why"
             )
     first_gpu = gpus(f"TRAINER_DEVICE={settings.device}", 1)[0] if uses_gpu else None
-    source = resolve_checkpoint(settings.model, "TRAINER_MODEL")
+    check_fits(
+        f"TRAINER_MODEL {settings.model}",
+        resolve_checkpoint(settings.model, "TRAINER_MODEL"),
+        gpu=first_gpu,
+        load_in_4bit=settings.load_in_4bit,
+        num_processes=settings.data_parallel_size,
+    )
+
+
+def check_fits(
+    what: str, source: Path, *, gpu: Gpu | None, load_in_4bit: bool, num_processes: int = 1
+) -> None:
+    """Raises MemoryError or ValueError where a base cannot be loaded; `gpu` None: on the CPU."""
     weights = weight_bytes(source)
-    parts = {"weights": weights.nf4 if settings.load_in_4bit else weights.stored}
-    if first_gpu is None:  # where all processes share the memory
+    parts = {"weights": weights.nf4 if load_in_4bit else weights.stored}
+    if gpu is None:  # where all processes share the memory
         parts["libraries"] = _LIBRARY_BYTES
-        parts = {name: settings.data_parallel_size * size for name, size in parts.items()}
-    where = first_gpu.memory if first_gpu else memory()
-    check_memory(f"TRAINER_MODEL {settings.model}", parts, where)
+        parts = {name: num_processes * size for name, size in parts.items()}
+    check_memory(what, parts, gpu.memory if gpu else memory())

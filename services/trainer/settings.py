@@ -9,10 +9,8 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.auth import ApiKey
-from shared.http_client import service_url
+from shared.http_client import ROLLOUT_PORT, TRAINER_PORT, service_url
 from shared.logs import LogLevel
-
-_ROLLOUT_PORT = 8000  # of a replica that is named without a port
 
 
 class TrainerSettings(BaseSettings):
@@ -22,7 +20,7 @@ class TrainerSettings(BaseSettings):
 
     model: str  # checkpoint folder or hub id, 16-bit or already 4-bit
     host: str = "127.0.0.1"  # to listen on; another than loopback needs a key
-    port: int = Field(default=8080, ge=0, le=65535)  # 0: any free one
+    port: int = Field(default=TRAINER_PORT, ge=0, le=65535)  # 0: any free one
     # of both services; every route but /healthz wants it
     api_key: ApiKey | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
     log_level: LogLevel = "INFO"  # what is logged
@@ -55,4 +53,4 @@ class TrainerSettings(BaseSettings):
     @field_validator("rollout_urls")
     @classmethod
     def _are_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(service_url(url, port=_ROLLOUT_PORT) for url in urls)
+        return tuple(service_url(url, port=ROLLOUT_PORT) for url in urls)

@@ -18,11 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.errors import Unauthorized, Unavailable
-from shared.http_client import service_url
+from shared.http_client import ROLLOUT_PORT, TRAINER_PORT, service_url
 from shared.rollout_client import RolloutClient
 from shared.trainer_client import TrainerClient
 
-_TRAINER_PORT, _ROLLOUT_PORT = 8080, 8000  # the services' own defaults
 _ROLLOUT_VARIABLE = "TANDEM_ROLLOUT_URLS"
 _PIPED_WIDTH = 240  # of what no terminal shows: long enough for a row of a table
 
@@ -35,24 +34,24 @@ RolloutUrls = Annotated[
         "--url",
         metavar="URL",
         help=f"A replica; more of them by repeating it. [env var: {_ROLLOUT_VARIABLE}, separated "
-        f"by commas; default: http://127.0.0.1:{_ROLLOUT_PORT}]",
+        f"by commas; default: http://127.0.0.1:{ROLLOUT_PORT}]",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and errors as RFC 9457 problems.")]
-DEFAULT_TRAINER_URL = f"http://127.0.0.1:{_TRAINER_PORT}"
+DEFAULT_TRAINER_URL = f"http://127.0.0.1:{TRAINER_PORT}"
 
 
 def rollout_urls(given: Sequence[str] | None) -> list[str]:
     """The replicas that are named, by options or the environment; one at least."""
     named = given or os.environ.get(_ROLLOUT_VARIABLE, "").split(",")
-    urls = [service_url(text.strip(), port=_ROLLOUT_PORT) for text in named if text.strip()]
-    return urls or [f"http://127.0.0.1:{_ROLLOUT_PORT}"]
+    urls = [service_url(text.strip(), port=ROLLOUT_PORT) for text in named if text.strip()]
+    return urls or [f"http://127.0.0.1:{ROLLOUT_PORT}"]
 
 
 @asynccontextmanager
 async def trainer_at(url: str) -> AsyncIterator[TrainerClient]:
     """Errors inside say what to do when nothing answers at `url`, or when it wants a key."""
-    url = service_url(url, port=_TRAINER_PORT)
+    url = service_url(url, port=TRAINER_PORT)
     start = "start one with `tandem trainer --model …`"
     with _explained(f"no trainer answers at {url}: {start}, or name another with --url", url):
         async with TrainerClient(url, api_key=_api_key()) as client:

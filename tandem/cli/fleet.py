@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shared.errors import NotFound
-from shared.http_client import service_url
+from shared.http_client import ROLLOUT_PORT, service_url
 from shared.schemas import ReplicaRegistration, ReplicasResponse, RunStatus
 from tandem.cli.connect import (
     DEFAULT_TRAINER_URL,
@@ -21,7 +21,6 @@ from tandem.cli.connect import (
 )
 from tandem.cli.display import fleet_summary, replica_table, step_cells
 
-_ROLLOUT_PORT = 8000
 ReplicaName = Annotated[str, typer.Argument(metavar="ID", help="host:port, as the table names it.")]
 
 
@@ -107,7 +106,7 @@ def add(
     """Register a replica: it serves once the trainer has proven it."""
 
     async def register_it() -> None:
-        registration = ReplicaRegistration(url=service_url(replica, port=_ROLLOUT_PORT))
+        registration = ReplicaRegistration(url=service_url(replica, port=ROLLOUT_PORT))
         async with trainer_at(url) as trainer:
             answer = await trainer.register(registration)
         if as_json:

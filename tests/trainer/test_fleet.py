@@ -697,3 +697,53 @@ async def test_every_transition_is_counted() -> None:
         world.metrics.registry.get_sample_value("tandem_trainer_replicas", {"state": "serving"})
         == 1
     )
+
+
+# --- beside the newest --------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_an_adapter_beside_the_newest_answers_those_who_name_it_and_nobody_else() -> None:
+    world = World()
+    await world.begin()
+    await world.sync(1)
+    async with world.fleet.beside(adapter_of(policy_at(5)), timeout_s=5):
+        named, newest = await world.generate(8, version=5), await world.generate(8, version=1)
+    assert sampled_by(named) == {policy_at(5)}
+    assert sampled_by(newest) == {policy_at(1)}
+    assert {replica.newest for replica in world.replicas} == {policy_at(1)}
+    assert await world.sync(6) == {policy_at(6)}
+
+
+@in_virtual_time
+async def test_a_replica_that_restarts_gets_what_is_beside_the_newest_after_it() -> None:
+    world = World(1)
+    await world.begin()
+    await world.sync(1)
+    async with world.fleet.beside(adapter_of(policy_at(5)), timeout_s=5):
+        world[0].crash()
+        waiting = world.generate(4, version=5)
+        await asyncio.sleep(2)
+        world[0].uploads.clear()
+        world[0].boot()
+        assert sampled_by(await waiting) == {policy_at(5)}  # and not the newest, which came first
+    assert world[0].uploads == [policy_at(1), policy_at(5)]
+
+
+@in_virtual_time
+async def test_an_adapter_that_no_replica_takes_in_is_given_up_at_the_deadline() -> None:
+    world = World(1)
+    await world.begin()
+    world[0].crash()
+    with pytest.raises(Unavailable, match=r"0 of 1 replicas that must serve policy \S+@5 do"):
+        async with world.fleet.beside(adapter_of(policy_at(5)), timeout_s=3):
+            raise AssertionError("nobody serves it")
+
+
+def sampled_by(groups: list[Any]) -> set[PolicyId]:
+    return {
+        segment.policy
+        for group in groups
+        for completion in group.completions
+        for segment in completion.segments
+    }

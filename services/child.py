@@ -1,4 +1,4 @@
-"""`python -m examples.demo.child PARENT_PID MODULE`: become MODULE, and end when the parent does.
+"""`python -m services.child PARENT_PID MODULE`: become MODULE, and end when the parent does.
 
 The kernel then sends SIGKILL, however the parent ended; exec keeps that promise.
 """

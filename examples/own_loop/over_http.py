@@ -1,7 +1,7 @@
 """A training loop of your own: sample, score and train with two clients, nothing else.
 
-`python -m examples.own_loop` needs both services (README: run the services by hand). The trainer
-keeps policy and optimizer; prompts, rewards and the order of things are yours.
+`python -m examples.own_loop.over_http` needs both services (README: run the services by hand). The
+trainer keeps policy and optimizer; prompts, rewards and the order of things are yours.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Two training loops of your own: in your process, and over HTTP."""

@@ -1,0 +1,18 @@
+"""What a program imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def test_importing_tandem_imports_no_torch() -> None:
+    program = "import sys, tandem; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_policy_model_is_there_when_it_is_asked_for() -> None:
+    from services.trainer.policy_model import PolicyModel as Expected
+    from tandem import PolicyModel
+
+    assert PolicyModel is Expected

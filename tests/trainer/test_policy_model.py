@@ -1,0 +1,381 @@
+"""`PolicyModel` without an engine, and what its engine is asked for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from services.trainer.attention import NAME, packed_attention, plain_attention
+from services.trainer.engine_handle import read_prompts, read_sampling
+from services.trainer.policy_model import PolicyModel
+from shared.schemas import ChatMessage, SamplingParams
+
+PROMPTS = [[1, 5, 6, 7, 8], [1, 5, 6, 7, 8], [1, 9, 10]]
+COMPLETIONS = [[4, 5, 6], [7, 8], [9, 10, 11, 2]]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoint: Path) -> PolicyModel:
+    model, _ = PolicyModel.from_pretrained(
+        str(tiny_checkpoint), max_seq_length=256, max_lora_rank=16, device="cpu"
+    )
+    return model
+
+
+@pytest.fixture
+def model(loaded: PolicyModel) -> PolicyModel:
+    """With a LoRA of rank 8 that has an effect."""
+    loaded.get_peft_model(r=8, lora_alpha=16)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained(loaded):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return loaded
+
+
+def trained(model: PolicyModel) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradient_of(model: PolicyModel) -> list[torch.Tensor]:
+    gradients = [parameter.grad for parameter in trained(model)]
+    return [gradient.clone() for gradient in gradients if gradient is not None]
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ({"load_in_8bit": True}, "load_in_8bit=True.* cannot be had here: a base is 4-bit"),
+        ({"full_finetuning": True}, "full_finetuning=True.* LoRA is what replicas take in"),
+        ({"trust_remote_code": True}, "Transformers itself implements"),
+        ({"dtype": torch.float16}, "dtype=float16.* compute in bfloat16"),
+        ({"rollout_urls": ["a b"], "fast_inference": True}, "'a b' is not a URL"),
+        ({"max_seq_length": 4}, "max_seq_length is 4: give it 16 or more"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_in_one_sentence(
+    tiny_checkpoint: Path, option: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        PolicyModel.from_pretrained(str(tiny_checkpoint), **option)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("max_seq_len", "max_seq_length"),
+        ("fast_infernce", "fast_inference"),
+        ("load_in_8bits", "load_in_8bit"),
+        ("gpu_memory_utilisation", "gpu_memory_utilization"),
+    ],
+)
+def test_a_misspelt_parameter_is_answered_with_the_nearest_valid_one(
+    wrong: str, right: str
+) -> None:
+    options: dict[str, Any] = {wrong: 1}
+    with pytest.raises(TypeError, match=f"no parameter '{wrong}': did you mean {right}"):
+        PolicyModel.from_pretrained("model", **options)
+
+
+def test_a_parameter_without_effect_is_taken_and_says_so(
+    loaded: PolicyModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        loaded.get_peft_model(r=4, max_seq_length=128, use_gradient_checkpointing="unsloth")
+    (record,) = caplog.records
+    assert "max_seq_length=128) has no effect" in record.getMessage()
+
+
+def test_get_peft_model_is_called_on_the_model_or_on_the_class(loaded: PolicyModel) -> None:
+    assert PolicyModel.get_peft_model(loaded, r=4, target_modules=["q_proj", "v_proj"]) is loaded
+    modules = {name.split(".")[-4] for name, _ in loaded.named_parameters() if ".lora_" in name}
+    assert modules == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match=r"r is 64.* load it with max_lora_rank=64"):
+        loaded.get_peft_model(r=64)
+    with pytest.raises(
+        ValueError, match=r"this LoRA cannot be had: rank: .* greater than or equal"
+    ):
+        loaded.get_peft_model(r=0)
+    with pytest.raises(ValueError, match=r"lora_dropout=0.1.* cannot be had here"):
+        loaded.get_peft_model(r=4, lora_dropout=0.1)
+
+
+def test_a_longer_context_than_the_models_is_cut_to_it(
+    tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="services.trainer"):
+        model, _ = PolicyModel.from_pretrained(
+            str(tiny_checkpoint), max_seq_length=4096, device="cpu"
+        )
+    assert model.max_seq_length == 512
+    assert "max_seq_length=4096 is more than the 512 positions" in caplog.text
+
+
+# --- forward ------------------------------------------------------------------------------------
+
+
+def by_transformers(model: PolicyModel, prompt: list[int], ids: list[int]) -> torch.Tensor:
+    logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0].float()
+    table = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
+    return table.gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def test_logprobs_are_those_of_transformers_logits(model: PolicyModel) -> None:
+    found = model.logprobs(PROMPTS, COMPLETIONS)
+    assert found.mask.tolist() == [
+        [True, True, True, False],
+        [True, True, False, False],
+        [True, True, True, True],
+    ]
+    for row, prompt, ids in zip(found.logprobs, PROMPTS, COMPLETIONS, strict=True):
+        expected = by_transformers(model, prompt, ids)
+        torch.testing.assert_close(row[: len(ids)], expected, atol=0.03, rtol=0)
+
+
+def test_a_temperature_divides_the_logits(model: PolicyModel) -> None:
+    hot = model.logprobs(PROMPTS, COMPLETIONS, temperature=100.0)
+    uniform = torch.full_like(hot.logprobs[hot.mask], 1 / 16).log()
+    torch.testing.assert_close(hot.logprobs[hot.mask], uniform, atol=0.2, rtol=0)
+    torch.testing.assert_close(hot.entropy[hot.mask], -uniform, atol=0.01, rtol=0)
+
+
+def test_the_gradient_does_not_depend_on_how_many_positions_are_computed_at_once(
+    model: PolicyModel,
+) -> None:
+    gradients = []
+    for max_positions in (8192, 8):
+        found = model.logprobs(PROMPTS, COMPLETIONS, max_positions=max_positions)
+        (found.logprobs - 0.1 * found.entropy)[found.mask].sum().backward()
+        gradients.append(gradient_of(model))
+        model.zero_grad()
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, parts, atol=0.02 * float(whole.abs().max()), rtol=0)
+
+
+def test_the_reference_is_the_base_and_has_no_gradient(model: PolicyModel) -> None:
+    reference = model.reference_logprobs(PROMPTS, COMPLETIONS)
+    assert not reference.logprobs.requires_grad
+    policy = model.logprobs(PROMPTS, COMPLETIONS)
+    effect = (policy.logprobs.detach() - reference.logprobs)[policy.mask].abs().mean()
+    assert float(effect) > 0.1
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    fresh = model.logprobs(PROMPTS, COMPLETIONS)
+    torch.testing.assert_close(fresh.logprobs[fresh.mask], reference.logprobs[fresh.mask])
+
+
+def test_a_value_head_reads_one_state_per_token(model: PolicyModel) -> None:
+    assert model.hidden_states(PROMPTS, COMPLETIONS).shape == (3, 4, 128)
+
+
+def test_prompts_and_completions_must_be_as_many_and_have_tokens(model: PolicyModel) -> None:
+    with pytest.raises(ValueError, match="3 prompts and 2 completions"):
+        model.logprobs(PROMPTS, COMPLETIONS[:2])
+    with pytest.raises(ValueError, match="completion 1 or its prompt has no token"):
+        model.logprobs(PROMPTS[:2], [[4], []])
+
+
+def test_a_plain_call_on_a_gpu_layout_is_recomputed_with_the_mask_it_had(
+    tiny_checkpoint: Path,
+) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    ids, mask = torch.tensor([[0, 1, 5, 6], [1, 5, 6, 7]]), torch.ones(2, 4, dtype=torch.int64)
+    mask[0, 0] = 0
+    expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    model.set_attn_implementation(NAME)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    with plain_attention(model):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(logits, expected)
+    logits.sum().backward()  # layers are computed again here
+    assert model.config._attn_implementation == NAME
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# --- modes --------------------------------------------------------------------------------------
+
+
+def test_a_mode_is_for_good_or_for_a_block(model: PolicyModel) -> None:
+    assert model.for_training() is model
+    with model.for_inference() as inside:
+        assert inside is model
+        assert not model.training
+        assert model.tokenizer.padding_side == "left"
+        with model.for_training():
+            assert model.training
+        assert not model.training
+    assert model.training
+    assert model.tokenizer.padding_side == "right"
+    model.for_inference()
+    assert not model.training
+    model.for_training()
+    assert model.training
+
+
+def test_transformers_generates_in_either_mode_and_leaves_it(model: PolicyModel) -> None:
+    ids = torch.tensor([PROMPTS[0]])
+    answers = []
+    for enter in (model.for_training, model.for_inference):
+        enter()
+        was_training = model.training
+        answers.append(
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=4,
+                do_sample=False,
+            ).tolist()
+        )
+        assert model.training == was_training
+    assert answers[0] == answers[1]
+
+
+def test_gradients_after_transformers_has_generated_are_those_before(model: PolicyModel) -> None:
+    def gradient() -> list[torch.Tensor]:
+        found = model.logprobs(PROMPTS, COMPLETIONS)
+        found.logprobs[found.mask].sum().backward()
+        gradients = gradient_of(model)
+        model.zero_grad()
+        return gradients
+
+    before = gradient()
+    ids = torch.tensor([PROMPTS[0]])
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
+    for first, second in zip(before, gradient(), strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_without_an_engine_the_fast_ways_say_how_to_get_one(model: PolicyModel) -> None:
+    assert not hasattr(model, "vllm_engine")
+    for fast in (model.fast_generate, model.fast_generate_batches):
+        with pytest.raises(RuntimeError, match="load it with fast_inference=True, or use model"):
+            fast(["s1="])
+    with pytest.raises(RuntimeError, match="restore_lora"):
+        model.load_lora("anywhere")
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+
+def test_a_saved_adapter_is_peft_s_and_comes_back(
+    model: PolicyModel, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("stays")
+    model.save_lora(tmp_path)
+    before = model.logprobs(PROMPTS, COMPLETIONS)
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
+    assert PeftModel.from_pretrained(base, tmp_path).peft_config["default"].r == 8
+    model.get_peft_model(r=16, lora_alpha=16, random_state=1)
+    model.restore_lora(tmp_path)  # of half the rank and twice the factor
+    after = model.logprobs(PROMPTS, COMPLETIONS)
+    torch.testing.assert_close(after.logprobs, before.logprobs, atol=0.05, rtol=0)
+    assert (tmp_path / "mine.txt").read_text() == "stays"
+
+
+def test_training_goes_on_from_a_folder_with_an_adapter(model: PolicyModel, tmp_path: Path) -> None:
+    model.save_lora(tmp_path / "saved")
+    before = model.logprobs(PROMPTS, COMPLETIONS)
+    again, _ = PolicyModel.from_pretrained(str(tmp_path / "saved"), max_lora_rank=4, device="cpu")
+    after = again.logprobs(PROMPTS, COMPLETIONS)
+    torch.testing.assert_close(after.logprobs, before.logprobs, atol=0.05, rtol=0)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(model: PolicyModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no adapter_config.json: name a folder that"):
+        model.restore_lora(tmp_path)
+    model.save_lora(tmp_path)
+    model.get_peft_model(r=4)
+    with pytest.raises(ValueError, match=r"has rank 8, this model's LoRA has 4: load .*rank=8"):
+        model.restore_lora(tmp_path)
+    model.get_peft_model(r=8, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="which this model's LoRA does not have"):
+        model.restore_lora(tmp_path)
+
+
+# --- prompts and sampling -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "prompts"),
+    [
+        ("s1=", ["s1="]),
+        (["s1=", "s2="], ["s1=", "s2="]),
+        ([1, 2], [(1, 2)]),
+        ([[1, 2], [3]], [(1, 2), (3,)]),
+        (torch.tensor([[1, 2], [3, 4]]), [(1, 2), (3, 4)]),
+        (torch.tensor([1, 2]), [(1, 2)]),
+        ({"prompt_token_ids": [1, 2]}, [(1, 2)]),
+        ([{"prompt": "s1="}, {"prompt_token_ids": [1]}], ["s1=", (1,)]),
+        (
+            [{"role": "user", "content": "s1"}],
+            [(ChatMessage(role="user", content="s1"),)],
+        ),
+        (
+            [[{"role": "user", "content": "s1"}], [{"role": "user", "content": "s2"}]],
+            [
+                (ChatMessage(role="user", content="s1"),),
+                (ChatMessage(role="user", content="s2"),),
+            ],
+        ),
+    ],
+)
+def test_a_prompt_is_text_ids_a_dict_or_messages(given: Any, prompts: list[Any]) -> None:
+    assert read_prompts(given) == prompts
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ([], "there is no prompt"),
+        ([{"text": "s1="}], "prompt 0 is a dict with 'text': it needs 'prompt_token_ids'"),
+        (["s1=", 3.5], "prompt 1 is no text, no token ids and no chat messages"),
+    ],
+)
+def test_what_is_no_prompt_is_named(given: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read_prompts(given)
+
+
+def test_sampling_is_read_from_an_object_a_dict_or_keywords() -> None:
+    expected = SamplingParams(n=8, temperature=0.7, max_tokens=64, stop=("=",))
+    like_vllm = SimpleNamespace(
+        n=8, temperature=0.7, max_tokens=64, stop=["="], stop_token_ids=None, top_k=-1, logprobs=1,
+        prompt_logprobs=None, bad_words=[], logit_bias=None, skip_special_tokens=True, _private=1,
+    )  # fmt: skip
+    assert read_sampling(like_vllm) == expected
+    assert read_sampling({"n": 8, "temperature": 0.7, "max_tokens": 64, "stop": "="}) == expected
+    assert read_sampling(n=8, temperature=0.7, max_tokens=64, stop=["="], logprobs=0) == expected
+    assert read_sampling(expected, n=2).n == 2
+
+
+@pytest.mark.parametrize(
+    ("named", "sentence"),
+    [
+        ({"temprature": 1}, "no sampling parameter 'temprature': did you mean temperature"),
+        ({"logprobs": 5}, "logprobs=5: a replica returns those of the sampled tokens alone"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias is not served by a replica"),
+        ({"temperature": -1}, "sampling parameter temperature"),
+        ({"sampling_params": 7}, "give vLLM's SamplingParams, a dict, or keywords"),
+    ],
+)
+def test_a_sampling_parameter_that_cannot_be_honoured_is_named(
+    named: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read_sampling(named.pop("sampling_params", None), **named)
