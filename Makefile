@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 LONG_SUITES := gpu or faults or learning or compose
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-learning test-compose test-gpu up check format rollout trainer requirements clean
+.PHONY: help setup demo test test-faults test-learning test-compose test-gpu up check format docs rollout trainer requirements clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ format: $(INSTALLED) ## Format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(INSTALLED) ## Make the reference pages of docs/ again, from the code
+	@$(BIN)/python -m docs.generate
+
 rollout: $(INSTALLED) ## Run one rollout service with the ROLLOUT_* settings of the environment
 	@exec $(BIN)/python -m services.rollout
 
@@ -71,4 +74,4 @@ requirements: ## Pin the closures in deploy/requirements again (needs uv; UPGRAD
 	$(call pin,trainer-cuda.txt,trainer.in torch-cuda.in trainer-cuda.in --constraint cpu.txt)
 
 clean: ## Remove what the demo and the tools left here (.venv stays)
-	rm -rf .demo .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .demo .own_loop .screenshots .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
