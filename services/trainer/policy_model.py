@@ -325,7 +325,7 @@ class PolicyModel(torch.nn.Module):
                 "lower learning rate"
             )
 
-    def save_lora(self, folder: str | Path, **others: Any) -> None:
+    def save_lora(self, folder: str | Path) -> None:
         """Write the adapter in PEFT's format, in bfloat16."""
         with self._lock:
             current = self.policy.id
