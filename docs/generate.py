@@ -30,6 +30,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
+from services.rollout import openai_types
 from services.rollout.app import create_app as rollout_app
 from services.rollout.replica import Replica
 from services.rollout.settings import RolloutSettings
@@ -116,6 +117,8 @@ _NAMES: dict[Any, str] = {
     bool: "true or false",
     Path: "path",
     Any: "anything",
+    object: "anything",
+    NoneType: "none",
     dict[str, Any]: "object",
 }
 
@@ -132,6 +135,8 @@ def type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
+        if not arguments:
+            return "empty list"
         if arguments[-1] is Ellipsis:
             limits = [m.max_length for m in metadata if isinstance(m, annotated_types.MaxLen)]
             most = "".join(f", {limit} at most" for limit in limits)
@@ -204,7 +209,8 @@ def _doc(thing: Any) -> str:
 def _model_section(model: Model) -> str:
     """Its docstring and fields; those of a base class that is more than a border are there."""
     base = model.__mro__[1]
-    inherits = base.__module__ == model.__module__ and bool(getattr(base, "model_fields", None))
+    is_shown = base.__module__ == model.__module__ and not base.__name__.startswith("_")
+    inherits = is_shown and bool(getattr(base, "model_fields", None))
     names = list(model.__annotations__) if inherits else list(model.model_fields)
     more = f"\nAnd all of {type_text(base)}.\n" if inherits else ""
     table = _fields(model, names) if set(names) & set(model.model_fields) else "No fields.\n"
@@ -266,9 +272,12 @@ def reachable(model: Model) -> list[Model]:
 def wire_page() -> str:
     models = [
         item
-        for item in vars(schemas).values()
+        for module in (schemas, openai_types)
+        for item in vars(module).values()
         if isinstance(item, type)
         and issubclass(item, schemas.Wire)
+        and item.__module__ == module.__name__
+        and not item.__name__.startswith("_")
         and item is not schemas.Wire
         and item is not schemas.StepRecord
     ]

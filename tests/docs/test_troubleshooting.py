@@ -18,7 +18,7 @@ QUOTES = re.findall(r"^\| `(.+?)` \|", PAGE.read_text(), re.MULTILINE)
 def sentences() -> list[str]:
     """All strings of the code, with … for what is filled in."""
     found = []
-    for folder in ("services", "shared", "deploy/scripts"):
+    for folder in ("services", "shared", "tandem", "deploy/scripts"):
         for path in (ROOT / folder).rglob("*.py"):
             tree = ast.parse(path.read_text())
             found += [text(node) for node in ast.walk(tree) if isinstance(node, ast.expr)]

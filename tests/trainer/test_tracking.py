@@ -217,9 +217,9 @@ def test_a_tracker_without_its_package_is_refused_before_the_run(
 @pytest.mark.parametrize(
     ("trackers", "problem"),
     [
-        ("[{type: wandb}]", "tracking.0.wandb.project"),
-        ("[{type: wandb, project: 'a b'}]", "tracking.0.wandb.project"),
-        ("[{type: mlflow, project: p}]", "'wandb', 'trackio'"),
+        ("[{type: wandb}]", "tracking.0.project is missing"),
+        ("[{type: wandb, project: 'a b'}]", "tracking.0.project is 'a b'"),
+        ("[{type: mlflow, project: p}]", "unknown type 'mlflow': there are wandb, trackio"),
         ("[{type: wandb, project: p}, {type: wandb, project: q}]", "two trackers have the same"),
     ],
 )
