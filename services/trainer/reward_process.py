@@ -22,6 +22,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -53,7 +54,8 @@ class FunctionProcess:
     def __init__(self, path: str) -> None:
         self._path = path
         self._child: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._socket: socket.socket | None = None  # our end, which a shutdown can end
+        self._connection: Connection | None = None  # over it
         self._parameters = Parameters((), (), takes_any=True)
 
     async def start(self, *, timeout_s: float) -> Parameters:
@@ -64,7 +66,7 @@ class FunctionProcess:
         return self._parameters
 
     def _start_child(self) -> None:
-        ours, theirs = socket.socketpair()
+        self._socket, theirs = socket.socketpair()
         with theirs:
             path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
             self._child = subprocess.Popen(
@@ -74,7 +76,7 @@ class FunctionProcess:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
             )
-        self._connection = Connection(ours.detach())
+        self._connection = Connection(os.dup(self._socket.fileno()))
 
     async def call(self, arguments: Mapping[str, Any], *, timeout_s: float) -> Sequence[Any]:
         """What the function gave, as `as_reward` makes it. Raises FunctionFailed."""
@@ -96,9 +98,10 @@ class FunctionProcess:
         exchanging = asyncio.ensure_future(asyncio.to_thread(exchange))
         try:
             await asyncio.wait({exchanging}, timeout=timeout_s)
-            if not exchanging.done():
+            if not exchanging.done() and child.poll() is None:
                 raise FunctionFailed(f"took more than {timeout_s:g} s")
-            if isinstance(exchanging.exception(), EOFError | OSError):  # nobody is there
+            # Nobody is there, or only what it forked, which keeps its end of the connection.
+            if not exchanging.done() or isinstance(exchanging.exception(), EOFError | OSError):
                 raise FunctionFailed(f"ended its process, which {await _ending(child)}")
         finally:
             if not exchanging.done() or exchanging.exception():
@@ -114,16 +117,22 @@ class FunctionProcess:
         return result
 
     def _kill(self) -> None:
-        if self._child and self._child.poll() is None:
-            os.killpg(self._child.pid, signal.SIGKILL)
+        """End the process and what it started, and whoever waits for its answer."""
+        if self._child:
+            with suppress(ProcessLookupError):  # it may be gone, and its workers not
+                os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
+        if self._socket:
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End the process, whatever it does."""
         self._kill()
+        if self._socket:
+            self._socket.close()
         if self._connection:
             self._connection.close()
-        self._child = self._connection = None
+        self._child = self._socket = self._connection = None
 
 
 async def _ending(child: subprocess.Popen[bytes]) -> str:

@@ -157,3 +157,13 @@ def waits_for_a_file(completions: list[str], path: list[str], **_: object) -> li
     while not Path(path[0]).exists():
         time.sleep(0.01)
     return [1.0] * len(completions)
+
+
+def leaves_a_worker(completions: list[str], path: list[str], **_: object) -> list[float]:
+    """Its worker has all that was open here."""
+    worker = os.fork()
+    if worker:
+        Path(path[0]).write_text(str(worker))
+        os._exit(3)
+    time.sleep(30)
+    os._exit(0)

@@ -23,6 +23,7 @@ from services.tokens import PromptEncoder
 from services.trainer import rewards
 from services.trainer.data import Prompt
 from services.trainer.reward_batch import Reward, RewardBatch
+from services.trainer.reward_process import FunctionFailed, FunctionProcess
 from services.trainer.rewards import (
     Scorer,
     build_reward,
@@ -198,6 +199,18 @@ async def test_a_function_lives_in_one_process_until_it_is_closed() -> None:
         (first, _), (second, _) = await compute(reward, BATCH), await compute(reward, BATCH)
     assert first == second != os.getpid()
     assert not Path(f"/proc/{first:.0f}").exists()
+
+
+async def test_a_process_that_ends_before_its_workers_takes_them_along(tmp_path: Path) -> None:
+    """They have its end of the connection, on which nobody answers."""
+    process = FunctionProcess("tests.trainer.reward_functions:leaves_a_worker")
+    await process.start(timeout_s=60)
+    arguments = {"completions": ["a"], "path": [str(tmp_path / "worker")]}
+    async with asyncio.timeout(20):
+        with pytest.raises(FunctionFailed, match="ended its process, which exited with 3"):
+            await process.call(arguments, timeout_s=3)
+    worker = int((tmp_path / "worker").read_text())
+    assert eventually(lambda: has_ended(worker), timeout_s=10)
 
 
 _TRAINER = """
