@@ -62,7 +62,11 @@ class FunctionProcess:
         """What the function takes; starts the process unless it runs. Raises FunctionFailed."""
         if self._child is None:
             self._start_child()
-            self._parameters = Parameters(*await self._ask(self._path, timeout_s=timeout_s))
+            try:
+                self._parameters = Parameters(*await self._ask(self._path, timeout_s=timeout_s))
+            except FunctionFailed:
+                self.close()
+                raise
         return self._parameters
 
     def _start_child(self) -> None:

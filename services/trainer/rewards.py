@@ -287,7 +287,6 @@ class _Function(_InProcess):
         try:
             takes = await self._process.start(timeout_s=self._timeout_s)
         except FunctionFailed as failure:
-            self._process.close()
             raise ValueError(
                 f"{self.name} cannot be imported: importing it {failure}; its folder must be on "
                 "the trainer's PYTHONPATH"

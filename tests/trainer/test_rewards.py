@@ -201,6 +201,13 @@ async def test_a_function_lives_in_one_process_until_it_is_closed() -> None:
     assert not Path(f"/proc/{first:.0f}").exists()
 
 
+async def test_a_function_that_cannot_be_imported_is_imported_anew_each_time() -> None:
+    process = FunctionProcess("tests.trainer.reward_functions:no_such_function")
+    for _ in range(2):
+        with pytest.raises(FunctionFailed, match=r"raised AttributeError.*no_such_function"):
+            await process.start(timeout_s=60)
+
+
 async def test_a_process_that_ends_before_its_workers_takes_them_along(tmp_path: Path) -> None:
     """They have its end of the connection, on which nobody answers."""
     process = FunctionProcess("tests.trainer.reward_functions:leaves_a_worker")
