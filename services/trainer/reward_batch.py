@@ -87,7 +87,7 @@ class RewardProblem(Exception):
 
 
 class Reward(Protocol):
-    """Computes rewards. `check` and `__call__` may start what `close` ends."""
+    """Computes rewards. `check`, `start` and `__call__` may start what `close` ends."""
 
     @property
     def name(self) -> str:
@@ -95,6 +95,9 @@ class Reward(Protocol):
 
     async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
         """Raises ValueError when it can never work, as for columns that `dataset` lacks."""
+
+    async def start(self) -> None:
+        """Be ready to compute, which `__call__` does by itself. Raises RewardProblem."""
 
     async def __call__(
         self, batch: RewardBatch, *, timeout_s: float | None = None

@@ -59,6 +59,9 @@ class ServiceReward:
     async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
         """It may be started after the run."""
 
+    async def start(self) -> None:
+        """Connections begin with each batch."""
+
     def close(self) -> None:
         """Connections end with each batch."""
 

@@ -83,8 +83,7 @@ class FunctionProcess:
         self._connection = Connection(os.dup(self._socket.fileno()))
 
     async def call(self, arguments: Mapping[str, Any], *, timeout_s: float) -> Sequence[Any]:
-        """What the function gave, as `as_reward` makes it. Raises FunctionFailed."""
-        await self.start(timeout_s=timeout_s)
+        """What the started function gave, as `as_reward` makes it. Raises FunctionFailed."""
         values: Sequence[Any] = await self._ask(dict(arguments), timeout_s=timeout_s)
         return values
 

@@ -108,8 +108,8 @@ async def compute(reward: Reward, batch: RewardBatch) -> list[float]:
             culprit = (
                 f": {batch.shown(index)}, is enough for that"
                 if index is not None
-                else f" for {len(batch)} completions, and it is none of them alone; "
-                f"the first is {batch.shown(0)}"
+                else f" for {len(batch)} completions, and none of them is found to be enough for "
+                f"that; the first is {batch.shown(0)}"
             )
         raise RewardFailed(f"{reward.name} {problem}{culprit}") from problem
     rewards = []
@@ -125,6 +125,10 @@ async def compute(reward: Reward, batch: RewardBatch) -> list[float]:
 async def _fails_alone(reward: Reward, batch: RewardBatch) -> int | None:
     """The first completion that the reward fails for when it is the only one, if one is found in
     time. One that is late is it only when it took most of the time."""
+    try:
+        await reward.start()  # it may have been ended; no completion is to blame for that
+    except RewardProblem:
+        return None
     deadline = time.monotonic() + _MAX_SEARCH_S
     for index in range(len(batch)):
         left_s = deadline - time.monotonic()
@@ -132,8 +136,8 @@ async def _fails_alone(reward: Reward, batch: RewardBatch) -> int | None:
             return None
         try:
             await reward(batch.part(index, index + 1), timeout_s=left_s)
-        except RewardProblem:
-            return index
+        except RewardProblem as problem:
+            return index if problem.may_be_of_one else None
     return None
 
 
@@ -191,6 +195,9 @@ class _BuiltIn:
     async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
         pass
 
+    async def start(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -235,6 +242,12 @@ class _InProcess:
     async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
         """It starts with the first batch."""
 
+    async def start(self) -> None:
+        try:
+            await self._process.start(timeout_s=self._timeout_s)
+        except FunctionFailed as failure:
+            raise RewardProblem(f"cannot be imported: importing it {failure}") from failure
+
     def _arguments(self, batch: RewardBatch) -> dict[str, Any]:
         columns = {name: list(values) for name, values in batch.columns.items()}
         given = {"prompts": list(batch.prompts), "completions": list(batch.completions)}
@@ -243,6 +256,7 @@ class _InProcess:
     async def __call__(
         self, batch: RewardBatch, *, timeout_s: float | None = None
     ) -> Sequence[float | NoNumber]:
+        await self.start()
         try:
             values = await self._process.call(
                 self._arguments(batch), timeout_s=timeout_s or self._timeout_s

@@ -141,7 +141,7 @@ _SECOND = "completion 1 of 2, '43' to the prompt 's43='"
     ("name", "message"),
     [
         ("broken_by_43", f"raised ZeroDivisionError.* in .*reward_functions.py, line .*{_SECOND}"),
-        ("broken_by_two", "raised RuntimeError.* 2 completions, and it is none of them alone"),
+        ("broken_by_two", "raised RuntimeError.* 2 completions, and none of them is found"),
         ("forgets_to_return", "raised TypeError.*it returned None, not a list of numbers"),
         ("by_name", "raised TypeError.*not a list of numbers"),
         ("leaves_43_out", f"gave 1 values for 2 completions: {_SECOND}"),
@@ -160,6 +160,38 @@ async def test_a_function_that_fails_is_never_zero_and_names_the_completion(
     """NeMo-RL#3589: failures became rewards of 0 and biased the baseline."""
     with pytest.raises(RewardFailed, match=rf"^reward function [\w.]+:{name} {message}"):
         await rewards_of(function(name))
+
+
+_DIES_AND_COMES_BACK = """
+import os, pathlib, signal, time
+
+def reward(completions, **_):
+    if "43" in completions:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return [1.0] * len(completions)
+
+mark = pathlib.Path(__file__).with_suffix(".imported")
+if mark.exists():
+    {again}
+mark.touch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("again", "message"),
+    [
+        ("time.sleep(5)", f": {_SECOND}"),  # longer than the search for the completion may take
+        ("raise ImportError", " for 2 completions, and none of them is found"),
+    ],
+)
+async def test_what_a_function_needs_to_come_back_is_no_fault_of_a_completion(
+    again: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewards, "_MAX_SEARCH_S", 4.0)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "comes_back.py").write_text(_DIES_AND_COMES_BACK.format(again=again))
+    with pytest.raises(RewardFailed, match=f"was ended by SIGSEGV{message}"):
+        await rewards_of(FunctionReward(path="comes_back:reward"))
 
 
 @pytest.mark.parametrize("name", ["sleeps_for_43", "hangs_in_c_for_43"])
@@ -226,6 +258,7 @@ from services.trainer.reward_process import FunctionProcess
 
 async def main():
     process = FunctionProcess("tests.trainer.reward_functions:process_id")
+    await process.start(timeout_s=60)
     (pid,) = await process.call({"completions": ["a"]}, timeout_s=60)
     print(int(pid), flush=True)
     await asyncio.sleep(600)
