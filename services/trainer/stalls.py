@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 
-from services.trainer.loop import Run
+from services.trainer.loop import Run, needs_eval
 
 _MIN_WAIT_S = 60.0  # without an event, before a run is said to stand still
+_MIN_FIRST_WAIT_S = 600.0  # the same before a first step or evaluation, which may take long
 _MAX_STEPS = 5  # and that many times the last step and evaluation: no honest step varies so much
 
 
@@ -48,8 +49,10 @@ def _standing_still(run: Run) -> list[str]:
         return []
     step, evaluation = run.log.last_step, run.log.last_eval
     last_s = (step.step_s if step else 0.0) + (evaluation.eval_s if evaluation else 0.0)
+    is_first = step is None or (evaluation is None and needs_eval(run.config, step.step, None))
+    first_s = max(_MIN_FIRST_WAIT_S, run.config.generate_timeout_s) if is_first else 0.0
     silent_s = time.monotonic() - run.log.changed_at
-    if silent_s < max(_MIN_WAIT_S, _MAX_STEPS * last_s):
+    if silent_s < max(_MIN_WAIT_S, _MAX_STEPS * last_s, first_s):
         return []
     before = f"the last step took {step.step_s:.3g} s" if step else "there was no step yet"
     return [

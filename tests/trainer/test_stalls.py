@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,7 +13,13 @@ import pytest
 from services.trainer.app import create_app
 from services.trainer.fleet import Fleet
 from services.trainer.policy import Policy
-from services.trainer.run_config import dump_run_config, parse_run_config
+from services.trainer.run_config import (
+    EvalConfig,
+    RunConfig,
+    SortDigitsDataset,
+    dump_run_config,
+    parse_run_config,
+)
 from services.trainer.stalls import stalls
 from services.trainer.trainer import Trainer
 from shared.errors import NotFound
@@ -45,6 +52,14 @@ def equal_rewards(policy: PolicyId) -> TrainRequest:
     completions = tuple(c.model_copy(update={"reward": 0.5}) for c in group.completions)
     same = group.model_copy(update={"completions": completions})
     return request.model_copy(update={"groups": (same,)})
+
+
+def managed(**changes: Any) -> RunConfig:
+    return MANAGED.model_copy(update=changes)
+
+
+def held_out(every_steps: int) -> EvalConfig:
+    return EvalConfig(dataset=SortDigitsDataset(), every_steps=every_steps)
 
 
 # --- stalls -------------------------------------------------------------------------------------
@@ -82,13 +97,39 @@ async def test_a_run_without_its_replica_says_why(trainer: Trainer) -> None:
 
 
 async def test_a_run_whose_last_event_is_long_ago_stands_still(trainer: Trainer) -> None:
-    await trainer.start_run(EXTERNAL)
+    policy = (await trainer.start_run(EXTERNAL)).policy
+    await trainer.train(train_request(policy))
     run = replace(trainer._run().run, config=MANAGED)
     assert stalls(run) == ()
     run.log.changed_at -= 100
     (sentence,) = stalls(run)
-    assert sentence.startswith("no update for 100 s, there was no step yet: look for")
+    assert sentence.startswith("no update for 100 s, the last step took ")
     assert stalls(trainer._run().run) == (), "a loop of the user's own takes its time"
+
+
+async def test_a_first_step_may_take_ten_minutes_or_as_long_as_a_request(trainer: Trainer) -> None:
+    await trainer.start_run(EXTERNAL)
+    run = replace(trainer._run().run, config=managed(generate_timeout_s=60.0))
+    run.log.changed_at -= 500
+    assert stalls(run) == ()
+    run.log.changed_at -= 150
+    (sentence,) = stalls(run)
+    assert sentence.startswith("no update for 650 s, there was no step yet: look for")
+    assert stalls(replace(run, config=managed(generate_timeout_s=3600.0))) == ()
+
+
+async def test_a_first_evaluation_may_take_as_long_as_a_first_step(trainer: Trainer) -> None:
+    policy = (await trainer.start_run(EXTERNAL)).policy
+    await trainer.train(train_request(policy))
+    is_due, comes_later = (
+        replace(trainer._run().run, config=managed(num_steps=9, eval=held_out(every)))
+        for every in (1, 2)
+    )
+    is_due.log.changed_at -= 100
+    assert stalls(is_due) == ()
+    assert stalls(comes_later)
+    is_due.log.changed_at -= 550
+    assert stalls(is_due)
 
 
 # --- what else the page asks for ----------------------------------------------------------------
