@@ -7,6 +7,7 @@ must name is a dataset, its rewards and `num_steps`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -288,12 +289,23 @@ class HttpReward(Config):
 
     type: Literal["http"] = "http"
     url: str = Field(pattern=r"^https?://[^/\s]")  # of the service that scores
-    api_key_env: str | None = None  # the trainer's environment variable with its bearer token
+    # the trainer's environment variable with its bearer token; its name begins with REWARD_
+    api_key_env: str | None = None
     timeout_s: float = Field(gt=0, default=60.0)  # for one answer
     max_outage_s: float = Field(ge=0, default=300.0)  # how long the run waits while it is away
     max_completions_per_request: int | None = Field(ge=1, default=None)  # None: all that wait
     max_concurrent_requests: int = Field(ge=1, default=4)  # when there are several
     weight: float = 1.0  # times the reward, in the sum
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_for_rewards(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"REWARD_\w+", name, re.ASCII):
+            raise ValueError(
+                "must begin with REWARD_, so that no config sends another secret of the trainer's: "
+                "put the key of the reward service in such a variable"
+            )
+        return name
 
 
 RewardConfig = Annotated[

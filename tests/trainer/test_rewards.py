@@ -409,15 +409,15 @@ async def test_requests_are_bounded_and_keep_the_completions_of_a_prompt_togethe
 async def test_a_reward_service_gets_its_own_key(
     service: RewardService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("JUDGE_KEY", "secret")
+    monkeypatch.setenv("REWARD_JUDGE_KEY", "secret")
     service.answers = [(200, b'{"rewards": [1, 1]}')]
-    await rewards_of(over_http(service, api_key_env="JUDGE_KEY"))
+    await rewards_of(over_http(service, api_key_env="REWARD_JUDGE_KEY"))
     assert service.authorizations == ["Bearer secret"]
 
 
 def test_a_key_that_is_not_in_the_environment_is_said_before_the_run() -> None:
-    with pytest.raises(ValueError, match="environment has no NO_SUCH_KEY"):
-        build_reward(HttpReward(url="http://judge", api_key_env="NO_SUCH_KEY"))
+    with pytest.raises(ValueError, match="environment has no REWARD_NO_SUCH_KEY"):
+        build_reward(HttpReward(url="http://judge", api_key_env="REWARD_NO_SUCH_KEY"))
 
 
 async def test_the_run_waits_for_a_reward_service_that_is_away_and_says_so(

@@ -100,6 +100,10 @@ def test_the_overlong_penalty_has_a_weight_as_rewards_do() -> None:
         (OFFLINE.replace("pairs.jsonl", "pairs.csv"), "neither .jsonl nor .parquet"),
         (OFFLINE.replace("algorithm: dpo", "rewards: [{type: exact_match}]"), "grpo samples"),
         ("managed: false\ndynamic_sampling: {}", "your loop's"),
+        (
+            "rewards: [{type: http, url: 'http://judge', api_key_env: HF_TOKEN}]",
+            r"^rewards\.0\.api_key_env: must begin with REWARD_, so that",
+        ),
     ],
 )
 def test_a_bad_config_is_refused_by_name(text: str, message: str) -> None:
