@@ -49,12 +49,12 @@ class ServiceReward:
             if not self._api_key:
                 raise ValueError(
                     f"the trainer's environment has no {config.api_key_env}, which is to hold the "
-                    f"key of the reward service {config.url}: start the trainer with it"
+                    f"key of the {self.name}: start the trainer with it"
                 )
 
     @property
     def name(self) -> str:
-        return f"reward service {self._config.url}"
+        return f"reward service {self._config.public_url}"
 
     async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
         """It may be started after the run."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -297,6 +298,21 @@ class HttpReward(Config):
     max_concurrent_requests: int = Field(ge=1, default=4)  # when there are several
     weight: float = 1.0  # times the reward, in the sum
 
+    @property
+    def public_url(self) -> str:
+        """Without its query, which may hold a secret."""
+        return urlsplit(self.url)._replace(query="", fragment="").geturl()
+
+    @field_validator("url")
+    @classmethod
+    def _has_no_password(cls, url: str) -> str:
+        if "@" in urlsplit(url).netloc:
+            raise ValueError(
+                "has a user or password in it, which logs would show: leave it out, and name the "
+                "variable with the service's key in api_key_env"
+            )
+        return url
+
     @field_validator("api_key_env")
     @classmethod
     def _is_for_rewards(cls, name: str | None) -> str | None:
@@ -490,6 +506,16 @@ class RunConfig(Config):
         if len({tracker.type for tracker in tracking}) < len(tracking):
             raise ValueError("two trackers have the same type: leave one out")
         return tracking
+
+    def public_settings(self) -> dict[str, Any]:
+        """All of them, for other machines: JSON without what may be a secret."""
+        rewards = (
+            reward.model_copy(update={"url": reward.public_url})
+            if isinstance(reward, HttpReward)
+            else reward
+            for reward in self.rewards
+        )
+        return self.model_copy(update={"rewards": tuple(rewards)}).model_dump(mode="json")
 
     @property
     def learns_from_pairs(self) -> bool:

@@ -33,7 +33,7 @@ class TrackedRun:
     run_id: str
     is_new: bool  # False: it goes on, in the tracker too
     folder: Path
-    settings: Mapping[str, Any]  # its resolved config
+    settings: Mapping[str, Any]  # its resolved config, without secrets
 
 
 class Tracker(Protocol):

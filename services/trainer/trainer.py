@@ -346,7 +346,7 @@ class Trainer:
                         run_id=config.run_id,
                         is_new=incarnation == 1,
                         folder=path,
-                        settings=config.model_dump(mode="json"),
+                        settings=config.public_settings(),
                     ),
                 ),
                 prompts=RowStream(data.prompts, seed=config.seed),

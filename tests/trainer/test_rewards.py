@@ -353,12 +353,14 @@ class RewardService(HTTPServer):
     answers: list[tuple[int, bytes]]
     bodies: list[dict[str, Any]]
     authorizations: list[str | None]
+    paths: list[str]
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: RewardService
 
     def do_POST(self) -> None:
+        self.server.paths.append(self.path)
         length = int(self.headers["Content-Length"])
         self.server.authorizations.append(self.headers["Authorization"])
         self.server.bodies.append(json.loads(self.rfile.read(length)))
@@ -375,7 +377,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def service() -> Iterator[RewardService]:
     server = RewardService(("127.0.0.1", 0), _Handler)
-    server.answers, server.bodies, server.authorizations = [], [], []
+    server.answers, server.bodies, server.authorizations, server.paths = [], [], [], []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -418,6 +420,17 @@ async def test_a_reward_service_gets_its_own_key(
 def test_a_key_that_is_not_in_the_environment_is_said_before_the_run() -> None:
     with pytest.raises(ValueError, match="environment has no REWARD_NO_SUCH_KEY"):
         build_reward(HttpReward(url="http://judge", api_key_env="REWARD_NO_SUCH_KEY"))
+
+
+async def test_the_query_of_a_reward_service_is_asked_with_and_not_shown(
+    service: RewardService,
+) -> None:
+    service.answers = [(404, b"no")] * 2
+    config = over_http(service)
+    config = config.model_copy(update={"url": f"{config.url}?token=secret"})
+    with pytest.raises(RewardFailed, match=r"^reward service http://[\w.:]+/reward refuses"):
+        await rewards_of(config)
+    assert service.paths == ["/reward?token=secret"] * 2
 
 
 async def test_the_run_waits_for_a_reward_service_that_is_away_and_says_so(

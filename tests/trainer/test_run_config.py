@@ -101,6 +101,10 @@ def test_the_overlong_penalty_has_a_weight_as_rewards_do() -> None:
         (OFFLINE.replace("algorithm: dpo", "rewards: [{type: exact_match}]"), "grpo samples"),
         ("managed: false\ndynamic_sampling: {}", "your loop's"),
         (
+            "rewards: [{type: http, url: 'https://me:hidden@judge'}]",
+            r"^rewards\.0\.url: has a user or password in it, which .* api_key_env$",
+        ),
+        (
             "rewards: [{type: http, url: 'http://judge', api_key_env: HF_TOKEN}]",
             r"^rewards\.0\.api_key_env: must begin with REWARD_, so that",
         ),

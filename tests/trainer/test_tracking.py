@@ -14,6 +14,7 @@ import pytest
 
 from services.trainer.policy import Policy
 from services.trainer.run_config import (
+    HttpReward,
     TrackingConfig,
     TrackioTracking,
     WandbTracking,
@@ -26,7 +27,7 @@ from shared.errors import InvalidRequest
 from shared.metrics import TrainerMetrics, scalars
 from shared.schemas import StateRecord, StepRecord
 from tests.trainer.test_run_log import evaluation, step_of
-from tests.trainer.test_trainer import make_trainer, offline
+from tests.trainer.test_trainer import MANAGED, make_trainer, offline
 
 pytestmark = pytest.mark.anyio
 _BLOCK_BYTES = 32768
@@ -260,6 +261,19 @@ async def test_a_run_that_goes_on_is_one_run_in_both_trackers(
         if record["kind"] == "step"
     ]
     assert trainer.run_status().detail == ""
+
+
+async def test_trackers_are_not_told_the_query_of_a_reward_service(
+    trainer: Trainer, tmp_path: Path
+) -> None:
+    judge = HttpReward(url="http://judge/score?token=hidden")
+    changes = {"run_id": "judged", "rewards": (judge,), "tracking": (OFFLINE,)}
+    await trainer.start_run(MANAGED.model_copy(update=changes))
+    await trainer.stop_run()
+    assert await ended_run(trainer) == "stopped"
+    (path,) = (tmp_path / "judged").glob("wandb/offline-run-*/*.wandb")
+    assert b"http://judge/score" in path.read_bytes()
+    assert b"hidden" not in path.read_bytes()
 
 
 @pytest.mark.usefixtures("no_login")
