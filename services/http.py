@@ -1,4 +1,4 @@
-"""What both services do to a request: check the key, bound the body, answer errors as problems."""
+"""What both services do to a request: check who asks, bound the body, answer errors as problems."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -13,12 +14,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shared.auth import check_authorization
+from shared.auth import check_authorization, is_loopback
 from shared.errors import (
     MEDIA_TYPE,
     BodyTooLarge,
     ClientClosed,
     DeadlineExceeded,
+    Forbidden,
     InternalError,
     InvalidRequest,
     NotFound,
@@ -129,7 +131,8 @@ def invalid_request(first: dict[str, Any]) -> InvalidRequest:
 
 
 class _Gate:
-    """Checks the key, then reads a bounded body before the app sees the request."""
+    """Checks the key, or without one the site, then reads a bounded body before the app sees the
+    request."""
 
     def __init__(
         self,
@@ -157,6 +160,8 @@ class _Gate:
             request = Request(scope)
             if scope["path"] not in self.open_paths:
                 check_authorization(request.headers.get("authorization"), self.api_key)
+                if not self.api_key:
+                    check_site(request)
             receive = self._in_time(receive)
             if scope["path"] not in self.streamed:
                 receive = await self._bounded_body(request, receive)
@@ -207,6 +212,34 @@ class _Gate:
             return pending.pop() if pending else await receive()
 
         return replay
+
+
+def check_site(request: Request) -> None:
+    """Raise Forbidden for what a browser on this machine sends for a page of another site."""
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    is_foreign = request.headers.get("sec-fetch-site") == "cross-site"
+    if origin is not None:
+        is_foreign |= origin.partition("://")[2].lower() != host.lower()
+    if is_foreign:
+        raise Forbidden(
+            f"a web page of another site ({origin or 'it has no name'}) sent this to {host}: a "
+            "service takes that with a key alone, set TANDEM_API_KEY"
+        )
+    # The name of another site may have been made to lead here (DNS rebinding).
+    bound, _ = request.scope.get("server") or ("", None)
+    if host and is_loopback(bound) and not is_loopback(_hostname(host)):
+        raise Forbidden(
+            f"this service listens on {bound}, and was asked as {host}: ask 127.0.0.1 or "
+            "localhost, or set TANDEM_API_KEY"
+        )
+
+
+def _hostname(host: str) -> str:
+    """Of a Host header, without the port and the brackets."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def check_content_length(request: Request, limit_bytes: int) -> None:

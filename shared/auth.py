@@ -15,14 +15,18 @@ ApiKey = Annotated[str, Field(pattern=r"^[!-~]+$")]  # what an HTTP header can c
 
 def check_bind(host: str, api_key: str | None) -> None:
     """Refuse to listen beyond this machine without a key. Raises ValueError."""
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    if not is_loopback and not api_key:
+    if not is_loopback(host) and not api_key:
         raise ValueError(
             f"refusing to listen on {host} without a key: set TANDEM_API_KEY, or bind 127.0.0.1"
         )
+
+
+def is_loopback(host: str) -> bool:
+    """True for an address or name that this machine alone reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def authorization(api_key: str | None) -> dict[str, str]:

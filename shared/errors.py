@@ -5,6 +5,7 @@
     │   ├── BodyTooLarge 413        refused while it streamed
     │   └── UnsuitableForTraining   a gradient cannot use these completions
     ├── Unauthorized 401            the key is missing, or another one
+    ├── Forbidden 403               a web page of another site sent it
     ├── NotFound 404                no such route, replica, version or run
     │   └── UnknownPolicy           names the resident versions
     ├── InvalidAdapter 422          the file contradicts itself or the base
@@ -80,6 +81,10 @@ class UnsuitableForTraining(InvalidRequest):
 
 class Unauthorized(ServiceError):
     status = 401
+
+
+class Forbidden(ServiceError):
+    status = 403
 
 
 class NotFound(ServiceError):
