@@ -303,7 +303,7 @@ def test_the_example_is_a_config_that_the_trainer_takes(
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ("num_stepz: 7", "unknown field 'num_stepz'"),
+        ("num_stepz: 7", "unknown key 'num_stepz'"),
         ("a: [", "the run config is neither YAML nor JSON"),
     ],
 )
