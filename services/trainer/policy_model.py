@@ -333,11 +333,18 @@ class PolicyModel(torch.nn.Module):
             write_lora(Path(folder), self.policy.export(named), self.policy.source)
 
     def restore_lora(self, folder: str | Path) -> None:
-        """Train on from an adapter that was saved; its rank may be smaller than this model's."""
+        """Train on from an adapter that was saved; its rank may be smaller than this model's: the
+        rest starts as in a fresh LoRA, and is trained too."""
         tensors = read_lora(Path(folder), self.policy.lora_shapes(), self.policy.lora)
         with torch.no_grad():
-            for tensor, parameter in zip(tensors.values(), self._trained(), strict=True):
+            for (name, tensor), parameter in zip(tensors.items(), self._trained(), strict=True):
                 parameter.copy_(tensor)
+                if name.endswith("lora_A.weight"):
+                    # Where A and B are both 0, so are both gradients, forever.
+                    other = tensors[name.replace("lora_A", "lora_B")]
+                    is_dead = ~(tensor.any(1) | other.any(0))  # [R]
+                    fresh = torch.nn.init.kaiming_uniform_(torch.empty_like(tensor), a=5**0.5)
+                    parameter[is_dead.to(parameter.device)] = fresh[is_dead].to(parameter)
 
     def load_lora(self, folder: str | Path, load_tensors: bool = True) -> LoRARequest:
         """An adapter of a folder as a `lora_request`: served beside the one that trains."""

@@ -288,6 +288,29 @@ def test_a_saved_adapter_is_peft_s_and_comes_back(
     assert (tmp_path / "mine.txt").read_text() == "stays"
 
 
+def test_the_whole_rank_trains_on_from_an_adapter_of_a_smaller_one(
+    model: PolicyModel, tmp_path: Path
+) -> None:
+    model.get_peft_model(r=4, target_modules=["q_proj"])
+    model.save_lora(tmp_path)
+    model.get_peft_model(r=16)
+    with torch.no_grad():
+        for parameter in trained(model):
+            parameter.fill_(torch.nan)  # what was there before does not matter
+    model.restore_lora(tmp_path)
+    found = model.logprobs(PROMPTS, COMPLETIONS)
+    base = model.reference_logprobs(PROMPTS, COMPLETIONS)
+    torch.testing.assert_close(found.logprobs, base.logprobs)
+    found.logprobs[found.mask].sum().backward()
+    of_b = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert len(of_b) == 7 * 4
+    for gradient in of_b:
+        assert gradient is not None
+        assert gradient.shape[1] == 16
+        assert gradient.any(0).all()  # in each of its columns
+    model.zero_grad()
+
+
 def test_training_goes_on_from_a_folder_with_an_adapter(model: PolicyModel, tmp_path: Path) -> None:
     model.save_lora(tmp_path / "saved")
     before = model.logprobs(PROMPTS, COMPLETIONS)
