@@ -261,13 +261,14 @@ class PolicyModel(torch.nn.Module):
         config = ConformanceConfig(num_tokens=min(48, self.max_seq_length - 1))
         probe = make_probe(policy, (), config, seed=seed)
         policy.set_probe(probe.sequences)
+        replace_run = self._replace_run  # the engine's thread must not keep the model alive
         self._engine.begin(
             Requirements(
                 run=run,
                 base=policy.identity,
                 lora_rank=lora.rank,
                 num_context_tokens=self.max_seq_length,
-                may_replace_run=lambda run_id: self._replace_run or run_id.startswith("own-"),
+                may_replace_run=lambda run_id: replace_run or run_id.startswith("own-"),
                 prover=Conformance(probe, config),
                 sync_timeout_s=_SYNC_TIMEOUT_S,
             ),

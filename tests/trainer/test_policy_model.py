@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +17,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from services.trainer.attention import NAME, packed_attention, plain_attention
-from services.trainer.engine_handle import read_prompts, read_sampling
+from services.trainer.engine_handle import RolloutEngine, read_prompts, read_sampling
+from services.trainer.fleet import Fleet
+from services.trainer.member import Requirements
 from services.trainer.policy_model import PolicyModel
+from services.trainer.run_config import LoraConfig
 from shared.schemas import ChatMessage, SamplingParams
+from tests.fake_replica import BASE, FakeProver, FakeReplica
 
 PROMPTS = [[1, 5, 6, 7, 8], [1, 5, 6, 7, 8], [1, 9, 10]]
 COMPLETIONS = [[4, 5, 6], [7, 8], [9, 10, 11, 2]]
@@ -38,6 +46,35 @@ def model(loaded: PolicyModel) -> PolicyModel:
         for parameter in trained(loaded):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return loaded
+
+
+class PlayedEngine(RolloutEngine):
+    """On replicas that are played in memory; their adapters are, too."""
+
+    def __init__(self, replica: FakeReplica) -> None:
+        super().__init__(generate_timeout_s=600)
+        self._prover = FakeProver([replica])
+        self._background.fleet = Fleet(
+            [replica.url], connect=lambda _: replica.client(), probe_interval_s=0.1
+        )
+
+    def begin(self, requirements: Requirements, **others: Any) -> None:
+        super().begin(replace(requirements, base=BASE, prover=self._prover), **others)
+
+
+def with_engine(loaded: PolicyModel, replica: FakeReplica) -> PolicyModel:
+    """A model on the base of `loaded`, whose engine has that replica."""
+    return PolicyModel(
+        loaded.policy,
+        loaded.tokenizer,
+        engine=PlayedEngine(replica),
+        lora=LoraConfig(rank=8, alpha=8),
+        max_lora_rank=16,
+        max_seq_length=32,
+        seed=0,
+        replace_run=False,
+        ready_timeout_s=20,
+    )
 
 
 def trained(model: PolicyModel) -> list[torch.nn.Parameter]:
@@ -329,6 +366,22 @@ def test_an_adapter_that_does_not_fit_is_refused(model: PolicyModel, tmp_path: P
     model.get_peft_model(r=8, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="which this model's LoRA does not have"):
         model.restore_lora(tmp_path)
+
+
+# --- the engine ---------------------------------------------------------------------------------
+
+
+def test_a_model_that_nobody_holds_is_freed_and_its_engine_closed(
+    loaded: PolicyModel,
+) -> None:
+    def load_and_forget() -> tuple[Callable[[], PolicyModel | None], Any]:
+        model = with_engine(loaded, FakeReplica("http://10.0.0.1:8000"))
+        return weakref.ref(model), model.vllm_engine.close
+
+    model, close = load_and_forget()
+    gc.collect()
+    assert model() is None
+    assert not close.alive
 
 
 # --- prompts and sampling -----------------------------------------------------------------------
