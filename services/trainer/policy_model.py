@@ -105,6 +105,7 @@ class PolicyModel(torch.nn.Module):
         self._max_lora_rank = max_lora_rank
         self._replace_run = replace_run
         self._ready_timeout_s = ready_timeout_s
+        self._runs: set[str] = set()  # that this model began; it may end those
         self._lock = threading.RLock()  # one push at a time
         self._before: bool | None = None  # the mode before the last for_*() call
         self._modes: list[bool] = []  # to go back to, of `with` blocks that are open
@@ -261,14 +262,16 @@ class PolicyModel(torch.nn.Module):
         config = ConformanceConfig(num_tokens=min(48, self.max_seq_length - 1))
         probe = make_probe(policy, (), config, seed=seed)
         policy.set_probe(probe.sequences)
-        replace_run = self._replace_run  # the engine's thread must not keep the model alive
+        self._runs.add(run.run_id)
+        # The engine's thread keeps what this captures: never the model itself.
+        replace_run, runs = self._replace_run, self._runs
         self._engine.begin(
             Requirements(
                 run=run,
                 base=policy.identity,
                 lora_rank=lora.rank,
                 num_context_tokens=self.max_seq_length,
-                may_replace_run=lambda run_id: replace_run or run_id.startswith("own-"),
+                may_replace_run=lambda run_id: replace_run or run_id in runs,
                 prover=Conformance(probe, config),
                 sync_timeout_s=_SYNC_TIMEOUT_S,
             ),

@@ -22,6 +22,7 @@ from services.trainer.fleet import Fleet
 from services.trainer.member import Requirements
 from services.trainer.policy_model import PolicyModel
 from services.trainer.run_config import LoraConfig
+from shared.errors import RunConflict
 from shared.schemas import ChatMessage, SamplingParams
 from tests.fake_replica import BASE, FakeProver, FakeReplica
 
@@ -75,6 +76,11 @@ def with_engine(loaded: PolicyModel, replica: FakeReplica) -> PolicyModel:
         replace_run=False,
         ready_timeout_s=20,
     )
+
+
+@pytest.fixture
+def replica() -> FakeReplica:
+    return FakeReplica("http://10.0.0.1:8000")
 
 
 def trained(model: PolicyModel) -> list[torch.nn.Parameter]:
@@ -372,16 +378,30 @@ def test_an_adapter_that_does_not_fit_is_refused(model: PolicyModel, tmp_path: P
 
 
 def test_a_model_that_nobody_holds_is_freed_and_its_engine_closed(
-    loaded: PolicyModel,
+    loaded: PolicyModel, replica: FakeReplica
 ) -> None:
     def load_and_forget() -> tuple[Callable[[], PolicyModel | None], Any]:
-        model = with_engine(loaded, FakeReplica("http://10.0.0.1:8000"))
+        model = with_engine(loaded, replica)
         return weakref.ref(model), model.vllm_engine.close
 
     model, close = load_and_forget()
     gc.collect()
     assert model() is None
     assert not close.alive
+
+
+def test_a_model_ends_a_run_of_its_own_on_a_replica_and_not_that_of_another_model(
+    loaded: PolicyModel, replica: FakeReplica
+) -> None:
+    model = with_engine(loaded, replica)
+    replica.newest = replica.served = model.policy.id.model_copy(update={"version": 3})
+    try:
+        model.get_peft_model(r=4)
+        assert model.policy.id.run_id != replica.newest.run_id
+        with pytest.raises(RunConflict, match=f"still serves run '{replica.newest.run_id}'"):
+            with_engine(loaded, replica)
+    finally:
+        model.close()
 
 
 # --- prompts and sampling -----------------------------------------------------------------------
