@@ -50,6 +50,7 @@ Result = TypeVar("Result")
 _STOP_TIMEOUT_S = 10.0  # for the replica to end by itself
 _POLL_S = 0.5  # of a child that may have died
 _BATCH_COMPLETIONS = 256  # of one batch of generate_batches
+_KEPT_ADAPTERS = 8  # of those that were loaded from folders; older ones are read again
 _PROMPT: TypeAdapter[PromptInput] = TypeAdapter(PromptInput)
 
 # Of vLLM's SamplingParams, what a replica does not do, with the values that ask for nothing.
@@ -375,8 +376,14 @@ class RolloutEngine:
         return self._background.call(self.fleet.sync(adapter, timeout_s=timeout_s))
 
     def keep(self, adapter: PublishedAdapter) -> None:
-        """An adapter that requests may name."""
+        """An adapter that requests may name; of many only the last ones are kept."""
+        self._adapters.pop(adapter.policy, None)
         self._adapters[adapter.policy] = adapter
+        for policy in list(self._adapters)[:-_KEPT_ADAPTERS]:
+            del self._adapters[policy]
+
+    def kept(self, policy: PolicyId) -> PublishedAdapter | None:
+        return self._adapters.get(policy)
 
     # --- generate -------------------------------------------------------------------------------
 
@@ -398,14 +405,14 @@ class RolloutEngine:
         assert self._before
         applied = read_sampling(sampling_params, **sampling)
         plain = read_prompts(prompts)
-        request = self._adapter_request(lora_request)
         ids = [self._encode(prompt) for prompt in plain]
+        request, adapter = self._named(lora_request) if lora_request is not None else (None, None)
         policy = request.policy if request else self._before()
         requests = [
             GenerateRequest(prompts=(prompt,), sampling=_with_seed(applied, number), policy=policy)
             for number, prompt in enumerate(ids)
         ]
-        groups = self._background.call(self._generate(requests, policy))
+        groups = self._background.call(self._generate(requests, adapter))
         return [
             self._output(prompt, group, request)
             for prompt, group in zip(plain, groups, strict=True)
@@ -438,25 +445,33 @@ class RolloutEngine:
         ]
 
     async def _generate(
-        self, requests: Sequence[GenerateRequest], policy: PolicyId
+        self, requests: Sequence[GenerateRequest], adapter: PublishedAdapter | None
     ) -> list[CompletionGroup]:
         fleet = self.fleet
-        if (adapter := self._adapters.get(policy)) is None:
+        if adapter is None:
             return await fleet.generate(requests, timeout_s=self._timeout_s)
         async with fleet.beside(adapter, timeout_s=self._timeout_s):
             return await fleet.generate(requests, timeout_s=self._timeout_s)
 
-    def _adapter_request(self, given: Any) -> LoRARequest | None:
-        if given is None:
-            return None
-        if isinstance(given, LoRARequest) and given.policy in self._adapters:
-            return given
-        if path := getattr(given, "lora_path", None):
-            assert self._load
-            return self._load(str(path))
-        raise ValueError(
-            f"lora_request is a {type(given).__name__}: pass what model.load_lora(folder) returned"
-        )
+    def _named(self, given: Any) -> tuple[LoRARequest, PublishedAdapter]:
+        """The adapter that a request names, from its folder when it is not kept."""
+        path = getattr(given, "lora_path", None)
+        if not path:
+            raise ValueError(
+                f"lora_request is a {type(given).__name__}: pass what model.load_lora(folder) "
+                "returned"
+            )
+        if isinstance(given, LoRARequest) and (adapter := self.kept(given.policy)):
+            return given, adapter
+        assert self._load
+        request = self._load(str(path))
+        if isinstance(given, LoRARequest) and given.policy.life == request.policy.life:
+            if given.policy != request.policy:
+                raise ValueError(
+                    f"{path} has changed since it was loaded as {given.policy}, which is no longer "
+                    "kept: load it again with model.load_lora(folder)"
+                )
+        return request, self._adapters[request.policy]
 
     def _encode(self, prompt: Any) -> tuple[int, ...]:
         assert self._encoder

@@ -46,6 +46,7 @@ from services.trainer.load_options import (
 )
 from services.trainer.lora_folder import (
     is_lora_folder,
+    lora_digest,
     read_lora,
     read_lora_config,
     write_lora,
@@ -256,6 +257,7 @@ class PolicyModel(torch.nn.Module):
         self.peft_model = policy.model
         self.train()
         self._num_versions = 0
+        self._loaded: dict[bytes, PolicyId] = {}  # from folders; by the digest of their tensors
         self._pushed = self._fingerprint()
         if self._engine is None:
             return
@@ -351,7 +353,8 @@ class PolicyModel(torch.nn.Module):
                     parameter[is_dead.to(parameter.device)] = fresh[is_dead].to(parameter)
 
     def load_lora(self, folder: str | Path, load_tensors: bool = True) -> LoRARequest:
-        """An adapter of a folder as a `lora_request`: served beside the one that trains."""
+        """An adapter of a folder as a `lora_request`: served beside the one that trains. The same
+        content is the same version, however often it is loaded."""
         if self._engine is None:
             raise RuntimeError(
                 "load_lora gives the engine an adapter, and this model was loaded without one: "
@@ -359,12 +362,16 @@ class PolicyModel(torch.nn.Module):
             )
         path = Path(folder)
         tensors = read_lora(path, self.policy.lora_shapes(), self.policy.lora)
+        digest = lora_digest(tensors)
         with self._lock:
-            named = self._next_version()
-            with self.policy.replaced_lora(tensors):
-                logprobs = self.policy.score(self.policy.probe)
-                adapter = self.policy.export(named, logprobs)
-        self._engine.keep(adapter)
+            named = self._loaded.get(digest) or self._next_version()
+            adapter = self._engine.kept(named)
+            if adapter is None:
+                with self.policy.replaced_lora(tensors):
+                    logprobs = self.policy.score(self.policy.probe)
+                    adapter = self.policy.export(named, logprobs)
+            self._loaded[digest] = named
+            self._engine.keep(adapter)
         return LoRARequest(path.name, named.version, str(path), named)
 
     # --- modes ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +20,12 @@ from services.trainer.attention import NAME, packed_attention, plain_attention
 from services.trainer.engine_handle import RolloutEngine, read_prompts, read_sampling
 from services.trainer.fleet import Fleet
 from services.trainer.member import Requirements
+from services.trainer.policy import PublishedAdapter
 from services.trainer.policy_model import PolicyModel
 from services.trainer.run_config import LoraConfig
 from shared.errors import RunConflict
-from shared.schemas import ChatMessage, SamplingParams
-from tests.fake_replica import BASE, FakeProver, FakeReplica
+from shared.schemas import ChatMessage, PolicyId, SamplingParams
+from tests.fake_replica import BASE, FakeProver, FakeReplica, adapter_of
 
 PROMPTS = [[1, 5, 6, 7, 8], [1, 5, 6, 7, 8], [1, 9, 10]]
 COMPLETIONS = [[4, 5, 6], [7, 8], [9, 10, 11, 2]]
@@ -61,6 +62,9 @@ class PlayedEngine(RolloutEngine):
 
     def begin(self, requirements: Requirements, **others: Any) -> None:
         super().begin(replace(requirements, base=BASE, prover=self._prover), **others)
+
+    def keep(self, adapter: PublishedAdapter) -> None:
+        super().keep(adapter_of(adapter.policy))
 
 
 def with_engine(loaded: PolicyModel, replica: FakeReplica) -> PolicyModel:
@@ -402,6 +406,54 @@ def test_a_model_ends_a_run_of_its_own_on_a_replica_and_not_that_of_another_mode
             with_engine(loaded, replica)
     finally:
         model.close()
+
+
+@pytest.fixture
+def serving(loaded: PolicyModel, replica: FakeReplica) -> Iterator[PolicyModel]:
+    model = with_engine(loaded, replica)
+    yield model
+    model.close()
+
+
+def save_another(model: PolicyModel, folder: Path) -> Path:
+    """An adapter that no other is equal to."""
+    with torch.no_grad():
+        for parameter in trained(model):
+            parameter.add_(0.5)
+    model.save_lora(folder)
+    return folder
+
+
+def sampled_by(model: PolicyModel, lora_request: Any) -> PolicyId:
+    (output,) = model.vllm_engine.generate(
+        [1, 5], max_tokens=2, detokenize=False, lora_request=lora_request
+    )
+    return output.policy
+
+
+def test_an_adapter_that_is_loaded_again_is_the_same_version_and_uploaded_once(
+    serving: PolicyModel, replica: FakeReplica, tmp_path: Path
+) -> None:
+    request = serving.load_lora(save_another(serving, tmp_path / "one"))
+    assert serving.load_lora(tmp_path / "one") == request
+    like_vllm = SimpleNamespace(lora_name="a", lora_int_id=1, lora_path=str(tmp_path / "one"))
+    assert {sampled_by(serving, like_vllm) for _ in range(3)} == {request.policy}
+    assert replica.uploads == [request.policy]
+    save_another(serving, tmp_path / "one")
+    assert serving.load_lora(tmp_path / "one").policy.version == request.policy.version + 1
+
+
+def test_of_many_loaded_adapters_the_first_is_read_from_its_folder_again(
+    serving: PolicyModel, tmp_path: Path
+) -> None:
+    requests = [
+        serving.load_lora(save_another(serving, tmp_path / str(number))) for number in range(9)
+    ]
+    assert serving.vllm_engine.kept(requests[0].policy) is None
+    assert sampled_by(serving, requests[0]) == requests[0].policy
+    save_another(serving, tmp_path / "1")  # which is no longer kept either
+    with pytest.raises(ValueError, match=r"/1 has changed since it was loaded as own-\S+@2, which"):
+        sampled_by(serving, requests[1])
 
 
 # --- prompts and sampling -----------------------------------------------------------------------
