@@ -19,6 +19,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -253,6 +254,8 @@ class _Background:
         self.loop = asyncio.new_event_loop()
         self.child: ChildService | None = None
         self.fleet: Fleet | None = None
+        self._is_closed = False
+        self._closing = threading.Lock()  # no call begins after it
         self._thread = threading.Thread(
             target=self.loop.run_forever, name="tandem-engine", daemon=True
         )
@@ -260,12 +263,17 @@ class _Background:
 
     def call(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """The result, from any thread but the loop's. An interrupt cancels the work."""
-        if self.loop.is_closed():
-            coroutine.close()
-            raise RuntimeError("the engine was closed: load the model again")
-        future = asyncio.run_coroutine_threadsafe(self._while_alive(coroutine), self.loop)
+        with self._closing:
+            if self._is_closed:
+                coroutine.close()
+                raise RuntimeError("the engine was closed: load the model again")
+            future = asyncio.run_coroutine_threadsafe(self._while_alive(coroutine), self.loop)
         try:
             return future.result()
+        except CancelledError:
+            raise RuntimeError(
+                "the engine was closed before it had answered: load the model again"
+            ) from None
         except BaseException:
             future.cancel()
             raise
@@ -283,21 +291,30 @@ class _Background:
             task.cancel()
 
     def close(self) -> None:
-        """Idempotent."""
-        if self.loop.is_closed():
-            return
+        """Idempotent. Who waits for a result is told."""
         if threading.current_thread() is self._thread:  # the last reference went there
             threading.Thread(target=self.close).start()
             return
-        if self.fleet is not None:
-            closing = asyncio.run_coroutine_threadsafe(self.fleet.aclose(), self.loop)
-            with contextlib.suppress(TimeoutError):
-                closing.result(_STOP_TIMEOUT_S)
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        ending = asyncio.run_coroutine_threadsafe(self._end(), self.loop)
+        with contextlib.suppress(TimeoutError):
+            ending.result(_STOP_TIMEOUT_S)
         if self.child:
             self.child.stop(timeout_s=_STOP_TIMEOUT_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
+
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self.fleet is not None:
+            await self.fleet.aclose()
 
 
 class RolloutEngine:

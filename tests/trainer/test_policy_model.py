@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import queue
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,6 +28,7 @@ from services.trainer.run_config import LoraConfig
 from shared.errors import RunConflict
 from shared.schemas import ChatMessage, PolicyId, SamplingParams
 from tests.fake_replica import BASE, FakeProver, FakeReplica, adapter_of
+from tests.replica_process import eventually
 
 PROMPTS = [[1, 5, 6, 7, 8], [1, 5, 6, 7, 8], [1, 9, 10]]
 COMPLETIONS = [[4, 5, 6], [7, 8], [9, 10, 11, 2]]
@@ -413,6 +416,27 @@ def serving(loaded: PolicyModel, replica: FakeReplica) -> Iterator[PolicyModel]:
     model = with_engine(loaded, replica)
     yield model
     model.close()
+
+
+def test_who_generates_while_the_engine_is_closed_is_told(
+    serving: PolicyModel, replica: FakeReplica
+) -> None:
+    replica.token_s = 3600
+    answers: queue.Queue[str] = queue.Queue()
+
+    def generate() -> None:
+        try:
+            serving.fast_generate([1, 5], max_tokens=2)
+        except RuntimeError as error:
+            answers.put(str(error))
+
+    threading.Thread(target=generate, daemon=True).start()
+    assert eventually(lambda: replica.num_streams == 1, timeout_s=20)
+    serving.close()
+    told = "the engine was closed before it had answered: load the model again"
+    assert answers.get(timeout=20) == told
+    with pytest.raises(RuntimeError, match="the engine was closed: load the model again"):
+        serving.fast_generate([1, 5], max_tokens=2)
 
 
 def save_another(model: PolicyModel, folder: Path) -> Path:
