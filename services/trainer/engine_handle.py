@@ -54,9 +54,13 @@ _BATCH_COMPLETIONS = 256  # of one batch of generate_batches
 _KEPT_ADAPTERS = 8  # of those that were loaded from folders; older ones are read again
 _PROMPT: TypeAdapter[PromptInput] = TypeAdapter(PromptInput)
 
-# Of vLLM's SamplingParams, what a replica does not do, with the values that ask for nothing.
+# Of vLLM's SamplingParams, what a replica does not do, with the values that ask for nothing: its
+# defaults among them.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
+    "prompt_logprob_token_ids": (None,),
+    "prompt_logprob_start": (None,),
+    "logprob_token_ids": (None, []),
     "logits_processors": (None,),
     "logit_bias": (None, {}),
     "allowed_token_ids": (None, []),
@@ -65,12 +69,26 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "guided_decoding": (None,),
     "truncate_prompt_tokens": (None,),
     "thinking_token_budget": (None,),
+    "repetition_detection": (None,),
+    "watermarking": (None, False),
+    "extra_args": (None, {}),
+    "routed_experts_prompt_start": (0,),
+    "trace_decode_token_ids": (None,),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "best_of": (None, 1),
 }
 # What has no effect on the tokens: taken and left alone.
-_WITHOUT_EFFECT = ("logprobs", "output_kind", "flat_logprobs", "spaces_between_special_tokens")
+_WITHOUT_EFFECT = (
+    "logprobs",
+    "output_kind",
+    "flat_logprobs",
+    "spaces_between_special_tokens",
+    "stream_interval",
+    "skip_clone",
+    "output_text_buffer_length",
+    "skip_reading_prefix_cache",
+)
 
 
 # --- what comes back ----------------------------------------------------------------------------
@@ -156,9 +174,9 @@ def read_sampling(given: Any = None, **named: Any) -> SamplingParams:
     values = {**_values(given), **named}
     known = set(SamplingParams.model_fields)
     for name, neutral in _UNSUPPORTED.items():
-        if name in values and values.pop(name) not in neutral:
-            raise ValueError(f"sampling parameter {name} is not served by a replica: leave it out")
-    if (num_logprobs := values.get("logprobs")) not in (None, True, False) and num_logprobs > 1:
+        if name in values and not _is_one_of(values.pop(name), neutral):
+            raise _not_served(name)
+    if (num_logprobs := values.get("logprobs")) not in (None, 0, 1):
         raise ValueError(
             f"logprobs={num_logprobs}: a replica returns those of the sampled tokens alone; leave "
             "it out, or say 1"
@@ -182,21 +200,39 @@ def read_sampling(given: Any = None, **named: Any) -> SamplingParams:
 
 
 def _values(given: Any) -> dict[str, Any]:
-    """What an object says; of vLLM's own what it has for all names that it could have."""
+    """What an object says; of vLLM's own what it has for all names that it could have.
+
+    Raises ValueError for a field that is not known here and asks for something.
+    """
     if given is None:
         return {}
     if isinstance(given, SamplingParams):
         return given.model_dump()
     if isinstance(given, Mapping):
         return dict(given)
-    names = (*SamplingParams.model_fields, *_UNSUPPORTED, *_WITHOUT_EFFECT)
-    found = {name: getattr(given, name) for name in names if hasattr(given, name)}
+    known = (*SamplingParams.model_fields, *_UNSUPPORTED, *_WITHOUT_EFFECT)
+    found = {name: getattr(given, name) for name in known if hasattr(given, name)}
     if not found:
         raise ValueError(
             f"sampling_params is a {type(given).__name__}: give vLLM's SamplingParams, a dict, or "
             "keywords as in generate(prompts, temperature=0.7, n=8)"
         )
+    fields = getattr(given, "__struct_fields__", ())  # vLLM's is a msgspec.Struct
+    defaults = getattr(given, "__struct_defaults__", ())  # of the last ones
+    neutral = dict(zip(reversed(fields), reversed(defaults), strict=False))
+    for name in fields or getattr(given, "__dict__", ()):
+        if name not in known and not name.startswith("_"):
+            if not _is_one_of(getattr(given, name), (None, neutral.get(name))):
+                raise _not_served(name)
     return found
+
+
+def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
+    return not _is_array(value) and value in neutral
+
+
+def _not_served(name: str) -> ValueError:
+    return ValueError(f"sampling parameter {name} is not served by a replica: leave it out")
 
 
 def read_prompts(given: Any) -> list[Any]:

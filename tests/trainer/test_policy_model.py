@@ -536,12 +536,45 @@ def test_sampling_is_read_from_an_object_a_dict_or_keywords() -> None:
     assert read_sampling(expected, n=2).n == 2
 
 
+class LikeVllm:
+    """As a msgspec.Struct says what it has, which vLLM's SamplingParams are."""
+
+    __struct_fields__ = ("n", "of_tomorrow", "_private")
+    __struct_defaults__ = (False, 7)
+
+    def __init__(self, n: int = 1, *, of_tomorrow: bool = False) -> None:
+        self.n, self.of_tomorrow, self._private = n, of_tomorrow, 7
+        self.cached = "no field"
+
+
+def test_a_default_that_is_not_known_here_asks_for_nothing() -> None:
+    assert read_sampling(LikeVllm(n=3)) == SamplingParams(n=3)
+
+
+def test_vllms_own_parameters_are_read_and_none_of_its_fields_is_lost() -> None:
+    vllm = pytest.importorskip("vllm.sampling_params")
+    assert read_sampling(vllm.SamplingParams(n=2, temperature=0.7, stop=["="])) == SamplingParams(
+        n=2, temperature=0.7, stop=("=",), max_tokens=16
+    )
+    found = vllm.RepetitionDetectionParams(max_pattern_size=2, min_count=2)
+    with pytest.raises(ValueError, match="repetition_detection is not served"):
+        read_sampling(vllm.SamplingParams(repetition_detection=found))
+
+
 @pytest.mark.parametrize(
     ("named", "sentence"),
     [
         ({"temprature": 1}, "no sampling parameter 'temprature': did you mean temperature"),
         ({"logprobs": 5}, "logprobs=5: a replica returns those of the sampled tokens alone"),
+        ({"logprobs": -1}, "logprobs=-1: a replica returns those of the sampled tokens alone"),
         ({"logit_bias": {3: 1.0}}, "logit_bias is not served by a replica"),
+        ({"repetition_detection": {"min_count": 2}}, "repetition_detection is not served"),
+        ({"logprob_token_ids": [3]}, "logprob_token_ids is not served"),
+        ({"prompt_logprob_token_ids": torch.ones(2, 2)}, "prompt_logprob_token_ids is not served"),
+        ({"sampling_params": SimpleNamespace(n=2, watermarking=True)}, "watermarking is not"),
+        ({"sampling_params": SimpleNamespace(n=2, extra_args={"a": 1})}, "extra_args is not"),
+        ({"sampling_params": SimpleNamespace(n=2, of_tomorrow=1)}, "of_tomorrow is not served"),
+        ({"sampling_params": LikeVllm(of_tomorrow=True)}, "of_tomorrow is not served"),
         ({"temperature": -1}, "sampling parameter temperature"),
         ({"sampling_params": 7}, "give vLLM's SamplingParams, a dict, or keywords"),
     ],
