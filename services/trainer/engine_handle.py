@@ -235,15 +235,16 @@ def _not_served(name: str) -> ValueError:
     return ValueError(f"sampling parameter {name} is not served by a replica: leave it out")
 
 
-def read_prompts(given: Any) -> list[Any]:
+def read_prompts(given: Any, *, pad_token_id: int | None = None) -> list[Any]:
     """One prompt or several -> several. A prompt is a text, token ids, {"prompt_token_ids": ids},
-    {"prompt": text} or chat messages. Raises ValueError for anything else."""
+    {"prompt": text} or chat messages. Raises ValueError for anything else, and for an array of ids
+    that is padded."""
     if isinstance(given, str | Mapping) or _is_prompt(given):
         given = [given]
     prompts = list(given)
     if not prompts:
         raise ValueError("there is no prompt: give at least one")
-    return [_plain(prompt, number) for number, prompt in enumerate(prompts)]
+    return [_plain(prompt, number, pad_token_id) for number, prompt in enumerate(prompts)]
 
 
 def _is_prompt(given: Any) -> bool:
@@ -261,9 +262,9 @@ def _is_array(given: Any) -> bool:
     return hasattr(given, "tolist") and hasattr(given, "ndim")
 
 
-def _plain(prompt: Any, number: int) -> Any:
+def _plain(prompt: Any, number: int, pad_token_id: int | None) -> Any:
     if isinstance(prompt, Mapping):
-        fitting = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name)]
+        fitting = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
         if not fitting:
             raise ValueError(
                 f"prompt {number} is a dict with {', '.join(map(repr, prompt)) or 'nothing'}: it "
@@ -271,7 +272,13 @@ def _plain(prompt: Any, number: int) -> Any:
             )
         prompt = prompt[fitting[0]]
     if _is_array(prompt):
-        prompt = prompt.tolist()
+        ids = prompt.tolist()
+        if prompt.ndim == 1 and pad_token_id is not None and pad_token_id in (ids[:1] + ids[-1:]):
+            raise ValueError(
+                f"prompt {number} is an array that begins or ends with the pad token "
+                f"{pad_token_id}, which would be sampled from: give lists of ids without padding"
+            )
+        prompt = ids
     try:
         return _PROMPT.validate_python(prompt)
     except ValidationError as error:
@@ -360,6 +367,7 @@ class RolloutEngine:
     def __init__(self, *, generate_timeout_s: float) -> None:
         self._background = _Background()
         self._encoder: PromptEncoder | None = None
+        self._tokenizer: Any = None
         self._before: Callable[[], PolicyId] | None = None
         self._load: Callable[[str], LoRARequest] | None = None
         self._adapters: dict[PolicyId, PublishedAdapter] = {}  # that were loaded
@@ -410,11 +418,16 @@ class RolloutEngine:
         requirements: Requirements,
         *,
         encoder: PromptEncoder,
+        tokenizer: Any,
         before: Callable[[], PolicyId],
         load: Callable[[str], LoRARequest],
         timeout_s: float,
     ) -> None:
-        """Serve the base of a new run. Raises what makes every replica unfit, or Unavailable."""
+        """Serve the base of a new run. Raises what makes every replica unfit, or Unavailable.
+
+        `tokenizer` is the caller's own: what it pads with is no prompt.
+        """
+        self._tokenizer = tokenizer
         self._encoder, self._before, self._load = encoder, before, load
         self._adapters.clear()
 
@@ -457,7 +470,7 @@ class RolloutEngine:
         """
         assert self._before
         applied = read_sampling(sampling_params, **sampling)
-        plain = read_prompts(prompts)
+        plain = self._read(prompts)
         ids = [self._encode(prompt) for prompt in plain]
         request, adapter = self._named(lora_request) if lora_request is not None else (None, None)
         policy = request.policy if request else self._before()
@@ -482,7 +495,7 @@ class RolloutEngine:
     ) -> list[RequestOutput]:
         """As `generate`, in `n_batches` calls: by default as many as keep about 256 completions at
         once, so that a long list of prompts is not all on its way."""
-        several = read_prompts(prompts)
+        several = self._read(prompts)
         applied = read_sampling(sampling_params, **sampling)
         size = max(1, _BATCH_COMPLETIONS // applied.n)
         if n_batches is not None:
@@ -525,6 +538,9 @@ class RolloutEngine:
                     "kept: load it again with model.load_lora(folder)"
                 )
         return request, self._adapters[request.policy]
+
+    def _read(self, prompts: Any) -> list[Any]:
+        return read_prompts(prompts, pad_token_id=getattr(self._tokenizer, "pad_token_id", None))
 
     def _encode(self, prompt: Any) -> tuple[int, ...]:
         assert self._encoder

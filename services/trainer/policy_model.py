@@ -278,6 +278,7 @@ class PolicyModel(torch.nn.Module):
                 sync_timeout_s=_SYNC_TIMEOUT_S,
             ),
             encoder=policy.encoder,
+            tokenizer=self.tokenizer,
             before=self.push_weights,
             load=self.load_lora,
             timeout_s=self._ready_timeout_s,

@@ -493,6 +493,7 @@ def test_of_many_loaded_adapters_the_first_is_read_from_its_folder_again(
         (torch.tensor([[1, 2], [3, 4]]), [(1, 2), (3, 4)]),
         (torch.tensor([1, 2]), [(1, 2)]),
         ({"prompt_token_ids": [1, 2]}, [(1, 2)]),
+        ({"prompt_token_ids": torch.tensor([1, 2])}, [(1, 2)]),
         ([{"prompt": "s1="}, {"prompt_token_ids": [1]}], ["s1=", (1,)]),
         (
             [{"role": "user", "content": "s1"}],
@@ -516,12 +517,35 @@ def test_a_prompt_is_text_ids_a_dict_or_messages(given: Any, prompts: list[Any])
     [
         ([], "there is no prompt"),
         ([{"text": "s1="}], "prompt 0 is a dict with 'text': it needs 'prompt_token_ids'"),
+        ([torch.tensor(5)], "prompt 0 is no text, no token ids and no chat messages"),
         (["s1=", 3.5], "prompt 1 is no text, no token ids and no chat messages"),
     ],
 )
 def test_what_is_no_prompt_is_named(given: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         read_prompts(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [
+        (torch.tensor([[0, 0, 5], [1, 5, 6]]), 0),
+        (torch.tensor([[1, 5, 6], [5, 0, 0]]), 1),
+        ([{"prompt_token_ids": torch.tensor([5, 0])}], 0),
+    ],
+)
+def test_padding_is_no_prompt(given: Any, number: int) -> None:
+    with pytest.raises(ValueError, match=f"prompt {number} is an array .* pad token 0, which"):
+        read_prompts(given, pad_token_id=0)
+
+
+def test_the_engine_knows_what_the_callers_tokenizer_pads_with(serving: PolicyModel) -> None:
+    tokenizer = serving.tokenizer
+    padded = tokenizer(["s1=", "s123="], padding=True, return_tensors="pt")["input_ids"]
+    with pytest.raises(ValueError, match=f"the pad token {tokenizer.pad_token_id}, which would"):
+        serving.fast_generate(padded, max_tokens=2)
+    with pytest.raises(ValueError, match="give lists of ids without padding"):
+        serving.fast_generate_batches(padded, max_tokens=2)
 
 
 def test_sampling_is_read_from_an_object_a_dict_or_keywords() -> None:
