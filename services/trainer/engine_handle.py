@@ -220,10 +220,10 @@ def _values(given: Any) -> dict[str, Any]:
     fields = getattr(given, "__struct_fields__", ())  # vLLM's is a msgspec.Struct
     defaults = getattr(given, "__struct_defaults__", ())  # of the last ones
     neutral = dict(zip(reversed(fields), reversed(defaults), strict=False))
-    for name in fields or getattr(given, "__dict__", ()):
-        if name not in known and not name.startswith("_"):
-            if not _is_one_of(getattr(given, name), (None, neutral.get(name))):
-                raise _not_served(name)
+    public = [name for name in fields or getattr(given, "__dict__", ()) if name[0] != "_"]
+    for name in set(public).difference(known):
+        if not _is_one_of(getattr(given, name), (None, neutral.get(name))):
+            raise _not_served(name)
     return found
 
 
@@ -531,12 +531,12 @@ class RolloutEngine:
             return given, adapter
         assert self._load
         request = self._load(str(path))
-        if isinstance(given, LoRARequest) and given.policy.life == request.policy.life:
-            if given.policy != request.policy:
-                raise ValueError(
-                    f"{path} has changed since it was loaded as {given.policy}, which is no longer "
-                    "kept: load it again with model.load_lora(folder)"
-                )
+        is_of_this_run = isinstance(given, LoRARequest) and given.policy.life == request.policy.life
+        if is_of_this_run and given.policy != request.policy:
+            raise ValueError(
+                f"{path} has changed since it was loaded as {given.policy}, which is no longer "
+                "kept: load it again with model.load_lora(folder)"
+            )
         return request, self._adapters[request.policy]
 
     def _read(self, prompts: Any) -> list[Any]:
