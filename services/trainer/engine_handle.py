@@ -19,6 +19,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,11 +51,16 @@ Result = TypeVar("Result")
 _STOP_TIMEOUT_S = 10.0  # for the replica to end by itself
 _POLL_S = 0.5  # of a child that may have died
 _BATCH_COMPLETIONS = 256  # of one batch of generate_batches
+_KEPT_ADAPTERS = 8  # of those that were loaded from folders; older ones are read again
 _PROMPT: TypeAdapter[PromptInput] = TypeAdapter(PromptInput)
 
-# Of vLLM's SamplingParams, what a replica does not do, with the values that ask for nothing.
+# Of vLLM's SamplingParams, what a replica does not do, with the values that ask for nothing: its
+# defaults among them.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
+    "prompt_logprob_token_ids": (None,),
+    "prompt_logprob_start": (None,),
+    "logprob_token_ids": (None, []),
     "logits_processors": (None,),
     "logit_bias": (None, {}),
     "allowed_token_ids": (None, []),
@@ -63,12 +69,26 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "guided_decoding": (None,),
     "truncate_prompt_tokens": (None,),
     "thinking_token_budget": (None,),
+    "repetition_detection": (None,),
+    "watermarking": (None, False),
+    "extra_args": (None, {}),
+    "routed_experts_prompt_start": (0,),
+    "trace_decode_token_ids": (None,),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "best_of": (None, 1),
 }
 # What has no effect on the tokens: taken and left alone.
-_WITHOUT_EFFECT = ("logprobs", "output_kind", "flat_logprobs", "spaces_between_special_tokens")
+_WITHOUT_EFFECT = (
+    "logprobs",
+    "output_kind",
+    "flat_logprobs",
+    "spaces_between_special_tokens",
+    "stream_interval",
+    "skip_clone",
+    "output_text_buffer_length",
+    "skip_reading_prefix_cache",
+)
 
 
 # --- what comes back ----------------------------------------------------------------------------
@@ -154,9 +174,9 @@ def read_sampling(given: Any = None, **named: Any) -> SamplingParams:
     values = {**_values(given), **named}
     known = set(SamplingParams.model_fields)
     for name, neutral in _UNSUPPORTED.items():
-        if name in values and values.pop(name) not in neutral:
-            raise ValueError(f"sampling parameter {name} is not served by a replica: leave it out")
-    if (num_logprobs := values.get("logprobs")) not in (None, True, False) and num_logprobs > 1:
+        if name in values and not _is_one_of(values.pop(name), neutral):
+            raise _not_served(name)
+    if (num_logprobs := values.get("logprobs")) not in (None, 0, 1):
         raise ValueError(
             f"logprobs={num_logprobs}: a replica returns those of the sampled tokens alone; leave "
             "it out, or say 1"
@@ -180,32 +200,51 @@ def read_sampling(given: Any = None, **named: Any) -> SamplingParams:
 
 
 def _values(given: Any) -> dict[str, Any]:
-    """What an object says; of vLLM's own what it has for all names that it could have."""
+    """What an object says; of vLLM's own what it has for all names that it could have.
+
+    Raises ValueError for a field that is not known here and asks for something.
+    """
     if given is None:
         return {}
     if isinstance(given, SamplingParams):
         return given.model_dump()
     if isinstance(given, Mapping):
         return dict(given)
-    names = (*SamplingParams.model_fields, *_UNSUPPORTED, *_WITHOUT_EFFECT)
-    found = {name: getattr(given, name) for name in names if hasattr(given, name)}
+    known = (*SamplingParams.model_fields, *_UNSUPPORTED, *_WITHOUT_EFFECT)
+    found = {name: getattr(given, name) for name in known if hasattr(given, name)}
     if not found:
         raise ValueError(
             f"sampling_params is a {type(given).__name__}: give vLLM's SamplingParams, a dict, or "
             "keywords as in generate(prompts, temperature=0.7, n=8)"
         )
+    fields = getattr(given, "__struct_fields__", ())  # vLLM's is a msgspec.Struct
+    defaults = getattr(given, "__struct_defaults__", ())  # of the last ones
+    neutral = dict(zip(reversed(fields), reversed(defaults), strict=False))
+    public = [name for name in fields or getattr(given, "__dict__", ()) if name[0] != "_"]
+    for name in set(public).difference(known):
+        if not _is_one_of(getattr(given, name), (None, neutral.get(name))):
+            raise _not_served(name)
     return found
 
 
-def read_prompts(given: Any) -> list[Any]:
+def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
+    return not _is_array(value) and value in neutral
+
+
+def _not_served(name: str) -> ValueError:
+    return ValueError(f"sampling parameter {name} is not served by a replica: leave it out")
+
+
+def read_prompts(given: Any, *, pad_token_id: int | None = None) -> list[Any]:
     """One prompt or several -> several. A prompt is a text, token ids, {"prompt_token_ids": ids},
-    {"prompt": text} or chat messages. Raises ValueError for anything else."""
+    {"prompt": text} or chat messages. Raises ValueError for anything else, and for an array of ids
+    that is padded."""
     if isinstance(given, str | Mapping) or _is_prompt(given):
         given = [given]
     prompts = list(given)
     if not prompts:
         raise ValueError("there is no prompt: give at least one")
-    return [_plain(prompt, number) for number, prompt in enumerate(prompts)]
+    return [_plain(prompt, number, pad_token_id) for number, prompt in enumerate(prompts)]
 
 
 def _is_prompt(given: Any) -> bool:
@@ -223,9 +262,9 @@ def _is_array(given: Any) -> bool:
     return hasattr(given, "tolist") and hasattr(given, "ndim")
 
 
-def _plain(prompt: Any, number: int) -> Any:
+def _plain(prompt: Any, number: int, pad_token_id: int | None) -> Any:
     if isinstance(prompt, Mapping):
-        fitting = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name)]
+        fitting = [name for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
         if not fitting:
             raise ValueError(
                 f"prompt {number} is a dict with {', '.join(map(repr, prompt)) or 'nothing'}: it "
@@ -233,7 +272,13 @@ def _plain(prompt: Any, number: int) -> Any:
             )
         prompt = prompt[fitting[0]]
     if _is_array(prompt):
-        prompt = prompt.tolist()
+        ids = prompt.tolist()
+        if prompt.ndim == 1 and pad_token_id is not None and pad_token_id in (ids[:1] + ids[-1:]):
+            raise ValueError(
+                f"prompt {number} is an array that begins or ends with the pad token "
+                f"{pad_token_id}, which would be sampled from: give lists of ids without padding"
+            )
+        prompt = ids
     try:
         return _PROMPT.validate_python(prompt)
     except ValidationError as error:
@@ -252,6 +297,8 @@ class _Background:
         self.loop = asyncio.new_event_loop()
         self.child: ChildService | None = None
         self.fleet: Fleet | None = None
+        self._is_closed = False
+        self._closing = threading.Lock()  # no call begins after it
         self._thread = threading.Thread(
             target=self.loop.run_forever, name="tandem-engine", daemon=True
         )
@@ -259,12 +306,17 @@ class _Background:
 
     def call(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """The result, from any thread but the loop's. An interrupt cancels the work."""
-        if self.loop.is_closed():
-            coroutine.close()
-            raise RuntimeError("the engine was closed: load the model again")
-        future = asyncio.run_coroutine_threadsafe(self._while_alive(coroutine), self.loop)
+        with self._closing:
+            if self._is_closed:
+                coroutine.close()
+                raise RuntimeError("the engine was closed: load the model again")
+            future = asyncio.run_coroutine_threadsafe(self._while_alive(coroutine), self.loop)
         try:
             return future.result()
+        except CancelledError:
+            raise RuntimeError(
+                "the engine was closed before it had answered: load the model again"
+            ) from None
         except BaseException:
             future.cancel()
             raise
@@ -282,21 +334,30 @@ class _Background:
             task.cancel()
 
     def close(self) -> None:
-        """Idempotent."""
-        if self.loop.is_closed():
-            return
+        """Idempotent. Who waits for a result is told."""
         if threading.current_thread() is self._thread:  # the last reference went there
             threading.Thread(target=self.close).start()
             return
-        if self.fleet is not None:
-            closing = asyncio.run_coroutine_threadsafe(self.fleet.aclose(), self.loop)
-            with contextlib.suppress(TimeoutError):
-                closing.result(_STOP_TIMEOUT_S)
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        ending = asyncio.run_coroutine_threadsafe(self._end(), self.loop)
+        with contextlib.suppress(TimeoutError):
+            ending.result(_STOP_TIMEOUT_S)
         if self.child:
             self.child.stop(timeout_s=_STOP_TIMEOUT_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
+
+    async def _end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self.fleet is not None:
+            await self.fleet.aclose()
 
 
 class RolloutEngine:
@@ -306,6 +367,7 @@ class RolloutEngine:
     def __init__(self, *, generate_timeout_s: float) -> None:
         self._background = _Background()
         self._encoder: PromptEncoder | None = None
+        self._tokenizer: Any = None
         self._before: Callable[[], PolicyId] | None = None
         self._load: Callable[[str], LoRARequest] | None = None
         self._adapters: dict[PolicyId, PublishedAdapter] = {}  # that were loaded
@@ -356,11 +418,16 @@ class RolloutEngine:
         requirements: Requirements,
         *,
         encoder: PromptEncoder,
+        tokenizer: Any,
         before: Callable[[], PolicyId],
         load: Callable[[str], LoRARequest],
         timeout_s: float,
     ) -> None:
-        """Serve the base of a new run. Raises what makes every replica unfit, or Unavailable."""
+        """Serve the base of a new run. Raises what makes every replica unfit, or Unavailable.
+
+        `tokenizer` is the caller's own: what it pads with is no prompt.
+        """
+        self._tokenizer = tokenizer
         self._encoder, self._before, self._load = encoder, before, load
         self._adapters.clear()
 
@@ -375,8 +442,14 @@ class RolloutEngine:
         return self._background.call(self.fleet.sync(adapter, timeout_s=timeout_s))
 
     def keep(self, adapter: PublishedAdapter) -> None:
-        """An adapter that requests may name."""
+        """An adapter that requests may name; of many only the last ones are kept."""
+        self._adapters.pop(adapter.policy, None)
         self._adapters[adapter.policy] = adapter
+        for policy in list(self._adapters)[:-_KEPT_ADAPTERS]:
+            del self._adapters[policy]
+
+    def kept(self, policy: PolicyId) -> PublishedAdapter | None:
+        return self._adapters.get(policy)
 
     # --- generate -------------------------------------------------------------------------------
 
@@ -397,15 +470,15 @@ class RolloutEngine:
         """
         assert self._before
         applied = read_sampling(sampling_params, **sampling)
-        plain = read_prompts(prompts)
-        request = self._adapter_request(lora_request)
+        plain = self._read(prompts)
         ids = [self._encode(prompt) for prompt in plain]
+        request, adapter = self._named(lora_request) if lora_request is not None else (None, None)
         policy = request.policy if request else self._before()
         requests = [
             GenerateRequest(prompts=(prompt,), sampling=_with_seed(applied, number), policy=policy)
             for number, prompt in enumerate(ids)
         ]
-        groups = self._background.call(self._generate(requests, policy))
+        groups = self._background.call(self._generate(requests, adapter))
         return [
             self._output(prompt, group, request)
             for prompt, group in zip(plain, groups, strict=True)
@@ -422,7 +495,7 @@ class RolloutEngine:
     ) -> list[RequestOutput]:
         """As `generate`, in `n_batches` calls: by default as many as keep about 256 completions at
         once, so that a long list of prompts is not all on its way."""
-        several = read_prompts(prompts)
+        several = self._read(prompts)
         applied = read_sampling(sampling_params, **sampling)
         size = max(1, _BATCH_COMPLETIONS // applied.n)
         if n_batches is not None:
@@ -438,25 +511,36 @@ class RolloutEngine:
         ]
 
     async def _generate(
-        self, requests: Sequence[GenerateRequest], policy: PolicyId
+        self, requests: Sequence[GenerateRequest], adapter: PublishedAdapter | None
     ) -> list[CompletionGroup]:
         fleet = self.fleet
-        if (adapter := self._adapters.get(policy)) is None:
+        if adapter is None:
             return await fleet.generate(requests, timeout_s=self._timeout_s)
         async with fleet.beside(adapter, timeout_s=self._timeout_s):
             return await fleet.generate(requests, timeout_s=self._timeout_s)
 
-    def _adapter_request(self, given: Any) -> LoRARequest | None:
-        if given is None:
-            return None
-        if isinstance(given, LoRARequest) and given.policy in self._adapters:
-            return given
-        if path := getattr(given, "lora_path", None):
-            assert self._load
-            return self._load(str(path))
-        raise ValueError(
-            f"lora_request is a {type(given).__name__}: pass what model.load_lora(folder) returned"
-        )
+    def _named(self, given: Any) -> tuple[LoRARequest, PublishedAdapter]:
+        """The adapter that a request names, from its folder when it is not kept."""
+        path = getattr(given, "lora_path", None)
+        if not path:
+            raise ValueError(
+                f"lora_request is a {type(given).__name__}: pass what model.load_lora(folder) "
+                "returned"
+            )
+        if isinstance(given, LoRARequest) and (adapter := self.kept(given.policy)):
+            return given, adapter
+        assert self._load
+        request = self._load(str(path))
+        is_of_this_run = isinstance(given, LoRARequest) and given.policy.life == request.policy.life
+        if is_of_this_run and given.policy != request.policy:
+            raise ValueError(
+                f"{path} has changed since it was loaded as {given.policy}, which is no longer "
+                "kept: load it again with model.load_lora(folder)"
+            )
+        return request, self._adapters[request.policy]
+
+    def _read(self, prompts: Any) -> list[Any]:
+        return read_prompts(prompts, pad_token_id=getattr(self._tokenizer, "pad_token_id", None))
 
     def _encode(self, prompt: Any) -> tuple[int, ...]:
         assert self._encoder

@@ -292,10 +292,11 @@ class Fleet:
             prover.remember(adapter)
         goal.beside[policy] = adapter
         try:
-            for member in self._members.values():
-                member.wake()
-            await self._wait_for(policy, deadline=now() + timeout_s)
-            yield
+            with goal.using(policy):  # from now on: another may end meanwhile
+                for member in self._members.values():
+                    member.wake()
+                await self._wait_for(policy, deadline=now() + timeout_s)
+                yield
         finally:
             if not goal.in_use[policy]:  # by another request
                 goal.beside.pop(policy, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,6 +101,14 @@ def read_lora(
     if not found:
         raise ValueError(f"{folder / _WEIGHTS} has no tensor: save the adapter again")
     return tensors
+
+
+def lora_digest(tensors: Mapping[str, Tensor]) -> bytes:
+    """Equal for tensors that are equal in bfloat16, as replicas get them."""
+    sha256 = hashlib.sha256()
+    for tensor in tensors.values():
+        sha256.update(tensor.to(torch.bfloat16).view(torch.uint8).numpy().data)
+    return sha256.digest()
 
 
 def _fits(tensor: Tensor, ours: Tensor, rank: int, name: str) -> bool:

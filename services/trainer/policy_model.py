@@ -46,6 +46,7 @@ from services.trainer.load_options import (
 )
 from services.trainer.lora_folder import (
     is_lora_folder,
+    lora_digest,
     read_lora,
     read_lora_config,
     write_lora,
@@ -105,6 +106,7 @@ class PolicyModel(torch.nn.Module):
         self._max_lora_rank = max_lora_rank
         self._replace_run = replace_run
         self._ready_timeout_s = ready_timeout_s
+        self._runs: set[str] = set()  # that this model began; it may end those
         self._lock = threading.RLock()  # one push at a time
         self._before: bool | None = None  # the mode before the last for_*() call
         self._modes: list[bool] = []  # to go back to, of `with` blocks that are open
@@ -255,23 +257,28 @@ class PolicyModel(torch.nn.Module):
         self.peft_model = policy.model
         self.train()
         self._num_versions = 0
+        self._loaded: dict[bytes, PolicyId] = {}  # from folders; by the digest of their tensors
         self._pushed = self._fingerprint()
         if self._engine is None:
             return
         config = ConformanceConfig(num_tokens=min(48, self.max_seq_length - 1))
         probe = make_probe(policy, (), config, seed=seed)
         policy.set_probe(probe.sequences)
+        self._runs.add(run.run_id)
+        # The engine's thread keeps what this captures: never the model itself.
+        replace_run, runs = self._replace_run, self._runs
         self._engine.begin(
             Requirements(
                 run=run,
                 base=policy.identity,
                 lora_rank=lora.rank,
                 num_context_tokens=self.max_seq_length,
-                may_replace_run=lambda run_id: self._replace_run or run_id.startswith("own-"),
+                may_replace_run=lambda run_id: replace_run or run_id in runs,
                 prover=Conformance(probe, config),
                 sync_timeout_s=_SYNC_TIMEOUT_S,
             ),
             encoder=policy.encoder,
+            tokenizer=self.tokenizer,
             before=self.push_weights,
             load=self.load_lora,
             timeout_s=self._ready_timeout_s,
@@ -333,14 +340,22 @@ class PolicyModel(torch.nn.Module):
             write_lora(Path(folder), self.policy.export(named), self.policy.source)
 
     def restore_lora(self, folder: str | Path) -> None:
-        """Train on from an adapter that was saved; its rank may be smaller than this model's."""
+        """Train on from an adapter that was saved; its rank may be smaller than this model's: the
+        rest starts as in a fresh LoRA, and is trained too."""
         tensors = read_lora(Path(folder), self.policy.lora_shapes(), self.policy.lora)
         with torch.no_grad():
-            for tensor, parameter in zip(tensors.values(), self._trained(), strict=True):
+            for (name, tensor), parameter in zip(tensors.items(), self._trained(), strict=True):
                 parameter.copy_(tensor)
+                if name.endswith("lora_A.weight"):
+                    # Where A and B are both 0, so are both gradients, forever.
+                    other = tensors[name.replace("lora_A", "lora_B")]
+                    is_dead = ~(tensor.any(1) | other.any(0))  # [R]
+                    fresh = torch.nn.init.kaiming_uniform_(torch.empty_like(tensor), a=5**0.5)
+                    parameter[is_dead.to(parameter.device)] = fresh[is_dead].to(parameter)
 
     def load_lora(self, folder: str | Path, load_tensors: bool = True) -> LoRARequest:
-        """An adapter of a folder as a `lora_request`: served beside the one that trains."""
+        """An adapter of a folder as a `lora_request`: served beside the one that trains. The same
+        content is the same version, however often it is loaded."""
         if self._engine is None:
             raise RuntimeError(
                 "load_lora gives the engine an adapter, and this model was loaded without one: "
@@ -348,12 +363,16 @@ class PolicyModel(torch.nn.Module):
             )
         path = Path(folder)
         tensors = read_lora(path, self.policy.lora_shapes(), self.policy.lora)
+        digest = lora_digest(tensors)
         with self._lock:
-            named = self._next_version()
-            with self.policy.replaced_lora(tensors):
-                logprobs = self.policy.score(self.policy.probe)
-                adapter = self.policy.export(named, logprobs)
-        self._engine.keep(adapter)
+            named = self._loaded.get(digest) or self._next_version()
+            adapter = self._engine.kept(named)
+            if adapter is None:
+                with self.policy.replaced_lora(tensors):
+                    logprobs = self.policy.score(self.policy.probe)
+                    adapter = self.policy.export(named, logprobs)
+            self._loaded[digest] = named
+            self._engine.keep(adapter)
         return LoRARequest(path.name, named.version, str(path), named)
 
     # --- modes ----------------------------------------------------------------------------------

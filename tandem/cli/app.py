@@ -19,6 +19,7 @@ import typer
 from services.boot import one_line
 from shared.errors import InvalidAdapter, InvalidRequest, NotFound, ServiceError, Unauthorized
 from tandem.cli import fleet, generate, runs, services, weights
+from tandem.cli.connect import harmless
 
 _BAD_INPUT = (InvalidRequest, InvalidAdapter, Unauthorized, NotFound)
 
@@ -48,6 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError) as error:
         failure = ServiceError(one_line(error))
     as_json = "--json" in arguments
-    sentence = " ".join(failure.detail.split())
+    sentence = harmless(" ".join(failure.detail.split()), sys.stderr)
     print(json.dumps(failure.to_problem()) if as_json else sentence, file=sys.stderr)
     return 2 if isinstance(failure, _BAD_INPUT) else 1

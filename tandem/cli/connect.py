@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import httpx
 import typer
@@ -23,6 +24,7 @@ from shared.rollout_client import RolloutClient
 from shared.trainer_client import TrainerClient
 
 _ROLLOUT_VARIABLE = "TANDEM_ROLLOUT_URLS"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but \t and \n
 _PIPED_WIDTH = 240  # of what no terminal shows: long enough for a row of a table
 
 TrainerUrl = Annotated[
@@ -93,6 +95,14 @@ def console(*, stderr: bool = False) -> Console:
     if not made.is_terminal:
         made.width = max(made.width, _PIPED_WIDTH)
     return made
+
+
+def harmless(text: str, stream: TextIO) -> str:
+    """For a terminal without control characters: what a service sends could be commands to it.
+
+    As it is for a file or a pipe.
+    """
+    return _CONTROL.sub("\ufffd", text) if stream.isatty() else text
 
 
 def print_json(document: BaseModel | Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from tandem.cli.connect import (
     Json,
     RolloutUrls,
     console,
+    harmless,
     plain_table,
     print_json,
     replica_at,
@@ -180,7 +181,7 @@ class CompletionPrinter:
         if records and not self._num_shown[index] and len(self._records) > 1:
             print(f"[{index + 1}] ", end="")
         new = "".join(record.text or "" for record in records[self._num_shown[index] :])
-        print(new, end="", flush=True)
+        print(harmless(new, sys.stdout), end="", flush=True)
         self._num_shown[index] = len(records)
 
     def _end(self, index: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -481,6 +482,40 @@ def test_completions_are_printed_one_after_the_other_each_as_it_comes(
     assert add(1, "more") == ""
     assert add(0, "ends", end=True) == "ends\n[2] one more"
     assert add(1, "!", end=True) == "!\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [
+        (Terminal(), "a\tb\n�]52;c;aGk=�c�31md�é\n"),
+        (io.StringIO(), "a\tb\n\x1b]52;c;aGk=\x07c\x9b31md\ré\n"),
+    ],
+)
+def test_control_characters_of_a_completion_reach_a_pipe_and_no_terminal(
+    out: io.StringIO, expected: str
+) -> None:
+    record = StreamTokens(
+        group=0,
+        completion=0,
+        token_ids=(3,),
+        logprobs=(-0.5,),
+        text="a\tb\n\x1b]52;c;aGk=\x07c\x9b31md\ré",
+        finish_reason="stop",
+    )
+    with contextlib.redirect_stdout(out):
+        CompletionPrinter(1, logprobs=False).add(record)
+    assert out.getvalue() == expected
+
+
+def test_control_characters_of_an_error_reach_no_terminal() -> None:
+    with contextlib.redirect_stderr(Terminal()) as err:
+        assert main(["generate", "x", "--policy", "\x1b[31m", "--url", NOWHERE]) == 2
+    assert err.getvalue().startswith("--policy �[31m: write base")
 
 
 # --- sync ---------------------------------------------------------------------------------------

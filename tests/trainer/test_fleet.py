@@ -731,6 +731,22 @@ async def test_a_replica_that_restarts_gets_what_is_beside_the_newest_after_it()
 
 
 @in_virtual_time
+async def test_what_two_have_beside_the_newest_stays_when_one_has_ended() -> None:
+    world = World(1)
+    await world.begin()
+    await world.sync(1)
+    adapter = adapter_of(policy_at(5))
+    async with world.fleet.beside(adapter, timeout_s=5):
+        async with world.fleet.beside(adapter, timeout_s=5):
+            pass
+        world[0].crash()
+        waiting = world.generate(4, version=5)
+        await asyncio.sleep(2)
+        world[0].boot()
+        assert sampled_by(await waiting) == {policy_at(5)}
+
+
+@in_virtual_time
 async def test_an_adapter_that_no_replica_takes_in_is_given_up_at_the_deadline() -> None:
     world = World(1)
     await world.begin()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +19,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from services.trainer.attention import NAME, packed_attention, plain_attention
-from services.trainer.engine_handle import read_prompts, read_sampling
+from services.trainer.engine_handle import RolloutEngine, read_prompts, read_sampling
+from services.trainer.fleet import Fleet
+from services.trainer.member import Requirements
+from services.trainer.policy import PublishedAdapter
 from services.trainer.policy_model import PolicyModel
-from shared.schemas import ChatMessage, SamplingParams
+from services.trainer.run_config import LoraConfig
+from shared.errors import RunConflict
+from shared.schemas import ChatMessage, PolicyId, SamplingParams
+from tests.fake_replica import BASE, FakeProver, FakeReplica, adapter_of
+from tests.replica_process import eventually
 
 PROMPTS = [[1, 5, 6, 7, 8], [1, 5, 6, 7, 8], [1, 9, 10]]
 COMPLETIONS = [[4, 5, 6], [7, 8], [9, 10, 11, 2]]
@@ -38,6 +51,43 @@ def model(loaded: PolicyModel) -> PolicyModel:
         for parameter in trained(loaded):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return loaded
+
+
+class PlayedEngine(RolloutEngine):
+    """On replicas that are played in memory; their adapters are, too."""
+
+    def __init__(self, replica: FakeReplica) -> None:
+        super().__init__(generate_timeout_s=600)
+        self._prover = FakeProver([replica])
+        self._background.fleet = Fleet(
+            [replica.url], connect=lambda _: replica.client(), probe_interval_s=0.1
+        )
+
+    def begin(self, requirements: Requirements, **others: Any) -> None:
+        super().begin(replace(requirements, base=BASE, prover=self._prover), **others)
+
+    def keep(self, adapter: PublishedAdapter) -> None:
+        super().keep(adapter_of(adapter.policy))
+
+
+def with_engine(loaded: PolicyModel, replica: FakeReplica) -> PolicyModel:
+    """A model on the base of `loaded`, whose engine has that replica."""
+    return PolicyModel(
+        loaded.policy,
+        loaded.tokenizer,
+        engine=PlayedEngine(replica),
+        lora=LoraConfig(rank=8, alpha=8),
+        max_lora_rank=16,
+        max_seq_length=32,
+        seed=0,
+        replace_run=False,
+        ready_timeout_s=20,
+    )
+
+
+@pytest.fixture
+def replica() -> FakeReplica:
+    return FakeReplica("http://10.0.0.1:8000")
 
 
 def trained(model: PolicyModel) -> list[torch.nn.Parameter]:
@@ -288,6 +338,29 @@ def test_a_saved_adapter_is_peft_s_and_comes_back(
     assert (tmp_path / "mine.txt").read_text() == "stays"
 
 
+def test_the_whole_rank_trains_on_from_an_adapter_of_a_smaller_one(
+    model: PolicyModel, tmp_path: Path
+) -> None:
+    model.get_peft_model(r=4, target_modules=["q_proj"])
+    model.save_lora(tmp_path)
+    model.get_peft_model(r=16)
+    with torch.no_grad():
+        for parameter in trained(model):
+            parameter.fill_(torch.nan)  # what was there before does not matter
+    model.restore_lora(tmp_path)
+    found = model.logprobs(PROMPTS, COMPLETIONS)
+    base = model.reference_logprobs(PROMPTS, COMPLETIONS)
+    torch.testing.assert_close(found.logprobs, base.logprobs)
+    found.logprobs[found.mask].sum().backward()
+    of_b = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert len(of_b) == 7 * 4
+    for gradient in of_b:
+        assert gradient is not None
+        assert gradient.shape[1] == 16
+        assert gradient.any(0).all()  # in each of its columns
+    model.zero_grad()
+
+
 def test_training_goes_on_from_a_folder_with_an_adapter(model: PolicyModel, tmp_path: Path) -> None:
     model.save_lora(tmp_path / "saved")
     before = model.logprobs(PROMPTS, COMPLETIONS)
@@ -308,6 +381,105 @@ def test_an_adapter_that_does_not_fit_is_refused(model: PolicyModel, tmp_path: P
         model.restore_lora(tmp_path)
 
 
+# --- the engine ---------------------------------------------------------------------------------
+
+
+def test_a_model_that_nobody_holds_is_freed_and_its_engine_closed(
+    loaded: PolicyModel, replica: FakeReplica
+) -> None:
+    def load_and_forget() -> tuple[Callable[[], PolicyModel | None], Any]:
+        model = with_engine(loaded, replica)
+        return weakref.ref(model), model.vllm_engine.close
+
+    model, close = load_and_forget()
+    gc.collect()
+    assert model() is None
+    assert not close.alive
+
+
+def test_a_model_ends_a_run_of_its_own_on_a_replica_and_not_that_of_another_model(
+    loaded: PolicyModel, replica: FakeReplica
+) -> None:
+    model = with_engine(loaded, replica)
+    replica.newest = replica.served = model.policy.id.model_copy(update={"version": 3})
+    try:
+        model.get_peft_model(r=4)
+        assert model.policy.id.run_id != replica.newest.run_id
+        with pytest.raises(RunConflict, match=f"still serves run '{replica.newest.run_id}'"):
+            with_engine(loaded, replica)
+    finally:
+        model.close()
+
+
+@pytest.fixture
+def serving(loaded: PolicyModel, replica: FakeReplica) -> Iterator[PolicyModel]:
+    model = with_engine(loaded, replica)
+    yield model
+    model.close()
+
+
+def test_who_generates_while_the_engine_is_closed_is_told(
+    serving: PolicyModel, replica: FakeReplica
+) -> None:
+    replica.token_s = 3600
+    answers: queue.Queue[str] = queue.Queue()
+
+    def generate() -> None:
+        try:
+            serving.fast_generate([1, 5], max_tokens=2)
+        except RuntimeError as error:
+            answers.put(str(error))
+
+    threading.Thread(target=generate, daemon=True).start()
+    assert eventually(lambda: replica.num_streams == 1, timeout_s=20)
+    serving.close()
+    told = "the engine was closed before it had answered: load the model again"
+    assert answers.get(timeout=20) == told
+    with pytest.raises(RuntimeError, match="the engine was closed: load the model again"):
+        serving.fast_generate([1, 5], max_tokens=2)
+
+
+def save_another(model: PolicyModel, folder: Path) -> Path:
+    """An adapter that no other is equal to."""
+    with torch.no_grad():
+        for parameter in trained(model):
+            parameter.add_(0.5)
+    model.save_lora(folder)
+    return folder
+
+
+def sampled_by(model: PolicyModel, lora_request: Any) -> PolicyId:
+    (output,) = model.vllm_engine.generate(
+        [1, 5], max_tokens=2, detokenize=False, lora_request=lora_request
+    )
+    return output.policy
+
+
+def test_an_adapter_that_is_loaded_again_is_the_same_version_and_uploaded_once(
+    serving: PolicyModel, replica: FakeReplica, tmp_path: Path
+) -> None:
+    request = serving.load_lora(save_another(serving, tmp_path / "one"))
+    assert serving.load_lora(tmp_path / "one") == request
+    like_vllm = SimpleNamespace(lora_name="a", lora_int_id=1, lora_path=str(tmp_path / "one"))
+    assert {sampled_by(serving, like_vllm) for _ in range(3)} == {request.policy}
+    assert replica.uploads == [request.policy]
+    save_another(serving, tmp_path / "one")
+    assert serving.load_lora(tmp_path / "one").policy.version == request.policy.version + 1
+
+
+def test_of_many_loaded_adapters_the_first_is_read_from_its_folder_again(
+    serving: PolicyModel, tmp_path: Path
+) -> None:
+    requests = [
+        serving.load_lora(save_another(serving, tmp_path / str(number))) for number in range(9)
+    ]
+    assert serving.vllm_engine.kept(requests[0].policy) is None
+    assert sampled_by(serving, requests[0]) == requests[0].policy
+    save_another(serving, tmp_path / "1")  # which is no longer kept either
+    with pytest.raises(ValueError, match=r"/1 has changed since it was loaded as own-\S+@2, which"):
+        sampled_by(serving, requests[1])
+
+
 # --- prompts and sampling -----------------------------------------------------------------------
 
 
@@ -321,6 +493,7 @@ def test_an_adapter_that_does_not_fit_is_refused(model: PolicyModel, tmp_path: P
         (torch.tensor([[1, 2], [3, 4]]), [(1, 2), (3, 4)]),
         (torch.tensor([1, 2]), [(1, 2)]),
         ({"prompt_token_ids": [1, 2]}, [(1, 2)]),
+        ({"prompt_token_ids": torch.tensor([1, 2])}, [(1, 2)]),
         ([{"prompt": "s1="}, {"prompt_token_ids": [1]}], ["s1=", (1,)]),
         (
             [{"role": "user", "content": "s1"}],
@@ -344,12 +517,35 @@ def test_a_prompt_is_text_ids_a_dict_or_messages(given: Any, prompts: list[Any])
     [
         ([], "there is no prompt"),
         ([{"text": "s1="}], "prompt 0 is a dict with 'text': it needs 'prompt_token_ids'"),
+        ([torch.tensor(5)], "prompt 0 is no text, no token ids and no chat messages"),
         (["s1=", 3.5], "prompt 1 is no text, no token ids and no chat messages"),
     ],
 )
 def test_what_is_no_prompt_is_named(given: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         read_prompts(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [
+        (torch.tensor([[0, 0, 5], [1, 5, 6]]), 0),
+        (torch.tensor([[1, 5, 6], [5, 0, 0]]), 1),
+        ([{"prompt_token_ids": torch.tensor([5, 0])}], 0),
+    ],
+)
+def test_padding_is_no_prompt(given: Any, number: int) -> None:
+    with pytest.raises(ValueError, match=f"prompt {number} is an array .* pad token 0, which"):
+        read_prompts(given, pad_token_id=0)
+
+
+def test_the_engine_knows_what_the_callers_tokenizer_pads_with(serving: PolicyModel) -> None:
+    tokenizer = serving.tokenizer
+    padded = tokenizer(["s1=", "s123="], padding=True, return_tensors="pt")["input_ids"]
+    with pytest.raises(ValueError, match=f"the pad token {tokenizer.pad_token_id}, which would"):
+        serving.fast_generate(padded, max_tokens=2)
+    with pytest.raises(ValueError, match="give lists of ids without padding"):
+        serving.fast_generate_batches(padded, max_tokens=2)
 
 
 def test_sampling_is_read_from_an_object_a_dict_or_keywords() -> None:
@@ -364,12 +560,45 @@ def test_sampling_is_read_from_an_object_a_dict_or_keywords() -> None:
     assert read_sampling(expected, n=2).n == 2
 
 
+class LikeVllm:
+    """As a msgspec.Struct says what it has, which vLLM's SamplingParams are."""
+
+    __struct_fields__ = ("n", "of_tomorrow", "_private")
+    __struct_defaults__ = (False, 7)
+
+    def __init__(self, n: int = 1, *, of_tomorrow: bool = False) -> None:
+        self.n, self.of_tomorrow, self._private = n, of_tomorrow, 7
+        self.cached = "no field"
+
+
+def test_a_default_that_is_not_known_here_asks_for_nothing() -> None:
+    assert read_sampling(LikeVllm(n=3)) == SamplingParams(n=3)
+
+
+def test_vllms_own_parameters_are_read_and_none_of_its_fields_is_lost() -> None:
+    vllm = pytest.importorskip("vllm.sampling_params")
+    assert read_sampling(vllm.SamplingParams(n=2, temperature=0.7, stop=["="])) == SamplingParams(
+        n=2, temperature=0.7, stop=("=",), max_tokens=16
+    )
+    found = vllm.RepetitionDetectionParams(max_pattern_size=2, min_count=2)
+    with pytest.raises(ValueError, match="repetition_detection is not served"):
+        read_sampling(vllm.SamplingParams(repetition_detection=found))
+
+
 @pytest.mark.parametrize(
     ("named", "sentence"),
     [
         ({"temprature": 1}, "no sampling parameter 'temprature': did you mean temperature"),
         ({"logprobs": 5}, "logprobs=5: a replica returns those of the sampled tokens alone"),
+        ({"logprobs": -1}, "logprobs=-1: a replica returns those of the sampled tokens alone"),
         ({"logit_bias": {3: 1.0}}, "logit_bias is not served by a replica"),
+        ({"repetition_detection": {"min_count": 2}}, "repetition_detection is not served"),
+        ({"logprob_token_ids": [3]}, "logprob_token_ids is not served"),
+        ({"prompt_logprob_token_ids": torch.ones(2, 2)}, "prompt_logprob_token_ids is not served"),
+        ({"sampling_params": SimpleNamespace(n=2, watermarking=True)}, "watermarking is not"),
+        ({"sampling_params": SimpleNamespace(n=2, extra_args={"a": 1})}, "extra_args is not"),
+        ({"sampling_params": SimpleNamespace(n=2, of_tomorrow=1)}, "of_tomorrow is not served"),
+        ({"sampling_params": LikeVllm(of_tomorrow=True)}, "of_tomorrow is not served"),
         ({"temperature": -1}, "sampling parameter temperature"),
         ({"sampling_params": 7}, "give vLLM's SamplingParams, a dict, or keywords"),
     ],
