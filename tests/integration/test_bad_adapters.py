@@ -651,7 +651,7 @@ def _head(framing: str) -> bytes:
     digest = content_digest(hashlib.sha256(b"").digest())
     lines = [
         "POST /sync_weights HTTP/1.1",
-        "Host: replica",
+        "Host: 127.0.0.1",
         f"Content-Digest: {digest}",
         framing,
         "",
