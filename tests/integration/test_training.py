@@ -32,7 +32,6 @@ from shared.schemas import (
     EvalRecord,
     GenerateRequest,
     PolicyId,
-    RunEvent,
     SamplingParams,
     ScoredCompletion,
     ScoredGroup,
@@ -45,6 +44,7 @@ from shared.trainer_client import TrainerClient
 from tests.integration.rewards import share_of_small_digits
 from tests.publisher import PROBE
 from tests.replica_process import ReplicaProcess
+from tests.trainer_in_process import booted_trainer, client_of, until_end
 
 pytestmark = pytest.mark.anyio
 _LORA = {"rank": 8, "alpha": 16}
@@ -69,32 +69,16 @@ async def trainer(
     tiny_checkpoint: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Trainer]:
-    trainer = Trainer(
-        TrainerSettings(
-            model=str(tiny_checkpoint),
-            rollout_urls=(replica.url,),
-            runs_dir=tmp_path_factory.mktemp("runs"),
-            ready_timeout_s=10,
-        )
-    )
-    trainer.fleet.start()
-    await trainer.boot()
-    yield trainer
-    await trainer.stop()
+    async with booted_trainer(
+        tiny_checkpoint, replica.url, tmp_path_factory.mktemp("runs")
+    ) as trainer:
+        yield trainer
 
 
 @pytest.fixture
 async def runs(trainer: Trainer) -> AsyncIterator[TrainerClient]:
-    transport = httpx.ASGITransport(create_app(trainer))
-    async with TrainerClient("http://trainer", transport=transport, timeout_s=120) as client:
+    async with client_of(trainer) as client:
         yield client
-        if trainer.status().run:
-            await client.stop_run()
-            await until_end(client)
-
-
-async def until_end(client: TrainerClient) -> list[RunEvent]:
-    return [event async for event in client.events()]
 
 
 def replacing(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
