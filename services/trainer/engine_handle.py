@@ -11,7 +11,6 @@ one replica is a child process of this one.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import difflib
 import itertools
 import logging
@@ -343,13 +342,16 @@ class _Background:
                 return
             self._is_closed = True
         ending = asyncio.run_coroutine_threadsafe(self._end(), self.loop)
-        with contextlib.suppress(TimeoutError):
+        try:
             ending.result(_STOP_TIMEOUT_S)
+        except TimeoutError:
+            log.warning("the engine's requests did not end within %g s", _STOP_TIMEOUT_S)
         if self.child:
             self.child.stop(timeout_s=_STOP_TIMEOUT_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
+        self._thread.join(_STOP_TIMEOUT_S)
+        if not self._thread.is_alive():  # else it ends with the process
+            self.loop.close()
 
     async def _end(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
