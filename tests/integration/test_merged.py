@@ -18,9 +18,10 @@ from shared.errors import InvalidRequest, NoFreeSlot, UnknownPolicy
 from shared.rollout_client import RolloutClient
 from shared.schemas import StateRecord, StepRecord, StreamTokens
 from shared.trainer_client import TrainerClient
-from tests.integration.test_training import MANAGED, replacing, until_end
+from tests.integration.test_training import MANAGED, replacing
 from tests.publisher import PROBE, Publisher
 from tests.replica_process import ReplicaProcess, start_replica, wait_until_ready
+from tests.trainer_in_process import until_end
 
 pytestmark = pytest.mark.anyio
 
