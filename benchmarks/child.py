@@ -23,7 +23,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import uvloop
 
-from services.boot import freeze_heap
+from services.boot import settle_memory
 
 Subject = TypeVar("Subject")
 Result = TypeVar("Result")
@@ -117,7 +117,7 @@ def _serve(
             os.dup2(file.fileno(), number)
     try:
         with build(*arguments, **options) as (subject, loop):
-            freeze_heap()  # as the services do, and vLLM's own server
+            settle_memory()  # as the services do, and vLLM's own server
             connection.send((True, None))
             _answer_calls(connection, subject, loop)
     except Exception:  # whatever it is, the parent says it

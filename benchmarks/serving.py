@@ -25,7 +25,7 @@ from benchmarks.checkpoints import SHAPES, random_adapter, work_folder, write_ch
 from benchmarks.child import Child, ChildError
 from benchmarks.engines import GIB, Workload, say
 from benchmarks.report import Report
-from services.boot import freeze_heap
+from services.boot import settle_memory
 from services.rollout.settings import RolloutSettings
 from shared.adapters import peft_config
 from shared.checkpoints import base_identity, linear_shapes
@@ -147,7 +147,7 @@ class _Benchmark:
                     sides += make_sides()
                 except ChildError as error:  # the others can still be measured
                     say(f"left out: {error}")
-            freeze_heap()  # as the trainer does, which is such a client
+            settle_memory()  # as the trainer does, which is such a client
             return self._take_turns(sides)
 
     def _take_turns(self, sides: Sequence[Side]) -> list[Rates]:

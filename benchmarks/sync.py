@@ -33,7 +33,7 @@ from benchmarks.child import Child, ChildError
 from benchmarks.engines import GIB, say
 from benchmarks.load import Arrivals, Load, build_load
 from benchmarks.report import Report
-from services.boot import freeze_heap
+from services.boot import settle_memory
 from services.rollout.replica import Replica
 from services.rollout.settings import RolloutSettings
 from shared.adapters import peft_config
@@ -403,7 +403,7 @@ class _Benchmark:
             OptimizerConfig(),
             seed=0,
         )
-        freeze_heap()  # as the trainer does
+        settle_memory()  # as the trainer does
         return policy
 
 

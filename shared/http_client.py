@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping
+from collections.abc import AsyncIterable, Mapping
 from typing import Any, Self, TypeVar
 
 import httpx
@@ -106,7 +106,7 @@ class ServiceClient:
         path: str,
         *,
         body: Wire | None = None,
-        content: bytes | None = None,
+        content: bytes | AsyncIterable[bytes] | None = None,
         params: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,

@@ -31,6 +31,7 @@ from shared.schemas import (
 )
 
 _RECORD: TypeAdapter[StreamRecord] = TypeAdapter(StreamRecord)
+_PIECE_BYTES = 1 << 20
 
 
 class RolloutClient(ServiceClient):
@@ -127,7 +128,7 @@ class RolloutClient(ServiceClient):
 
     async def sync_weights(
         self,
-        adapter: bytes,
+        adapter: bytes | memoryview,
         *,
         activate: bool = True,
         replace_run: bool = False,
@@ -144,7 +145,7 @@ class RolloutClient(ServiceClient):
             SyncReceipt,
             "POST",
             "/sync_weights",
-            content=adapter,
+            content=_pieces(adapter),
             params={
                 "activate": str(activate).lower(),
                 "replace_run": str(replace_run).lower(),
@@ -153,6 +154,7 @@ class RolloutClient(ServiceClient):
             },
             headers={
                 "Content-Type": "application/octet-stream",
+                "Content-Length": str(len(adapter)),
                 "Content-Digest": digest or content_digest(hashlib.sha256(adapter).digest()),
             },
             timeout_s=timeout_s,
@@ -170,3 +172,10 @@ class RolloutClient(ServiceClient):
 
     async def drain(self) -> RolloutStatus:
         return await self._call(RolloutStatus, "POST", "/drain", timeout_s=10)
+
+
+async def _pieces(content: bytes | memoryview) -> AsyncGenerator[bytes]:
+    """A body that is sent without another copy of all of it."""
+    view = memoryview(content)
+    for start in range(0, len(view), _PIECE_BYTES):
+        yield bytes(view[start : start + _PIECE_BYTES])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from services.boot import freeze_heap, report
+from services.boot import report, settle_memory
 from services.rollout.base import Base, prepare_base
 from services.rollout.engine import Engine
 from services.rollout.policies import PolicyStore
@@ -67,7 +67,7 @@ def boot_vllm(settings: RolloutSettings, model_dir: Path) -> BootedEngine:
     from services.rollout.vllm_engine import VLLM_VERSION, VllmEngine
 
     engine = VllmEngine.boot(settings, model_dir)
-    freeze_heap()
+    settle_memory()
     return BootedEngine(engine, VLLM_VERSION)
 
 

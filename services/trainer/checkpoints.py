@@ -210,7 +210,7 @@ def _step(folder: Path) -> int:
 
 
 def write_adapter(
-    folder: Path, content: bytes, manifest: AdapterManifest, source: str
+    folder: Path, content: bytes | memoryview, manifest: AdapterManifest, source: str
 ) -> dict[str, str]:
     """Write an adapter file as `PeftModel.from_pretrained` loads it; file name -> SHA-256."""
     config = json.dumps(peft_config(manifest, source), indent=2).encode()
@@ -225,7 +225,7 @@ def saved_adapter(folder: Path) -> bytes:
     return _read_file(folder / _WEIGHTS, _read_state(folder).digests[_WEIGHTS])
 
 
-def _write(path: Path, content: bytes) -> str:
+def _write(path: Path, content: bytes | memoryview) -> str:
     path.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
 

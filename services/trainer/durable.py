@@ -11,7 +11,7 @@ from pathlib import Path
 _WRITING = ".writing"
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes | memoryview) -> None:
     """Put `content` at `path` in one step."""
     writing = path.with_name(path.name + _WRITING)
     with writing.open("wb") as file:

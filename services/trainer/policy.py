@@ -61,7 +61,7 @@ _GRPO, _GUARDS = GrpoConfig(), GuardsConfig()
 @dataclass(frozen=True, slots=True)
 class PublishedAdapter:
     manifest: AdapterManifest
-    content: bytes  # the adapter file
+    content: bytes | memoryview  # the adapter file
     content_digest: str  # RFC 9530
     probe_logprobs: tuple[float, ...] = ()  # of the run's probe (conformance.py), if it has one
 
@@ -112,7 +112,6 @@ class Policy:
         self._lora = LoraConfig()
         self._optimizer: Optimizer | None = None
         self._published: dict[int, PublishedAdapter] = {}
-        self._pinned: Tensor | None = None  # host memory that the LoRA weights are read into
         self._probe: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
@@ -378,10 +377,9 @@ class Policy:
 
     def publish(self) -> PublishedAdapter:
         """The adapter of the current version, kept for `adapter`."""
-        header, tensors = self._adapter_bytes(self.id)
+        content = self._adapter_file(self.id)
         with ThreadPoolExecutor(1) as beside:  # hashing lets the interpreter go
-            digest = beside.submit(_digest, header, tensors)
-            content = b"".join((header, tensors))
+            digest = beside.submit(_digest, content)
             probe_logprobs = self.score(self._probe)
         adapter = PublishedAdapter(
             self._manifest(self.id), content, digest.result(), probe_logprobs
@@ -393,20 +391,23 @@ class Policy:
 
     def export(self, policy: PolicyId, probe_logprobs: tuple[float, ...] = ()) -> PublishedAdapter:
         """The LoRA weights as the adapter file of `policy`, in bfloat16, under PEFT's names."""
-        header, tensors = self._adapter_bytes(policy)
-        content, digest = b"".join((header, tensors)), _digest(header, tensors)
-        return PublishedAdapter(self._manifest(policy), content, digest, probe_logprobs)
+        content = self._adapter_file(policy)
+        return PublishedAdapter(self._manifest(policy), content, _digest(content), probe_logprobs)
 
-    def _adapter_bytes(self, policy: PolicyId) -> tuple[bytes, memoryview]:
-        """An adapter file in two parts; the second is overwritten by the next one."""
+    def _adapter_file(self, policy: PolicyId) -> memoryview:
+        """In memory of its own, which a GPU writes at once and torch keeps for later files."""
         named = self._named_lora()
-        shapes = {name: tuple(parameter.shape) for name, parameter in named}
-        flat = torch.cat([p.detach().flatten().to(torch.bfloat16) for _, p in named])
-        if self.device.type == "cuda":  # pinned memory takes it at once, and is kept
-            if self._pinned is None or self._pinned.shape != flat.shape:
-                self._pinned = torch.empty_like(flat, device="cpu", pin_memory=True)
-            flat = self._pinned.copy_(flat)
-        return file_header(self._manifest(policy), shapes), flat.view(torch.uint8).numpy().data
+        header = file_header(self._manifest(policy), {name: tuple(p.shape) for name, p in named})
+        values = torch.cat([p.detach().flatten() for _, p in named])
+        file = torch.empty(
+            len(header) + values.numel() * torch.bfloat16.itemsize,
+            dtype=torch.uint8,
+            pin_memory=self.device.type == "cuda",
+        )
+        file[len(header) :].view(torch.bfloat16).copy_(values)
+        content: memoryview = file.numpy().data
+        content[: len(header)] = header
+        return content.toreadonly()
 
     def _manifest(self, policy: PolicyId) -> AdapterManifest:
         return AdapterManifest(
@@ -472,10 +473,8 @@ class Policy:
         self._published = {}
 
 
-def _digest(header: bytes, tensors: memoryview) -> str:
-    sha256 = hashlib.sha256(header)
-    sha256.update(tensors)
-    return content_digest(sha256.digest())
+def _digest(content: memoryview) -> str:
+    return content_digest(hashlib.sha256(content).digest())
 
 
 def _unsampled(token_ids: Sequence[int]) -> Sample:

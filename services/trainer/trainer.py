@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from services.boot import freeze_heap, report
+from services.boot import report, settle_memory
 from services.trainer.checkpoints import Checkpoints, write_adapter
 from services.trainer.conformance import Conformance, Probe, make_probe
 from services.trainer.data import Consumed, Prompt, RowStream, load_pairs, load_prompts
@@ -195,7 +195,7 @@ class Trainer:
             offload_activations=self.settings.offload_activations,
             kept_adapters=self.settings.kept_adapters,
         )
-        freeze_heap()
+        settle_memory()
         return policy
 
     def shut_down(self) -> None:

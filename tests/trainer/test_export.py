@@ -46,7 +46,7 @@ def trained(policy: Policy, samples: list[Sample], tiny_checkpoint: Path) -> Tra
     for _ in range(5):
         train_a_little(policy, samples)
     published = policy.publish()
-    return TrainedPolicy(published.manifest, published.content, str(tiny_checkpoint))
+    return TrainedPolicy(published.manifest, bytes(published.content), str(tiny_checkpoint))
 
 
 def gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
