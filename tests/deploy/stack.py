@@ -19,7 +19,7 @@ from shared.trainer_client import TrainerClient
 ROOT = Path(__file__).parents[2]
 _PARTS = (
     *("docker-compose.yml", ".env.example", ".dockerignore", "Makefile"),
-    *("deploy", "shared", "services", "examples"),
+    *("deploy", "shared", "services", "tandem", "examples"),
 )
 _POLL_S = 0.5
 

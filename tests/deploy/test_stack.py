@@ -141,6 +141,19 @@ async def test_generate_and_sync_from_outside_want_the_key(stack: Stack) -> None
                 await replica.sync_weights(adapter)
 
 
+def test_the_command_line_is_in_the_container_of_the_trainer(stack: Stack) -> None:
+    """Nothing is installed on the host; key and addresses are those of the container."""
+
+    def tandem(*arguments: str) -> str:
+        return stack.must_compose("exec", "-T", "trainer", "tandem", *arguments)
+
+    assert "Started run" in tandem("run", "examples/demo/run.yaml", "--detach")
+    assert len(json.loads(tandem("replicas", "--json"))["replicas"]) == 2
+    tandem("run", "--stop")  # returns when its step has ended
+    answer = json.loads(tandem("generate", "s53812=", "-n", "2", "--max-tokens", "8", "--json"))
+    assert len(answer["groups"][0]["completions"]) == 2
+
+
 async def test_prometheus_finds_the_trainer_and_every_replica(
     stack: Stack, prometheus: str
 ) -> None:
