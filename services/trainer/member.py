@@ -558,5 +558,5 @@ def check_fit(status: RolloutStatus, wanted: Requirements) -> None:
     if not is_ours and not wanted.may_replace_run(current.run_id):
         raise RunConflict(
             f"a replica still serves run {current.run_id!r} of another trainer: if that has "
-            "ended, set replace_run: true in the run config"
+            "ended, set replace_run: true in the run config, or say it to PolicyModel"
         )

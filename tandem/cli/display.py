@@ -102,12 +102,13 @@ def progress(console: Console) -> Progress:
 
 def step_cells(step: StepRecord, held_out: EvalRecord | None) -> dict[str, str]:
     """What a step says in short: name -> value."""
+    is_fresh = step.num_fresh_tokens > 0  # else KL and gap are of no token
     return {
         "step": str(step.step),
         "reward": f"{step.reward_mean:.3f}",
         "held out": "–" if held_out is None else f"{held_out.sampled_reward:.3f}",
-        "KL": f"{step.sampler_kl:.1e}",
-        "gap": f"{step.logprob_gap:.4f}",
+        "KL": f"{step.sampler_kl:.1e}" if is_fresh else "–",
+        "gap": f"{step.logprob_gap:.4f}" if is_fresh else "–",
         "staleness": str(step.staleness_max),
         "tokens/s": f"{step.tokens_per_s:,.0f}",
         "sync": milliseconds(step.sync_s) if step.adapter_bytes else "–",

@@ -222,14 +222,16 @@ async def test_run_submits_the_file_as_it_is_and_follows_to_the_end(
 ) -> None:
     (tmp_path / "run.yaml").write_text("num_steps: 2  # a comment\n")
     trainer.begin()
-    trainer.events += [step_record(1), step_record(2, sampler_kl=1.9e-5, logprob_gap=0.0023), EVAL]
+    fresh = {"num_fresh_tokens": 64, "sampler_kl": 1.9e-5, "logprob_gap": 0.0023}
+    trainer.events += [step_record(1, num_fresh_tokens=0), step_record(2, **fresh), EVAL]
     trainer.end("completed")
     ended = await cli("run", tmp_path / "run.yaml", "--url", trainer.url)
     assert (ended.code, ended.err) == (0, "")
     assert trainer.submitted == [b"num_steps: 2  # a comment\n"]
     lines = ended.out.splitlines()
     assert lines[0] == f"run sort-1 on {trainer.url}"
-    (last_step,) = [line for line in lines if line.startswith("step 2/2")]
+    (first_step, last_step) = [line for line in lines if line.startswith("step ")]
+    assert "KL – · gap –" in first_step  # of no token
     assert "reward 0.250 · held out – · KL 1.9e-05 · gap 0.0023" in last_step
     assert "eval at step 2 · sampled 0.750 · greedy 0.875 · 8 prompts" in lines
     assert lines[-1].startswith("Run sort-1 completed at step 0; results in runs/sort-1.")
