@@ -76,19 +76,27 @@ async def ended(log: RunLog) -> RunLog:
     return log
 
 
-def wandb_rows(folder: Path) -> list[dict[str, Any]]:
-    """What `wandb sync` would upload, of all lives of the run."""
+async def wandb_rows(folder: Path, count: int) -> list[dict[str, Any]]:
+    """What `wandb sync` would upload, of all lives of the run.
+
+    W&B's own process writes it, some of it after the run has finished here.
+    """
+    rows: list[dict[str, Any]] = []
+    async with asyncio.timeout(10):
+        while len(rows) < count:
+            await asyncio.sleep(0.02)
+            files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+            rows = [row for path in files for row in history(path.read_bytes())]
+    assert len(rows) == count
+    return rows
+
+
+def history(log: bytes) -> Iterator[dict[str, Any]]:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    rows = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for data in leveldb_records(path.read_bytes()[7:]):
-            items = Record.FromString(data).history.item
-            if items:
-                rows.append(
-                    {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
-                )
-    return rows
+    for data in leveldb_records(log[7:]):
+        if items := Record.FromString(data).history.item:
+            yield {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
 
 
 def leveldb_records(log: bytes) -> Iterator[bytes]:
@@ -101,6 +109,8 @@ def leveldb_records(log: bytes) -> Iterator[bytes]:
             continue
         _, length, kind = struct.unpack_from("<IHB", log, position)
         position += 7 + length
+        if position > len(log):  # the rest is being written
+            return
         record += log[position - length : position]
         if kind in (1, 4):  # whole, or its last part
             yield record
@@ -121,7 +131,7 @@ async def test_wandb_has_the_numbers_of_steps_and_evaluations_under_the_names_of
     await log.emit(step(1, 0.25))
     await log.emit(evaluation(1, 0.75))
     assert (await ended(log)).detail == ""
-    first, second = wandb_rows(tmp_path)
+    first, second = await wandb_rows(tmp_path, 2)
     assert {name.partition("/")[2] for name in first if name.startswith("step/")} == set(
         scalars(step(1, 0.25))
     )
@@ -143,7 +153,7 @@ async def test_wandb_goes_on_with_the_run_of_its_id_when_the_run_resumes_at_a_ch
         "run-r.wandb",
         "run-r.wandb",
     ]
-    rows = [(row["step"], row["step/reward_mean"]) for row in wandb_rows(tmp_path)]
+    rows = [(row["step"], row["step/reward_mean"]) for row in await wandb_rows(tmp_path, 3)]
     assert sorted(rows) == [(1, 0.1), (2, 0.2), (2, 0.3)]
 
 
@@ -252,7 +262,7 @@ async def test_a_run_that_goes_on_is_one_run_in_both_trackers(
         await trainer.start_run(offline(tmp_path, num_steps=num_steps, tracking=trackers))
         assert await ended_run(trainer) == "completed"
     run_dir = tmp_path / "offline"
-    logged = [(row["step"], row["step/loss"]) for row in wandb_rows(run_dir)]
+    logged = [(row["step"], row["step/loss"]) for row in await wandb_rows(run_dir, 3)]
     assert [(row["step"], row["step/loss"]) for row in trackio_rows("whole", "offline")] == logged
     assert [number for number, _ in logged] == [1, 2, 3]
     assert logged == [
