@@ -443,7 +443,7 @@ async def _round(
     sync, adapter = await _sync(policy, [client])
     await asyncio.sleep(pause_s)
     add_lora = await asyncio.to_thread(
-        service.run, _add_lora, adapter.content, adapter.manifest, peer
+        service.run, _add_lora, bytes(adapter.content), adapter.manifest, peer
     )
     await asyncio.sleep(pause_s)
     return Round(sync, add_lora)

@@ -144,19 +144,23 @@ class AdapterReceiver:
     async def _store(self, body: AsyncIterator[bytes], path: Path, announced: str) -> int:
         """Write the body to `path` as it comes, hashing it; the number of bytes.
 
-        Both in a thread, a piece at a time, while the next one comes.
+        A piece at a time, each of both in a thread, while the next piece comes.
         """
         sha256, num_bytes = hashlib.sha256(), 0
         piece: list[bytes] = []
         piece_bytes = 0
 
-        def keep(chunks: list[bytes]) -> None:
+        def digest(chunks: list[bytes]) -> None:
             for chunk in chunks:
                 sha256.update(chunk)
-            file.writelines(chunks)
+
+        def keep() -> asyncio.Future[tuple[None, None]]:
+            return asyncio.gather(
+                asyncio.to_thread(digest, piece), asyncio.to_thread(file.writelines, piece)
+            )
 
         with self._full_disk(), path.open("xb") as file:
-            keeping: asyncio.Future[None] | None = None
+            keeping: asyncio.Future[tuple[None, None]] | None = None
             try:
                 async for chunk in body:
                     num_bytes += len(chunk)
@@ -167,14 +171,14 @@ class AdapterReceiver:
                     if piece_bytes >= _PIECE_BYTES:
                         if keeping:
                             await asyncio.shield(keeping)
-                        keeping = asyncio.ensure_future(asyncio.to_thread(keep, piece))
+                        keeping = keep()
                         piece, piece_bytes = [], 0
             finally:
-                if keeping:  # the thread has the file
+                if keeping:  # a thread has the file
                     await asyncio.gather(keeping, return_exceptions=True)
             if keeping:
                 keeping.result()
-            await asyncio.to_thread(keep, piece)
+            await keep()
         check_digest(announced=announced, received=sha256.hexdigest(), num_bytes=num_bytes)
         return num_bytes
 

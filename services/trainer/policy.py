@@ -398,13 +398,18 @@ class Policy:
         """In memory of its own, which a GPU writes at once and torch keeps for later files."""
         named = self._named_lora()
         header = file_header(self._manifest(policy), {name: tuple(p.shape) for name, p in named})
-        values = torch.cat([p.detach().flatten() for _, p in named])
+        sizes = [parameter.numel() for _, parameter in named]
+        on_cpu = self.device.type == "cpu"
         file = torch.empty(
-            len(header) + values.numel() * torch.bfloat16.itemsize,
+            len(header) + sum(sizes) * torch.bfloat16.itemsize,
             dtype=torch.uint8,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=not on_cpu,
         )
-        file[len(header) :].view(torch.bfloat16).copy_(values)
+        values = file[len(header) :].view(torch.bfloat16)
+        flat = values if on_cpu else torch.empty_like(values, device=self.device)
+        torch._foreach_copy_(flat.split(sizes), [p.detach().flatten() for _, p in named])
+        if flat is not values:
+            values.copy_(flat)
         content: memoryview = file.numpy().data
         content[: len(header)] = header
         return content.toreadonly()
