@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LONG_SUITES := gpu or faults or learning or compose
+TWO_FILES_AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-faults test-learning test-compose test-gpu up check format docs rollout trainer requirements clean
@@ -22,7 +23,7 @@ demo: $(INSTALLED) ## Train the demo policy on this machine (ARGS="--replicas 2 
 	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(INSTALLED) ## Run the test suite, with the real engine (ARGS="-k sync" picks tests)
-	@$(BIN)/python -m pytest -m "not ($(LONG_SUITES))" $(ARGS)
+	@$(BIN)/python -m pytest $(TWO_FILES_AT_ONCE) -m "not ($(LONG_SUITES))" $(ARGS)
 
 test-faults: $(INSTALLED) ## Kill, freeze, cut and fill what can be: the fault tests, minutes long
 	@$(BIN)/python -m pytest -m faults $(ARGS)
