@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
+log = logging.getLogger(__name__)
 Settings = TypeVar("Settings", bound=BaseSettings)
 _LAST_REQUESTS_S = 0.2  # for requests on connections that were accepted a moment ago
 
@@ -88,7 +90,9 @@ class Server(uvicorn.Server):
         if self._num_signals == 1:
             self._on_stop()
         else:
-            self.force_exit = True  # without waiting for open requests
+            log.warning("told to stop once more: not waiting for what still runs")
+            logging.getLogger("uvicorn.error").disabled = True  # has a trace for each of that
+            self.force_exit = True
             self.exit(1)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

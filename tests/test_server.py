@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 
 import httpx
@@ -15,7 +17,7 @@ from examples.demo.processes import free_ports
 
 # The app forks a process that outlives the service for a moment, as an engine does.
 SERVICE = """
-import os, sys, time
+import asyncio, os, sys, time
 from fastapi import FastAPI
 from services.server import Server
 
@@ -26,6 +28,10 @@ async def root() -> int:
     return os.getpid()
 
 server = Server(app, host="127.0.0.1", port=int(sys.argv[1]), on_stop=lambda: server.exit(0))
+
+@app.get("/slow")
+async def slow() -> None:
+    await asyncio.sleep(60)
 
 @app.get("/fork")
 async def fork() -> int:
@@ -70,6 +76,25 @@ def test_clients_of_a_service_that_ends_are_answered_or_refused() -> None:
         os.kill(child, signal.SIGKILL)
     assert results.pop("ConnectError") >= 3
     assert set(results) <= {"200"}
+
+
+def test_a_second_ctrl_c_ends_it_at_once_with_one_sentence() -> None:
+    (port,) = free_ports(1)
+    command = [sys.executable, "-c", SERVICE.replace("server.exit(0)", "None"), str(port)]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as service,
+        httpx.Client(transport=httpx.HTTPTransport(retries=10), trust_env=False) as http,
+    ):
+        assert http.get(f"http://127.0.0.1:{port}/", timeout=20).status_code == 200
+        with contextlib.suppress(httpx.TimeoutException):
+            http.get(f"http://127.0.0.1:{port}/slow", timeout=0.5)
+        service.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert service.poll() is None  # it waits for its request
+        service.send_signal(signal.SIGINT)
+        _, errors = service.communicate(timeout=20)
+    assert service.returncode == 1
+    assert errors == "told to stop once more: not waiting for what still runs\n"
 
 
 def httpx_error(url: str) -> Exception:
