@@ -190,6 +190,12 @@ class TrainerMetrics:
             "Latest steps in a row in which nothing had a gradient",
             registry=self.registry,
         )
+        self._reward_outage = Gauge(
+            "tandem_trainer_reward_outage_timestamp_seconds",
+            "Unix time at which a reward service went away; 0 while none is waited for",
+            registry=self.registry,
+        )
+        self._waits_for_rewards = False
 
     def watch(self, *, run_state: Callable[[], str | None], num_in_sync: Callable[[], int]) -> None:
         """Show the state of the current run (None: there is none), and how many replicas serve its
@@ -206,6 +212,15 @@ class TrainerMetrics:
         self._min_ready_replicas.set(min_ready_replicas)
         self._version_timestamp.set_to_current_time()
         self._steps_without_gradient.set(0)
+        self.record_reward_outage(False)
+
+    def record_reward_outage(self, is_away: bool) -> None:
+        """A reward service still gives no rewards, or gives them again."""
+        if not is_away:
+            self._reward_outage.set(0)
+        elif not self._waits_for_rewards:
+            self._reward_outage.set_to_current_time()
+        self._waits_for_rewards = is_away
 
     def record_replica(self, id: str, old_state: str, new_state: str) -> None:
         """A replica changed its state. The first of its states counts as a change, too."""

@@ -358,7 +358,7 @@ class Trainer:
                 held_out=data.held_out,
                 stop=asyncio.Event(),
             )
-            scorer.on_stall = partial(_say_stalled, run)
+            scorer.on_stall = partial(_say_stalled, run, self.metrics)
         except BaseException as error:
             if scorer:
                 scorer.close()
@@ -584,8 +584,9 @@ def _load_data(config: RunConfig, policy: Policy) -> _Data:
     return data
 
 
-async def _say_stalled(run: Run, why: str) -> None:
-    """Have whoever follows the run see what it waits for."""
+async def _say_stalled(run: Run, metrics: TrainerMetrics, why: str) -> None:
+    """Have whoever follows the run see which rewards it waits for; "" when they come again."""
+    metrics.record_reward_outage(bool(why))
     if run.log.state == "running":
         await run.log.emit(StateRecord(state="running", detail=why))
 

@@ -89,9 +89,18 @@ async def test_a_reward_service_that_dies_and_comes_back_costs_time_and_nothing_
             if isinstance(event, EvalRecord) and event.step == 0:
                 processes[-1].kill()
             elif isinstance(event, StateRecord) and "gives no rewards since" in event.detail:
+                assert away_since(trainer) > 0
                 processes.append(service.start(tmp_path))
     assert len(processes) == 2
+    assert away_since(trainer) == 0
     check_completed(events)
+
+
+def away_since(trainer: Trainer) -> float:
+    name = "tandem_trainer_reward_outage_timestamp_seconds"
+    value = trainer.metrics.registry.get_sample_value(name)
+    assert value is not None
+    return value
 
 
 @pytest.mark.timeout(170)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from shared.metrics import TrainerMetrics
 from shared.schemas import PolicyId, StepRecord
 
@@ -62,6 +64,19 @@ def test_steps_without_a_gradient_are_counted_in_a_row() -> None:
     assert counts == [0, 1, 2, 0, 1]
     metrics.begin_run(max_staleness=0, min_ready_replicas=1)
     assert metrics.registry.get_sample_value("tandem_trainer_steps_without_gradient") == 0
+
+
+def test_a_reward_service_that_is_away_shows_since_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = TrainerMetrics()
+    seen = []
+    for now, is_away in ((100, False), (200, True), (300, True), (400, False), (500, True)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        metrics.record_reward_outage(is_away)
+        name = "tandem_trainer_reward_outage_timestamp_seconds"
+        seen.append(metrics.registry.get_sample_value(name))
+    assert seen == [0, 200, 200, 0, 500]
+    metrics.begin_run(max_staleness=0, min_ready_replicas=1)
+    assert metrics.registry.get_sample_value(name) == 0
 
 
 def test_the_numbers_of_a_run_leave_with_it_and_come_with_the_next() -> None:
