@@ -192,12 +192,17 @@ def _fields(model: Model, names: Iterable[str]) -> str:
             f"`{name}`",
             type_text(field.annotation, field.metadata),
             default_text(name, field),
-            said.get(name) or ("chooses this one" if name in ("name", "type", "kind") else ""),
+            said.get(name) or ("chooses this one" if _is_tag(name, field) else ""),
         )
         for name, field in model.model_fields.items()
         if name in names
     ]
     return _row("name", "type", "default", "meaning") + _TABLE + "".join(rows)
+
+
+def _is_tag(name: str, field: FieldInfo) -> bool:
+    """Whether the field tells one type of a union from the others."""
+    return name in ("name", "type", "kind") and get_origin(field.annotation) is Literal
 
 
 def _doc(thing: Any) -> str:

@@ -91,7 +91,7 @@ class QuantizationRecipe(Wire):
 
 
 class BaseIdentity(Wire):
-    """What must be equal for two processes to hold the same base (design: the exact base).
+    """What must be equal for two processes to hold the same base.
 
     `weights`: digest of the source checkpoint (tensors and architecture). `recipe`: digest of the
     quantization recipe whose result is computed with, None for the original 16-bit weights.

@@ -1,13 +1,15 @@
 """A training loop of your own: sample, score and train with two clients, nothing else.
 
-`python -m examples.own_loop.over_http` needs both services (README: run the services by hand). The
-trainer keeps policy and optimizer; prompts, rewards and the order of things are yours.
+`python -m examples.own_loop.over_http` needs both services (docs/first_run.md), and TANDEM_API_KEY
+if they have a key. The trainer keeps policy and optimizer; prompts, rewards and the order of things
+are yours.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 from itertools import islice
 
@@ -77,9 +79,10 @@ async def main() -> None:
     parser.add_argument("--trainer-url", default="http://127.0.0.1:8080")
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
+    api_key = os.environ.get("TANDEM_API_KEY")
     async with (
-        RolloutClient(arguments.rollout_url) as rollout,
-        TrainerClient(arguments.trainer_url) as trainer,
+        RolloutClient(arguments.rollout_url, api_key=api_key) as rollout,
+        TrainerClient(arguments.trainer_url, api_key=api_key) as trainer,
     ):
         try:
             await train(rollout, trainer, arguments.steps)

@@ -15,7 +15,7 @@ from shared.schemas import ServingMode
 
 ROOT = Path(__file__).parents[2]
 _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-_ENVIRONMENT = "Every other setting is an environment variable, named in the README."
+_ENVIRONMENT = "Every other setting is an environment variable, named in docs/settings.md."
 
 
 Device = Literal["auto", "cpu", "cuda"]

@@ -65,11 +65,8 @@ class Run:
         return model
 
     def batches(self) -> Iterator[SimpleNamespace]:
-        optimizer = Own(self.model).optimizer
         for _ in range(NUM_BATCHES):
             yield SimpleNamespace(prompts=PROMPTS)
-            optimizer.step()
-            optimizer.zero_grad()
 
     def rewards(self, completions: list[RequestOutput]) -> Tensor:
         self.versions.append(completions[0].policy.version)
@@ -110,10 +107,14 @@ def small_digits(outputs: list[RequestOutput]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def ran(tiny_checkpoint: Path, base_cache: Path) -> Iterator[Run]:
-    """The docs' block, run with the tiny checkpoint in place of the model it names."""
+    """The docs' block, run with the tiny checkpoint in place of the model it names, and fast."""
     (block, *_) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert block.count('"Qwen/Qwen3-4B"') == 1
-    block = block.replace('"Qwen/Qwen3-4B"', f'"{tiny_checkpoint}", cache_dir="{base_cache}"')
+    for named, here in (
+        ('"Qwen/Qwen3-4B"', f'"{tiny_checkpoint}", cache_dir="{base_cache}"'),
+        ("lr=2e-5", "lr=1e-2"),
+    ):
+        assert block.count(named) == 1
+        block = block.replace(named, here)
     run = Run()
     exec(block, run.names)
     yield run
