@@ -62,6 +62,7 @@ _WINDOW_S = 1.0  # around a sync, and to compare with before and after it
 _IDLE_PAUSE_S = 0.2
 _LOADED_PAUSE_S = 2 * _WINDOW_S  # what is compared with has nothing of it
 _FIRST_PEER = 1000  # id of its first adapter, above those of the service
+_NUM_WARM_UP = 3  # until the policy writes into memory of adapters that it no longer keeps
 _GPU_SHARE = 0.1  # must be free when an engine starts; its KV cache has a size of its own
 
 
@@ -161,7 +162,7 @@ def main() -> None:
         action="append",
         help="of the cases without --shape",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="after those to warm up")
     parser.add_argument(
         "--load", type=int, default=0, help="completions that run, as a second series of rounds"
     )
@@ -219,7 +220,7 @@ class _Benchmark:
             title="From publish to the first token of the new version",
             setting=(
                 f"One replica on loopback. Milliseconds, medians of {self._arguments.rounds} "
-                "versions after one to warm up; transfer is the HTTP call without verify and "
+                "versions after some to warm up; transfer is the HTTP call without verify and "
                 "load; add_lora loads the same file from shared memory in the same engine. Gaps "
                 "are the longest between two tokens of a running completion, and usual ones those "
                 "of the seconds before and after; the dip is that of their tokens/s in the second "
@@ -254,12 +255,12 @@ class _Benchmark:
         """In an idle replica."""
         rounds: list[Round] = []
         async with RolloutClient(_url(settings)) as client:
-            for _ in range(1 + self._arguments.rounds):
+            for _ in range(_NUM_WARM_UP + self._arguments.rounds):
                 _train(policy)
                 peer = next(self._peers)
                 rounds.append(await _round(policy, client, service, peer, _IDLE_PAUSE_S))
                 _say(case, rounds[-1])
-        return rounds[1:]
+        return rounds[_NUM_WARM_UP:]
 
     async def _loaded_rounds(
         self, case: Case, policy: Policy, settings: RolloutSettings, service: Child[Replica]
@@ -309,7 +310,7 @@ class _Benchmark:
             title="One version to several replicas",
             setting=(
                 f"{number} replicas on loopback, idle, all on one device; milliseconds, medians of "
-                f"{self._arguments.rounds} versions after one to warm up, which go to one replica "
+                f"{self._arguments.rounds} versions after some to warm up, which go to one replica "
                 "and to all in turns. The total is from before publish() to when every replica has "
                 "answered with its first token of the new version; the parts are the longest of "
                 "any replica."
@@ -336,14 +337,14 @@ class _Benchmark:
         together: list[Sync] = []
         async with AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(RolloutClient(url)) for url in urls]
-            for _ in range(1 + self._arguments.rounds):
+            for _ in range(_NUM_WARM_UP + self._arguments.rounds):
                 for syncs, receivers in ((alone, clients[:1]), (together, clients)):
                     _train(policy)
                     sync, _ = await _sync(policy, receivers)
                     syncs.append(sync)
                     say(f"{len(receivers)} replica(s): {1000 * sync.total_s:.0f} ms")
                     await asyncio.sleep(_IDLE_PAUSE_S)
-        return alone[1:], together[1:]
+        return alone[_NUM_WARM_UP:], together[_NUM_WARM_UP:]
 
     # --- what takes part ------------------------------------------------------------------------
 
