@@ -139,7 +139,7 @@ class OpenAiEndpoint:
         """Batches of chunks. What is refused is raised before the first one; later errors are
         records, and the last ones."""
         draft, writer = self._drafted(body)
-        has_begun = False
+        errors, has_begun = self._replica.metrics.errors, False
         try:
             async with aclosing(self._records(body, draft, may_begin_again=False)) as batches:
                 async for records in batches:
@@ -154,9 +154,13 @@ class OpenAiEndpoint:
                             chunks.append(writer.chunk(part, record, partial))
                     yield chunks or [StreamAlive()]
                     has_begun = True
+        except (asyncio.CancelledError, GeneratorExit):
+            errors.labels("ClientClosed").inc()
+            raise
         except ServiceError as error:
             if not has_begun:
                 raise
+            errors.labels(type(error).__name__).inc()
             yield [error_answer(error)]
             return
         last: list[Wire] = [writer.usage_chunk(draft)] if body.stream_options.include_usage else []
@@ -203,7 +207,7 @@ class OpenAiEndpoint:
 
 
 async def _attempt(sampler: Sampler, part: Part) -> AsyncGenerator[Records]:
-    async with aclosing(sampler.stream(part.request)) as batches:
+    async with aclosing(sampler.stream(part.request, counts_errors=False)) as batches:
         async for batch in batches:
             records: Records = []
             for record in batch:

@@ -104,11 +104,14 @@ class Sampler:
             groups = await self._within_deadline(self._group(item) for item in work)
         return GenerateResponse(groups=groups, boot_id=self._boot_id)
 
-    async def stream(self, request: GenerateRequest) -> AsyncGenerator[Sequence[Wire]]:
+    async def stream(
+        self, request: GenerateRequest, *, counts_errors: bool = True
+    ) -> AsyncGenerator[Sequence[Wire]]:
         """What `generate` answers, as it comes: batches of StreamRecords.
 
-        What is refused is raised before the first batch; later errors are records. Closing the
-        generator stops the work; the leases end with it, or before the last record.
+        What is refused is raised before the first batch; later errors are records, and counted
+        here unless the caller's answer is another one. Closing the generator stops the work; the
+        leases end with it, or before the last record.
         """
         last: StreamEnd | StreamError = StreamEnd(boot_id=self._boot_id)
         with self._admitted_work(request) as work, self._metrics.open_streams.track_inprogress():
@@ -123,11 +126,13 @@ class Sampler:
                     async for batch in records:
                         yield batch or [StreamAlive()]
             except (asyncio.CancelledError, GeneratorExit):
-                self._metrics.errors.labels("ClientClosed").inc()
+                if counts_errors:
+                    self._metrics.errors.labels("ClientClosed").inc()
                 raise
             except Exception as error:  # whatever it is: the status is long sent
                 problem = self._as_service_error(error)
-                self._metrics.errors.labels(type(problem).__name__).inc()
+                if counts_errors:
+                    self._metrics.errors.labels(type(problem).__name__).inc()
                 last = StreamError(problem=problem.to_problem())
         yield [last]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -502,6 +503,7 @@ async def test_a_stream_that_cannot_go_on_exactly_ends_with_an_error(
     error = json.loads(last)["error"]
     assert error["type"] == "server_error"
     assert "new weights interrupted this stream" in error["message"]
+    assert await counted_errors(service) == {"Unavailable": 1}
 
 
 async def test_a_drain_answers_no_half_completion(serve: Callable[..., Service]) -> None:
@@ -518,6 +520,7 @@ async def test_a_drain_answers_no_half_completion(serve: Callable[..., Service])
         assert "draining" in answer.json()["error"]["message"]
         *_, last = await stream
         assert "draining" in json.loads(last)["error"]["message"]
+        assert await counted_errors(service) == {"NotReady": 2}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -531,6 +534,14 @@ async def test_a_client_that_leaves_cancels_the_engines_work(
     task.cancel()
     await until(lambda: len(service.engine.cancelled) == 1)
     await until(lambda: service.replica.serving.sampler.idle.is_set())
+    assert await counted_errors(service) == {"ClientClosed": 1}
+
+
+async def counted_errors(service: Service) -> dict[str, float]:
+    """How many of each type the metrics have."""
+    text = (await service.get("/metrics")).text
+    counted = re.findall(r'tandem_rollout_errors_total\{type="(\w+)"\} (\S+)', text)
+    return {name: float(count) for name, count in counted}
 
 
 # --- chat messages ------------------------------------------------------------------------------
