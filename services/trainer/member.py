@@ -540,7 +540,8 @@ def check_fit(status: RolloutStatus, wanted: Requirements) -> None:
     if status.serving_mode == "merged" and wanted.in_flight == "finish":
         raise InvalidRequest(
             "the replica merges adapters into its weights and serves one version at a time: set "
-            "in_flight: continue in the run config, or ROLLOUT_SERVING_MODE=lora"
+            "in_flight: continue in the run config, or ROLLOUT_SERVING_MODE=lora; PolicyModel "
+            "takes it with serving_mode='merged'"
         )
     if wanted.lora_rank > status.limits.max_lora_rank:
         raise InvalidRequest(

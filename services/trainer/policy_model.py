@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import ValidationError
@@ -65,7 +65,7 @@ from services.trainer.samples import (
 )
 from shared.adapters import LINEAR_MODULES
 from shared.http_client import ROLLOUT_PORT, service_url
-from shared.schemas import PolicyId
+from shared.schemas import PolicyId, ServingMode
 
 _MIN_CONTEXT = 16  # tokens; the probe of the replicas needs them
 _MAX_POSITIONS = 8192  # of one forward of `logprobs`
@@ -96,6 +96,7 @@ class PolicyModel(torch.nn.Module):
         max_seq_length: int,
         seed: int,
         replace_run: bool,
+        serving_mode: ServingMode,
         ready_timeout_s: float,
     ) -> None:
         super().__init__()
@@ -105,6 +106,7 @@ class PolicyModel(torch.nn.Module):
         self._engine = engine
         self._max_lora_rank = max_lora_rank
         self._replace_run = replace_run
+        self._serving_mode = serving_mode
         self._ready_timeout_s = ready_timeout_s
         self._runs: set[str] = set()  # that this model began; it may end those
         self._lock = threading.RLock()  # one push at a time
@@ -137,6 +139,7 @@ class PolicyModel(torch.nn.Module):
         max_num_seqs: int | None = None,
         max_loras: int | None = None,
         kv_cache_memory_bytes: int | None = None,
+        serving_mode: ServingMode = "lora",
         device: str = "auto",
         rollout_urls: Sequence[str] = (),
         api_key: str | None = None,
@@ -154,6 +157,8 @@ class PolicyModel(torch.nn.Module):
         """
         check_load_options(others, cls.from_pretrained)
         check_dtype(dtype)
+        if serving_mode not in get_args(ServingMode):
+            raise ValueError(f"serving_mode is {serving_mode!r}: it is 'lora' or 'merged'")
         name, folder, lora = model_name, Path(model_name).expanduser(), None
         if is_lora_folder(folder):
             lora, name = read_lora_config(folder)
@@ -185,6 +190,7 @@ class PolicyModel(torch.nn.Module):
                         "max_num_seqs": max_num_seqs,
                         "max_live_policies": max_loras,
                         "kv_cache_memory_bytes": kv_cache_memory_bytes,
+                        "serving_mode": serving_mode,
                     },
                 )
                 log_name = f"rollout-{os.getpid()}-{secrets.token_hex(2)}.log"
@@ -215,6 +221,7 @@ class PolicyModel(torch.nn.Module):
                 max_seq_length=max_seq_length,
                 seed=random_state,
                 replace_run=replace_run or not rollout_urls,
+                serving_mode=serving_mode,
                 ready_timeout_s=ready_timeout_s,
             )
             if lora:
@@ -275,6 +282,7 @@ class PolicyModel(torch.nn.Module):
                 num_context_tokens=self.max_seq_length,
                 may_replace_run=lambda run_id: replace_run or run_id in runs,
                 prover=Conformance(probe, config),
+                in_flight="continue" if self._serving_mode == "merged" else "finish",
                 sync_timeout_s=_SYNC_TIMEOUT_S,
             ),
             encoder=policy.encoder,
@@ -360,6 +368,12 @@ class PolicyModel(torch.nn.Module):
             raise RuntimeError(
                 "load_lora gives the engine an adapter, and this model was loaded without one: "
                 "load it with fast_inference=True, or train on from it with restore_lora(folder)"
+            )
+        if self._serving_mode == "merged":
+            raise RuntimeError(
+                "load_lora serves an adapter beside the one that trains, serving_mode='merged' one "
+                "at a time: load the model with serving_mode='lora', or train on from the folder "
+                "with restore_lora(folder)"
             )
         path = Path(folder)
         tensors = read_lora(path, self.policy.lora_shapes(), self.policy.lora)

@@ -151,6 +151,30 @@ def test_the_loop_of_the_docs_runs_as_written(ran: Run) -> None:
     assert ran.effects[-1] > 2 * NOISE
 
 
+def test_an_engine_that_merges_serves_what_trains(tiny_checkpoint: Path, base_cache: Path) -> None:
+    model, _ = PolicyModel.from_pretrained(
+        str(tiny_checkpoint),
+        max_seq_length=512,
+        fast_inference=True,
+        max_lora_rank=8,
+        serving_mode="merged",
+        cache_dir=base_cache,
+    )
+    try:
+        own = Own(model)
+        for version in range(3):
+            outputs = sample(model)
+            check_served(model, outputs, version)
+            model.for_training()
+            found = model.logprobs(outputs)
+            rewards = small_digits(outputs)
+            own.step(-(found.logprobs * (rewards - rewards.mean())[:, None])[found.mask].mean())
+        with pytest.raises(RuntimeError, match="serving_mode='lora'"):
+            model.load_lora(base_cache)
+    finally:
+        model.close()
+
+
 def test_a_grpo_loss_of_ones_own_trains_what_the_engine_serves(model: PolicyModel) -> None:
     own = Own(model)
     for step in range(3):

@@ -81,6 +81,7 @@ def with_engine(loaded: PolicyModel, replica: FakeReplica) -> PolicyModel:
         max_seq_length=32,
         seed=0,
         replace_run=False,
+        serving_mode="lora",
         ready_timeout_s=20,
     )
 
@@ -106,6 +107,7 @@ def gradient_of(model: PolicyModel) -> list[torch.Tensor]:
     ("option", "sentence"),
     [
         ({"load_in_8bit": True}, "load_in_8bit=True.* cannot be had here: a base is 4-bit"),
+        ({"serving_mode": "merge"}, "serving_mode is .merge.: it is .lora. or .merged."),
         ({"full_finetuning": True}, "full_finetuning=True.* LoRA is what replicas take in"),
         ({"trust_remote_code": True}, "Transformers itself implements"),
         ({"dtype": torch.float16}, "dtype=float16.* compute in bfloat16"),
