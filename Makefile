@@ -28,7 +28,7 @@ test: $(INSTALLED) ## Run the test suite, with the real engine (ARGS="-k sync" p
 test-faults: $(INSTALLED) ## Kill, freeze, cut and fill what can be: the fault tests, minutes long
 	@$(BIN)/python -m pytest -m faults $(ARGS)
 
-test-learning: $(INSTALLED) ## Train with every algorithm, and with a random reward: 10 minutes
+test-learning: $(INSTALLED) ## Train with every algorithm, and with a random reward: 12 minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m learning $(ARGS)
 
 test-compose: $(INSTALLED) ## Build the CPU images and run the stack: needs a Docker engine, kubectl and promtool
