@@ -14,8 +14,9 @@ import os
 import re
 import signal
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ class VllmEngine:
                 if on_cpu:
                     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # it was set to spawn
                     os.register_at_fork(after_in_child=_become_engine_process)
-                engine = AsyncLLM.from_vllm_config(config)
+                with _ctrl_c_is_not_for_children():
+                    engine = AsyncLLM.from_vllm_config(config)
         except Exception as error:  # of any class: what failed is another process
             raise _boot_error(error, output.kept) from error
         kind = MergedVllmEngine if settings.serving_mode == "merged" else cls
@@ -439,6 +441,21 @@ async def _vllm_errors() -> AsyncIterator[None]:
         raise InternalError(f"the engine failed on this request: {error}") from error
     except (ValueError, TypeError, VLLMValidationError) as error:
         raise InvalidRequest(f"vLLM refused the request: {error}") from error
+
+
+@contextmanager
+def _ctrl_c_is_not_for_children() -> Iterator[None]:
+    """A terminal sends it to the processes that are started inside, too, and vLLM has each of them
+    exit: but a service that is told to stop finishes what runs first.
+
+    They inherit what this thread blocks. Whoever starts them ends them by SIGTERM.
+    """
+    resource_tracker.ensure_running()  # which would unblock it, when the first of them starts
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _become_engine_process() -> None:

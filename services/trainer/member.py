@@ -511,7 +511,8 @@ class Member:
         old, old_detail = self.state, self.detail
         self.state, self.detail = state, detail
         if state != old or (detail != old_detail and state != "admitting"):
-            log.log(level, "replica %s: %s -> %s %s", self.id, old, state, detail)
+            change = state if state == old else f"{old} -> {state}"
+            log.log(level, "replica %s: %s %s", self.id, change, detail)
         if state == "serving":
             self._serving.start()
         else:

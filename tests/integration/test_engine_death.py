@@ -174,13 +174,17 @@ def listens(replica: ReplicaProcess) -> bool:
     return False
 
 
-async def test_sigterm_finishes_what_runs_then_exits_0_and_leaves_nothing(
-    doomed_replica: ReplicaProcess,
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_stop_finishes_what_runs_then_exits_0_and_leaves_nothing(
+    number: signal.Signals, doomed_replica: ReplicaProcess
 ) -> None:
+    """Ctrl-C in a terminal goes to the engine, too."""
     engine = doomed_replica.engine_pid()
     async with RolloutClient(doomed_replica.url, timeout_s=EXIT_TIMEOUT_S) as client:
         running = await start_long(doomed_replica, client)
-        doomed_replica.process.send_signal(signal.SIGTERM)
+        if number == signal.SIGINT:
+            os.kill(engine, number)
+        doomed_replica.process.send_signal(number)
         await until(lambda: doomed_replica.get("/readyz").status_code == 503)
         assert doomed_replica.get("/healthz").is_success
         await until(lambda: "NotReady" in score_after_drain(doomed_replica))
