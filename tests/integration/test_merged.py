@@ -7,12 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from statistics import fmean
 
-import httpx
 import pytest
 
-from services.trainer.app import create_app
-from services.trainer.settings import TrainerSettings
-from services.trainer.trainer import Trainer
 from shared.checkpoints import linear_shapes
 from shared.errors import InvalidRequest, NoFreeSlot, UnknownPolicy
 from shared.rollout_client import RolloutClient
@@ -21,7 +17,7 @@ from shared.trainer_client import TrainerClient
 from tests.integration.test_training import MANAGED, replacing
 from tests.publisher import PROBE, Publisher
 from tests.replica_process import ReplicaProcess, start_replica, wait_until_ready
-from tests.trainer_in_process import until_end
+from tests.trainer_in_process import booted_trainer, client_of, until_end
 
 pytestmark = pytest.mark.anyio
 
@@ -187,20 +183,11 @@ async def test_a_reader_that_stops_reading_holds_up_no_version(merged: Publisher
 async def runs(
     merged_replica: ReplicaProcess, tiny_checkpoint: Path, tmp_path: Path
 ) -> AsyncIterator[TrainerClient]:
-    trainer = Trainer(
-        TrainerSettings(
-            model=str(tiny_checkpoint),
-            rollout_urls=(merged_replica.url,),
-            runs_dir=tmp_path,
-            ready_timeout_s=5,
-        )
-    )
-    trainer.fleet.start()
-    await trainer.boot()
-    transport = httpx.ASGITransport(create_app(trainer))
-    async with TrainerClient("http://trainer", transport=transport, timeout_s=120) as client:
+    async with (
+        booted_trainer(tiny_checkpoint, merged_replica.url, tmp_path) as trainer,
+        client_of(trainer) as client,
+    ):
         yield client
-    await trainer.stop()
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
