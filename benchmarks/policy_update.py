@@ -85,6 +85,9 @@ class Side:
     kind: Literal["tandem", "trl", "recipe"]
     dtype: str = ""
     liger: bool = False
+    recomputes: bool = True  # Tandem, with TRAINER_GRADIENT_CHECKPOINTING
+    offloads: bool = False  # Tandem, with TRAINER_OFFLOAD_ACTIVATIONS
+    max_tokens: int | None = None  # of Tandem's micro-batches, if others than of the rest
 
     @property
     def is_tandem(self) -> bool:
@@ -117,7 +120,6 @@ class Measurement:
     device: str
     max_tokens: int
     rounds: int
-    offloads: bool = False  # Tandem's layer inputs, to host memory
 
     def of(self, side: Side, *batches: Batch) -> list[Outcome | None]:
         """None where the device's memory does not suffice, and after that. In a process of its own,
@@ -138,10 +140,13 @@ class Measurement:
                     torch.cuda.empty_cache()
         return outcomes
 
-    def _tandem(self, _: Side, batch: Batch) -> Outcome:
+    def _tandem(self, side: Side, batch: Batch) -> Outcome:
         meter = _Meter(self.device)
         policy = Policy.load(
-            str(self.checkpoint), device=self.device, offload_activations=self.offloads
+            str(self.checkpoint),
+            device=self.device,
+            gradient_checkpointing=side.recomputes,
+            offload_activations=side.offloads,
         )
         policy.start(
             PolicyId(run_id="benchmark", version=0),
@@ -157,7 +162,11 @@ class Measurement:
         for number in range(1 + self.rounds):
             started = meter.now()
             updates.append(
-                policy.update(samples, algorithm, max_tokens_per_micro_batch=self.max_tokens)
+                policy.update(
+                    samples,
+                    algorithm,
+                    max_tokens_per_micro_batch=side.max_tokens or self.max_tokens,
+                )
             )
             seconds.append(meter.now() - started)
             meter.after_update(number + 1)
@@ -392,7 +401,20 @@ def main() -> None:
         "--liger", action="store_true", help="also TRL with use_liger_kernel (CUDA)"
     )
     parser.add_argument(
-        "--offload", action="store_true", help="with TRAINER_OFFLOAD_ACTIVATIONS (CUDA)"
+        "--offload",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="TOKENS",
+        help="also Tandem with TRAINER_OFFLOAD_ACTIVATIONS, micro-batches of TOKENS (CUDA)",
+    )
+    parser.add_argument(
+        "--no-recomputing",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="TOKENS",
+        help="also Tandem without TRAINER_GRADIENT_CHECKPOINTING, micro-batches of TOKENS",
     )
     parser.add_argument(
         "--scaling",
@@ -407,6 +429,16 @@ def main() -> None:
         if getattr(arguments, option) and arguments.device != "cuda":
             parser.error(f"--{option} needs --device cuda")
     sides = [TANDEM]
+    sides += [
+        Side(f"Tandem, offloaded, {tokens:,}", "tandem", offloads=True, max_tokens=tokens)
+        for tokens in arguments.offload
+    ]
+    sides += [
+        Side(
+            f"Tandem, nothing recomputed, {tokens:,}", "tandem", recomputes=False, max_tokens=tokens
+        )
+        for tokens in arguments.no_recomputing
+    ]
     if "trl" in arguments.peer:
         sides += [Side(f"TRL, {dtype}", "trl", dtype) for dtype in arguments.peer_dtype]
         if arguments.liger:
@@ -421,7 +453,6 @@ def main() -> None:
             device=arguments.device,
             max_tokens=arguments.max_tokens,
             rounds=arguments.rounds,
-            offloads=arguments.offload,
         )
         write_checkpoint(
             arguments.shape,
@@ -446,7 +477,7 @@ def _update(
             outcomes[side] = _joined(outcomes.get(side), outcome)
     tandem = outcomes[TANDEM]
     assert tandem, f"Tandem runs out of memory at {batch}"
-    rows, ratios = [], []
+    rows = []
     for side, outcome in outcomes.items():
         if outcome is None:
             rows.append((side.name, *["out of memory"] * 7))
@@ -465,13 +496,11 @@ def _update(
                 f"{difference:+.2%}",
             )
         )
-        if not side.is_tandem:
-            ratios.append(f"{outcome.update_s / tandem.update_s:.2f} × {side.name}")
     return Report(
         name="policy_update",
         variant=(
             f"{arguments.device}-{str(batch).translate(_NAME)}"
-            f"{'-offload' if arguments.offload else ''}{'-recipe' if RECIPE in outcomes else ''}"
+            f"{'-recipe' if RECIPE in outcomes else ''}"
         ),
         title="One policy update against TRL's",
         setting=(
@@ -479,7 +508,7 @@ def _update(
             f"tokens, at most {arguments.max_tokens:,} at once; {_algorithm(batch).name} with "
             f"dapo's loss, LoRA of rank {_RANK} on all linears. The sides take {arguments.turns} "
             f"turn(s) of {arguments.rounds} updates after one to warm up; medians. "
-            f"{'Tandem keeps the inputs of layers in host memory. ' if arguments.offload else ''}"
+            f"{_OF_THE_SETTINGS if arguments.offload or arguments.no_recomputing else ''}"
             f"{_SAMENESS}"
             f"{_OF_THE_RECIPE if RECIPE in outcomes else ''}"
         ),
@@ -494,18 +523,26 @@ def _update(
             "difference",
         ),
         rows=rows,
-        conclusion=(
-            f"Tandem's tokens per second: {', '.join(ratios) or 'no peer had the memory'}."
-            f"{_memory_ratios(tandem, outcomes)}"
-        ),
+        conclusion="\n".join(
+            _against_peers(side, outcome, outcomes)
+            for side, outcome in outcomes.items()
+            if side.is_tandem and outcome
+        )
+        + (f" {_TARGETS}" if arguments.device == "cuda" else ""),
     )
 
 
-def _memory_ratios(tandem: Outcome, outcomes: Mapping[Side, Outcome | None]) -> str:
-    """On CUDA, where peaks are known."""
-    peers = {side: o for side, o in outcomes.items() if o and o.peak_bytes and not side.is_tandem}
-    ratios = [f"{tandem.peak_bytes / o.peak_bytes:.2f} of {s.name}" for s, o in peers.items()]
-    return f" Its peak memory: {', '.join(ratios)}. {_TARGETS}" if ratios else ""
+def _against_peers(side: Side, outcome: Outcome, outcomes: Mapping[Side, Outcome | None]) -> str:
+    """Its speed, and on CUDA, where peaks are known, its memory."""
+    peers = {peer: o for peer, o in outcomes.items() if o and not peer.is_tandem}
+    if not peers:
+        return f"{side.name}: no peer had the memory."
+    speed = [f"{o.update_s / outcome.update_s:.2f} × {peer.name}" for peer, o in peers.items()]
+    text = f"{side.name}: tokens per second {', '.join(speed)}"
+    if outcome.peak_bytes:
+        memory = [f"{outcome.peak_bytes / o.peak_bytes:.2f} of {p.name}" for p, o in peers.items()]
+        text += f"; peak memory {', '.join(memory)}"
+    return f"{text}."
 
 
 def _joined(earlier: Outcome | None, outcome: Outcome | None) -> Outcome | None:
@@ -521,8 +558,10 @@ _SAMENESS = (
     "replaced by the batch, without the forward pass that it adds for rollouts of vLLM; the "
     "dtype is that of its norms, embeddings and head."
 )
-
-
+_OF_THE_SETTINGS = (
+    "Offloaded is with TRAINER_OFFLOAD_ACTIVATIONS, nothing recomputed with "
+    "TRAINER_GRADIENT_CHECKPOINTING=false; the number is the most tokens at once. "
+)
 _OF_THE_RECIPE = (
     " The usual recipe is prepare_model_for_kbit_training, PEFT's LoRA in float32, Transformers' "
     "forward pass in bfloat16 autocast with gradient checkpointing, full logits, and AdamW, with "

@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import shutil
 import tempfile
 import time
@@ -22,13 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-import numpy as np
-
 from services.http import too_large
+from services.rollout.adapter_values import ValueScan, check_values
 from services.rollout.base import Base
 from services.rollout.policies import PolicyStore, VerifiedAdapter
 from shared.adapters import (
-    ELEMENT_BYTES,
     AdapterHeader,
     check_digest,
     check_tensors,
@@ -39,14 +36,11 @@ from shared.adapters import (
 from shared.checkpoints import identity_difference
 from shared.errors import BaseMismatch, InvalidAdapter, Unavailable
 from shared.metrics import RolloutMetrics
-from shared.schemas import AdapterManifest, RolloutLimits, SyncReceipt
+from shared.schemas import RolloutLimits, SyncReceipt
 
 log = logging.getLogger(__name__)
+_FILE_NAME = "adapter_model.safetensors"  # PEFT's and vLLM's
 _PIECE_BYTES = 4 << 20
-_MAX_WEIGHT_CHANGE = 1e3  # of an element of A, B or scaling · B · A; trained ones stay near 1
-_DIVERGED = (
-    "the trainer's step diverged; lower its learning rate, or resume from an earlier version"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +84,28 @@ class AdapterReceiver:
             path = Path(tempfile.mkdtemp(dir=self._dir))
         started = time.perf_counter()
         try:
-            num_bytes = await self._store(body, path / "adapter_model.safetensors", announced)
+            num_bytes, scan = await self._store(body, path / _FILE_NAME, announced)
         except BaseException:
             shutil.rmtree(path)
             raise
         receive_s = time.perf_counter() - started
         # From here on the client may leave, but an adapter is never left half loaded.
-        return await asyncio.shield(self._admit(path, announced, num_bytes, receive_s, options))
+        return await asyncio.shield(
+            self._admit(path, announced, num_bytes, scan, receive_s, options)
+        )
 
     async def _admit(
-        self, path: Path, digest: str, num_bytes: int, receive_s: float, options: SyncOptions
+        self,
+        path: Path,
+        digest: str,
+        num_bytes: int,
+        scan: ValueScan,
+        receive_s: float,
+        options: SyncOptions,
     ) -> SyncReceipt:
         try:
             started = time.perf_counter()
-            adapter = await asyncio.to_thread(self._verify, path, digest, num_bytes, options)
+            adapter = await asyncio.to_thread(self._verify, path, digest, num_bytes, scan, options)
             verify_s = time.perf_counter() - started
             admission = await self._policies.admit(
                 adapter,
@@ -141,8 +143,10 @@ class AdapterReceiver:
         )
         return receipt
 
-    async def _store(self, body: AsyncIterator[bytes], path: Path, announced: str) -> int:
-        """Write the body to `path` as it comes, hashing it; the number of bytes.
+    async def _store(
+        self, body: AsyncIterator[bytes], path: Path, announced: str
+    ) -> tuple[int, ValueScan]:
+        """Write the body to `path` as it comes, hashing and scanning it; the number of bytes.
 
         A piece at a time, each of both in a thread, while the next piece comes.
         """
@@ -154,12 +158,15 @@ class AdapterReceiver:
             for chunk in chunks:
                 sha256.update(chunk)
 
-        def keep() -> asyncio.Future[tuple[None, None]]:
-            return asyncio.gather(
-                asyncio.to_thread(digest, piece), asyncio.to_thread(file.writelines, piece)
-            )
+        def write(chunks: list[bytes]) -> None:
+            file.writelines(chunks)
+            file.flush()
+            scan.read_on()
 
-        with self._full_disk(), path.open("xb") as file:
+        def keep() -> asyncio.Future[tuple[None, None]]:
+            return asyncio.gather(asyncio.to_thread(digest, piece), asyncio.to_thread(write, piece))
+
+        with self._full_disk(), path.open("xb") as file, ValueScan(path) as scan:
             keeping: asyncio.Future[tuple[None, None]] | None = None
             try:
                 async for chunk in body:
@@ -180,12 +187,12 @@ class AdapterReceiver:
                 keeping.result()
             await keep()
         check_digest(announced=announced, received=sha256.hexdigest(), num_bytes=num_bytes)
-        return num_bytes
+        return num_bytes, scan
 
     def _verify(
-        self, path: Path, digest: str, num_bytes: int, options: SyncOptions
+        self, path: Path, digest: str, num_bytes: int, scan: ValueScan, options: SyncOptions
     ) -> VerifiedAdapter:
-        file = path / "adapter_model.safetensors"
+        file = path / _FILE_NAME
         header = read_header(file)
         self._check_base_and_rank(header)
         adapter = VerifiedAdapter(header.manifest, digest, path, num_bytes)
@@ -195,7 +202,7 @@ class AdapterReceiver:
                     adapter, activate=options.activate, replace_run=options.replace_run
                 )
             check_tensors(header, self._base.linear_shapes)
-            _check_values(file, header)
+            check_values(file, header, scan)
         config = peft_config(header.manifest, str(self._base.path))
         with self._full_disk():
             (path / "adapter_config.json").write_text(json.dumps(config))
@@ -227,73 +234,6 @@ class AdapterReceiver:
                 f"rank {manifest.rank} is over this replica's maximum of "
                 f"{self._limits.max_lora_rank}: lower it, or raise ROLLOUT_MAX_LORA_RANK"
             )
-
-
-def _check_values(file: Path, header: AdapterHeader) -> None:
-    """Refuse NaN, Inf, and finite weights so large that activations overflow to them.
-
-    A NaN that a forward pass writes into the KV cache outlives its adapter: other policies read it.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np"):  # no tensor overlaps another, and no byte is left
-            content = np.memmap(file, np.uint8, mode="r")
-    except SafetensorError as error:
-        raise InvalidAdapter(f"the body is not a safetensors file: {error}") from error
-    if not _is_small(content, header):
-        _refuse_what_is_large(content, header)
-
-
-def _is_small(content: np.ndarray, header: AdapterHeader) -> bool:
-    """Whether even the largest value of all, in A and B at once, would be allowed.
-
-    So it nearly always is. Looking at each tensor takes a busy service many times as long.
-    """
-    dtypes = {info.dtype for info in header.tensors.values()}
-    if len(dtypes) > 1:
-        return False
-    start = min(info.start for info in header.tensors.values())
-    largest = _largest(content[start:], dtypes.pop())
-    return _change(largest, largest, header.manifest) <= _MAX_WEIGHT_CHANGE
-
-
-def _refuse_what_is_large(content: np.ndarray, header: AdapterHeader) -> None:
-    """Raise InvalidAdapter for the first tensor, or pair of A and B, with too large values."""
-    largest = {}
-    for name, info in header.tensors.items():
-        largest[name] = _largest(content[info.start : info.end], info.dtype)
-        if not math.isfinite(largest[name]):
-            raise InvalidAdapter(f"tensor {name!r} has NaN or Inf: {_DIVERGED}")
-    for name in (name for name in largest if name.endswith(".lora_A.weight")):
-        b = largest[name.replace(".lora_A.", ".lora_B.")]
-        if (change := _change(largest[name], b, header.manifest)) > _MAX_WEIGHT_CHANGE:
-            raise InvalidAdapter(
-                f"the adapter of {name.removesuffix('.lora_A.weight')!r} may change a weight by "
-                f"{change:.3g}, the limit is {_MAX_WEIGHT_CHANGE:g}: {_DIVERGED}"
-            )
-
-
-def _change(a: float, b: float, manifest: AdapterManifest) -> float:
-    """Bound of an element of A, B and scaling · B · A, whose elements are at most a and b."""
-    return max(a, b, manifest.scaling * manifest.rank * a * b)
-
-
-def _largest(content: np.ndarray, dtype: str) -> float:
-    """The largest absolute value, or NaN or Inf if there is one.
-
-    Numbers of one sign have the order of their bits read as integers, in which Inf and NaN come
-    last; negative ones are above all others when the bits are read without a sign.
-    """
-    unsigned = content.view(f"<u{ELEMENT_BYTES[dtype]}")
-    sign = 1 << (8 * unsigned.itemsize - 1)
-    of_positive = int(unsigned.view(f"<i{unsigned.itemsize}").max())  # below 0: there is none
-    of_negative = int(unsigned.max()) - sign  # the same
-    bits = max(of_positive, of_negative)
-    if dtype == "BF16":  # the upper half of a float32
-        bits <<= 16
-    width = 2 if dtype == "F16" else 4
-    return float(np.array([bits], f"<u{width}").view(f"<f{width}")[0])
 
 
 def _private_dir(root: Path) -> tuple[Path, IO[str]]:
