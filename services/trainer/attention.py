@@ -48,10 +48,13 @@ def packed_attention(
         plain: Callable[..., tuple[Tensor, None]] = AttentionInterface()[_PLAIN]
         return plain(module, query, key, value, attention_mask, scaling=scaling, **others)
     assert attention_mask is None
+    key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    if packed.kv_index is not None:
+        key, value = key.index_select(0, packed.kv_index), value.index_select(0, packed.kv_index)
     out: Tensor = kernel(
         query[0].transpose(0, 1),
-        key[0].transpose(0, 1).index_select(0, packed.kv_index),
-        value[0].transpose(0, 1).index_select(0, packed.kv_index),
+        key,
+        value,
         packed.cu_q,
         packed.cu_k,
         packed.max_q,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_LOGITS = 1 << 27  # 0.5 GiB of float32, of which two or three exist at a time
+_CHUNK_LOGITS = 1 << 27  # 0.5 GiB of float32; on CUDA, 0.25 GiB of gradients beside them
 
 
 class TokenLogprobs(NamedTuple):
@@ -43,9 +43,6 @@ def token_logprobs(
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """With z the tempered logits and p their softmax: ∂logp_y/∂z = 1_y - p and
-    ∂H/∂z = -p (log p + H), so that the gradient by z is g_y 1_y - p (g_y + g_H (log p + H))."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -56,35 +53,34 @@ class _ChunkedLogprobs(torch.autograd.Function):
         temperatures: Tensor,
         num_positions: int,
     ) -> tuple[Tensor, Tensor]:
-        head, logprobs, entropies = _Head(weight, bias, hidden), [], []
-        for chunk in _chunks(len(hidden), num_positions):
-            log_p = head.logits(hidden[chunk], temperatures[chunk]).log_softmax(-1)
-            logprobs.append(log_p.gather(-1, labels[chunk, None]).squeeze(-1))
-            entropies.append(-torch.einsum("nv,nv->n", log_p.exp(), log_p))
-        entropy = torch.cat(entropies)
-        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, entropy)
+        head = _Head(weight, bias, hidden)
+        parts = [
+            head.statistics(head.logits(hidden[chunk]), labels[chunk], temperatures[chunk])
+            for chunk in _chunks(len(hidden), num_positions)
+        ]
+        logprobs, entropies, log_sums = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, log_sums, entropies)
         ctx.num_positions = num_positions
         ctx.set_materialize_grads(False)
-        return torch.cat(logprobs), entropy
+        return logprobs, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
-        hidden, weight, bias, labels, temperatures, entropy = ctx.saved_tensors
-        head, grads = _Head(weight, bias, hidden), []
-        if grad_logprobs is None:
-            grad_logprobs = torch.zeros_like(entropy)
-        grad_logprobs = grad_logprobs / temperatures
-        for chunk in _chunks(len(hidden), ctx.num_positions):
-            log_p = head.logits(hidden[chunk], temperatures[chunk]).log_softmax(-1)
-            weight_of_p = -grad_logprobs[chunk, None]
-            if grad_entropy is not None:
-                surprise = log_p + entropy[chunk, None]
-                weight_of_p = weight_of_p - (grad_entropy / temperatures)[chunk, None] * surprise
-            grad = log_p.exp_().mul_(weight_of_p)
-            grad.scatter_add_(-1, labels[chunk, None], grad_logprobs[chunk, None])
-            grads.append(head.hidden_gradient(grad))
-        return torch.cat(grads), None, None, None, None, None
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> Any:
+        hidden, weight, bias, *of_positions = ctx.saved_tensors
+        log_sums = of_positions[2]
+        for grad in (grad_logprobs, grad_entropies):
+            of_positions.append(torch.zeros_like(log_sums) if grad is None else grad.contiguous())
+        head = _Head(weight, bias, hidden)
+
+        def of_chunk(chunk: slice) -> Tensor:
+            logits = head.logits(hidden[chunk])
+            gradient = head.gradient(logits, *(part[chunk] for part in of_positions))
+            del logits
+            return head.hidden_gradient(gradient)
+
+        gradient = torch.cat([of_chunk(c) for c in _chunks(len(hidden), ctx.num_positions)])
+        return gradient, None, None, None, None, None
 
 
 class _Head:
@@ -97,7 +93,7 @@ class _Head:
         self._weight = weight if self._in_half else weight.float()
         self._bias = bias
 
-    def logits(self, hidden: Tensor, temperatures: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, V] float32."""
         if self._in_half:
             logits = torch.mm(hidden, self._weight.t(), out_dtype=torch.float32)
@@ -105,11 +101,61 @@ class _Head:
             logits = torch.mm(hidden.float(), self._weight.t())
         if self._bias is not None:
             logits += self._bias
-        return logits.div_(temperatures[:, None])
+        return logits
+
+    def statistics(self, logits: Tensor, *of_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if logits.is_cuda:
+            from services.trainer import head_kernels
+
+            return head_kernels.softmax_statistics(logits, *of_positions)
+        return softmax_statistics(logits, *of_positions)
+
+    def gradient(self, logits: Tensor, *of_positions: Tensor) -> Tensor:
+        if logits.is_cuda:
+            from services.trainer import head_kernels
+
+            return head_kernels.logits_gradient(logits, *of_positions, dtype=self._weight.dtype)
+        return logits_gradient(logits, *of_positions)
 
     def hidden_gradient(self, grad_logits: Tensor) -> Tensor:
-        """[n, V] float32 -> [n, H] in the dtype of the hidden states."""
+        """[n, V] -> [n, H] in the dtype of the hidden states."""
         return torch.mm(grad_logits.to(self._weight.dtype), self._weight).to(self._dtype)
+
+
+def softmax_statistics(
+    logits: Tensor, labels: Tensor, temperatures: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits [n, V] float32, which are overwritten: the logprobs of `labels`, the entropies and
+    the log of the sums of e^z, each [n], where z = logits / temperature."""
+    z = logits.div_(temperatures[:, None])
+    z_labels = z.gather(-1, labels[:, None]).squeeze(-1)
+    log_p = z.log_softmax(-1)
+    logprobs = log_p.gather(-1, labels[:, None]).squeeze(-1)
+    entropies = -torch.einsum("nv,nv->n", log_p.exp(), log_p)
+    return logprobs, entropies, z_labels - logprobs
+
+
+def logits_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor,
+    log_sums: Tensor,
+    entropies: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropies: Tensor,
+) -> Tensor:
+    """The gradient by logits [n, V] float32, which are overwritten.
+
+    With z = logits / temperature and p their softmax: ∂logp_y/∂z = 1_y - p and ∂H/∂z =
+    -p (log p + H), so that the gradient by z is g_y 1_y - p (g_y + g_H (log p + H)).
+    """
+    grad_logprobs, grad_entropies = grad_logprobs / temperatures, grad_entropies / temperatures
+    log_p = logits.div_(temperatures[:, None]).sub_(log_sums[:, None])
+    weight_of_p: Tensor = grad_logprobs[:, None]
+    if grad_entropies.any():
+        weight_of_p = weight_of_p + grad_entropies[:, None] * (log_p + entropies[:, None])
+    gradient = log_p.exp_().mul_(-weight_of_p)
+    return gradient.scatter_add_(-1, labels[:, None], grad_logprobs[:, None])
 
 
 def _chunks(length: int, size: int) -> list[slice]:

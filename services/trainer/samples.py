@@ -72,7 +72,7 @@ class PackedAttention:
     """Which keys the queries of a packed row see: segment i has queries [cu_q[i], cu_q[i + 1]) and
     the keys kv_index[cu_k[i] : cu_k[i + 1]], causal from the end of both."""
 
-    kv_index: Tensor  # [K] int64, positions
+    kv_index: Tensor | None  # [K] int64, positions; None: all in their order, none shared
     cu_q: Tensor  # [S + 1] int32
     cu_k: Tensor  # [S + 1] int32
     max_q: int
@@ -313,8 +313,11 @@ def _packed_attention(spans: Sequence[tuple[range, range]]) -> PackedAttention:
     def cumulative(lengths: Sequence[int]) -> Tensor:
         return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
+    is_shared = any(len(prompt) > 0 for _, prompt in spans)
     return PackedAttention(
-        kv_index=torch.tensor([k for queries, prompt in spans for k in (*prompt, *queries)]),
+        kv_index=torch.tensor([k for queries, prompt in spans for k in (*prompt, *queries)])
+        if is_shared
+        else None,
         cu_q=cumulative(num_q),
         cu_k=cumulative(num_k),
         max_q=max(num_q),

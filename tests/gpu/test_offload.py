@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 
-import pytest
 import torch
 
 from services.trainer.offload import inputs_on_host
@@ -40,7 +39,7 @@ def test_they_come_back_as_they_left(policy: Policy, report: Callable[[str, obje
     usual, usually_kept = gradient(parks=False)
     for _ in range(3):
         parked, kept = gradient(parks=True)
-        assert torch.linalg.norm(parked - usual) == pytest.approx(0, abs=1e-2 * usual.norm().item())
+        assert (parked - usual).norm() < 1e-2 * usual.norm()
         inputs = 2 * policy.hidden_size * batch.input_ids.numel()
         num_layers = policy.model.config.num_hidden_layers
         assert usually_kept - kept > (num_layers - 3) * inputs

@@ -103,8 +103,17 @@ def test_a_packed_row_has_all_trees_and_says_which_keys_a_segment_sees() -> None
     assert isinstance(packed, PackedAttention)
     assert packed.cu_q.tolist() == [0, 2, 4, 5, 6]  # the prompt, its completions, the other one
     assert packed.cu_k.tolist() == [0, 2, 6, 9, 10]
+    assert packed.kv_index is not None
     assert packed.kv_index.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5]
     assert (packed.max_q, packed.max_k) == (2, 4)
+
+
+def test_keys_of_a_packed_row_are_copied_only_where_a_prompt_is_shared() -> None:
+    batch = collate([OTHER, FIRST], [Tree((0,), 1), Tree((1,), 4)], layout="packed")
+    packed = batch.attention
+    assert isinstance(packed, PackedAttention)
+    assert packed.kv_index is None
+    assert packed.cu_k.tolist() == packed.cu_q.tolist() == [0, 1, 5]
 
 
 def test_a_long_completion_shares_no_prompt_under_a_mask_and_does_when_packed() -> None:

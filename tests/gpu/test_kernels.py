@@ -1,0 +1,70 @@
+"""What an update computes otherwise on CUDA, against what defines it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from services.trainer import logprobs, lora
+from tests.trainer.test_lora import Layer, computed
+
+pytest.importorskip("triton", reason="comes with torch for CUDA")
+from services.trainer import head_kernels
+
+VOCABULARY = 151_936
+
+
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 4_097, 11])
+def test_the_softmax_in_one_pass_is_the_softmax(vocabulary: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    logits = 6 * draw(100, vocabulary)
+    labels = torch.randint(vocabulary, (100,), generator=generator, device="cuda")
+    temperatures = 0.5 + draw(100).abs()
+    found = head_kernels.softmax_statistics(logits, labels, temperatures)
+    exact = torch.distributions.Categorical(logits=logits.double() / temperatures[:, None])
+    torch.testing.assert_close(found[0].double(), exact.log_prob(labels), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(found[1].double(), exact.entropy(), atol=1e-5, rtol=1e-5)
+
+    grads = draw(2, 100)
+    of_positions = labels, temperatures, found[2], found[1], *grads
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-8)):
+        gradient = head_kernels.logits_gradient(logits, *of_positions, dtype=dtype)
+        defined = logprobs.logits_gradient(logits.clone(), *of_positions)
+        torch.testing.assert_close(gradient.float(), defined, atol=1e-5, rtol=tolerance)
+
+
+def test_a_logit_that_is_not_finite_is_not_hidden() -> None:
+    logits = torch.zeros(2, 5000, device="cuda")
+    logits[1, 4999] = torch.nan
+    labels, temperatures = torch.zeros(2, dtype=torch.int64).cuda(), torch.ones(2).cuda()
+    for result in head_kernels.softmax_statistics(logits, labels, temperatures):
+        assert result.isfinite().tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("num_in", "num_out"), [(256, 1024), (1024, 256)])
+def test_a_joined_product_rounds_no_more_than_the_sum_of_two(
+    monkeypatch: pytest.MonkeyPatch, num_in: int, num_out: int
+) -> None:
+    """Each within what bfloat16 leaves of the result in float32."""
+    torch.manual_seed(0)
+    layer = Layer(num_in, num_out, 2.0, torch.bfloat16)
+    for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+        module.cuda()
+    x = torch.randn(3, 64, num_in, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    errors = []
+    for joins in (True, False):
+        monkeypatch.setattr(lora, "_is_faster_joined", lambda *_, joins=joins: joins)
+        found = computed(layer, x)
+        layer.base_layer.float()
+        exact = computed(layer, x.detach().float().requires_grad_())
+        layer.base_layer.bfloat16()
+        errors.append(
+            [(f.float() - e).norm() / e.norm() for f, e in zip(found, exact, strict=True)]
+        )
+    for joined, summed in zip(*errors, strict=True):
+        assert joined < max(1.1 * summed, 4e-3)
