@@ -32,7 +32,7 @@ _HOMES = (
     "FLASHINFER_WORKSPACE_BASE",
 )
 _PHASE = re.compile(
-    r"\b(?:took|takes|in total|finished in|Initializing|AOT|rollout)\b"
+    r"\b(?:took|takes|in total|finished in|Initializing|AOT|failure|rollout)\b"
 )  # of the log
 
 
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--boots", type=int, default=2)
     parser.add_argument("--serving-mode", choices=("lora", "merged"), default="lora")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
+    parser.add_argument("--logs", type=Path, help="a folder to keep those of the replicas in")
     arguments = parser.parse_args()
     seconds = []
     with work_folder() as folder:
@@ -50,6 +51,8 @@ def main() -> None:
         arguments.cache_dir = folder / "cache"
         for number in range(1, 1 + arguments.boots):
             seconds.append(_boot(arguments, model, folder / "home"))
+            if arguments.logs:
+                shutil.copy(folder / "home" / "log", arguments.logs / f"boot-{number}.log")
             say(f"boot {number}: {seconds[-1]:.1f} s")
     _report(arguments, seconds).publish(keep=arguments.report)
 

@@ -12,7 +12,7 @@ import argparse
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from benchmarks import engines, kv_cache
 from benchmarks.checkpoints import SHAPES, work_folder, write_checkpoint
 from benchmarks.child import Child, ChildError
 from benchmarks.engines import GIB, say
-from benchmarks.policy_update import TANDEM, Batch, Measurement
+from benchmarks.policy_update import TANDEM, Batch, Measurement, Side
 from benchmarks.report import Report
 from services.trainer.plan import memory
 from services.trainer.plan.inputs import read_model
@@ -31,12 +31,15 @@ MAX_ERROR = 0.10
 _RANK = 32  # also policy_update's
 _NUM_SEQS = 256
 _SHARE = 0.5  # of the GPU, for vLLM
+_OFFLOADS = replace(TANDEM, name="Tandem, offloaded", offloads=True)
 # The micro-batch of 1 is one row at a time.
-_BATCHES = (
-    (Batch(8, 8, 1024, 512), 16384),
-    (Batch(16, 1, 512, 512), 16384),
-    (Batch(2, 8, 512, 512), 16384),
-    (Batch(1, 2, 16384, 16384), 1),
+_UPDATES = (
+    (TANDEM, Batch(8, 8, 1024, 512), 16384),
+    (_OFFLOADS, Batch(8, 8, 1024, 512), 16384),
+    (TANDEM, Batch(16, 1, 512, 512), 16384),
+    (TANDEM, Batch(2, 8, 512, 512), 16384),
+    (TANDEM, Batch(1, 2, 16384, 16384), 1),
+    (_OFFLOADS, Batch(1, 2, 16384, 16384), 1),
 )
 
 
@@ -82,11 +85,11 @@ def _updates(arguments: argparse.Namespace) -> Iterator[Row]:
             arguments.shape, folder / "base", device=arguments.device, recipe=QuantizationRecipe()
         )
         model = read_model(str(folder / "base"))
-        for batch, max_tokens in _BATCHES:
+        for side, batch, max_tokens in _UPDATES:
             free, _ = torch.cuda.mem_get_info()
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
                 measured = alone.submit(
-                    _take, arguments.shape, folder / "base", batch, max_tokens, free
+                    _take, side, arguments.shape, folder / "base", batch, max_tokens, free
                 ).result()
             predicted = memory.trainer_memory(
                 model,
@@ -95,10 +98,11 @@ def _updates(arguments: argparse.Namespace) -> Iterator[Row]:
                 lora_rank=_RANK,
                 optimizer="adamw",
                 load_in_4bit=True,
+                offload=side.offloads,
             )
             yield _said(
                 Row(
-                    f"update of {batch}",
+                    f"update of {batch}{', offloaded' if side.offloads else ''}",
                     "GiB",
                     predicted.peak / GIB,
                     measured.peak / GIB,
@@ -110,9 +114,11 @@ def _updates(arguments: argparse.Namespace) -> Iterator[Row]:
             )
 
 
-def _take(shape: str, checkpoint: Path, batch: Batch, max_tokens: int, free_before: int) -> Taken:
+def _take(
+    side: Side, shape: str, checkpoint: Path, batch: Batch, max_tokens: int, free_before: int
+) -> Taken:
     measurement = Measurement(checkpoint, SHAPES[shape].vocabulary, "cuda", max_tokens, rounds=2)
-    [outcome] = measurement.here(TANDEM, [batch])
+    [outcome] = measurement.here(side, [batch])
     if outcome is None:
         raise MemoryError(f"{batch} does not fit here")
     reserved = torch.cuda.max_memory_reserved()

@@ -41,6 +41,7 @@ class Request:
     lora_rank: int
     optimizer: Optimizer
     load_in_4bit: bool
+    offload: bool  # layer inputs to host memory
     kv_cache_dtype: KvCacheDtype
     max_num_seqs: int
     serving_mode: ServingMode
@@ -155,6 +156,7 @@ def _placement(request: Request, num_gpus: int, max_tokens: int) -> Placement:
             lora_rank=request.lora_rank,
             optimizer=request.optimizer,
             load_in_4bit=request.load_in_4bit,
+            offload=request.offload,
         ),
         replica=replica_memory(
             request.model,
@@ -189,6 +191,7 @@ class Plan:
             "ROLLOUT_MAX_LORA_RANK": str(request.lora_rank),
             "ROLLOUT_SERVING_MODE": request.serving_mode,
             **({} if request.load_in_4bit else bases),
+            **({"TRAINER_OFFLOAD_ACTIVATIONS": "true"} if request.offload else {}),
         }
 
     @property
@@ -253,6 +256,8 @@ def _changes(request: Request) -> Iterator[tuple[str, Request]]:
             "lower max_tokens_per_micro_batch to {0.max_tokens}",
             replace(request, max_tokens=None),
         )
+    if not request.offload:
+        yield "set TRAINER_OFFLOAD_ACTIVATIONS=true", replace(request, offload=True)
     if request.kv_cache_dtype != "fp8" and request.gpu.has_fp8 is not False:
         condition = "" if request.gpu.has_fp8 else " (it needs compute capability 8.9)"
         yield f"set ROLLOUT_KV_CACHE_DTYPE=fp8{condition}", replace(request, kv_cache_dtype="fp8")

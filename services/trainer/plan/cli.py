@@ -81,8 +81,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--kv-cache-dtype", choices=get_args(KvCacheDtype), help="(fp8 where the GPU has it)")
     count("--max-num-seqs", default=MAX_NUM_SEQS, help=f"that run at once {default}")
     add("--serving-mode", choices=get_args(ServingMode), default="lora", help=default)
-    in_4bit = trainer["load_in_4bit"].default
-    add("--load-in-4bit", action=argparse.BooleanOptionalAction, default=in_4bit, help=default)
+    for name in ("load_in_4bit", "offload_activations"):
+        add(
+            f"--{name.replace('_', '-')}",
+            action=argparse.BooleanOptionalAction,
+            default=trainer[name].default,
+            help=default,
+        )
     add("--json", action="store_true")
     return parser
 
@@ -122,6 +127,7 @@ def _request(options: argparse.Namespace) -> Request:
         lora_rank=options.lora_rank,
         optimizer=options.optimizer,
         load_in_4bit=options.load_in_4bit,
+        offload=options.offload_activations,
         kv_cache_dtype=kv_cache_dtype,
         max_num_seqs=options.max_num_seqs,
         serving_mode=options.serving_mode,
@@ -193,7 +199,8 @@ def _trainer_rows(plan: Plan) -> Iterator[tuple[str, float, str]]:
     yield "gradients", memory.gradients, ""
     yield f"optimizer, {request.optimizer}", memory.optimizer, ""
     yield "cuBLAS", memory.cublas, ""
-    yield f"inputs of {request.model.layers} layers", parts.layer_inputs, ""
+    where = ", but for those in host memory" if request.offload else ""
+    yield f"inputs of {request.model.layers} layers{where}", parts.layer_inputs, ""
     smaller = "not at once with the larger"
     yield "one layer, computed again", parts.layer, smaller if parts.layer < parts.head else ""
     yield (

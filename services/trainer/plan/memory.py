@@ -45,6 +45,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # rollout/settings.py
 MAX_LIVE_POLICIES = 2  # rollout/settings.py
 _BATCHED_TOKENS = 2048  # vLLM's default for an engine without a server of its own
 BLOCK_TOKENS = 16  # of vLLM's KV cache
+_OFFLOADED_LEFT = 3  # inputs of layers on the device: on their way there and back (offload.py)
 _ATTENTION_ROWS = 128  # by which flash attention pads every segment in the backward pass
 
 
@@ -137,7 +138,8 @@ def _positions(prompt: int, completion: int, num_completions: int) -> int:
 class Activations:
     """Of a micro-batch."""
 
-    layer_inputs: int  # kept for the backward pass
+    layer_inputs: int  # that the device keeps for the backward pass
+    last_inputs: int  # that it still has at the first layer, the last one to be done
     head: int  # the logits of a chunk, and the final states
     layer: int  # the last one, computed again, with its gradients
 
@@ -146,34 +148,39 @@ class Activations:
         return self.layer_inputs + max(self.head, self.layer)
 
 
-def activations(model: Model, micro: MicroBatch, *, load_in_4bit: bool) -> Activations:
+def activations(
+    model: Model, micro: MicroBatch, *, load_in_4bit: bool, offload: bool
+) -> Activations:
     positions, keys, width = micro.positions, micro.keys, model.query_width
-    dense = _HALF * model.largest_linear if load_in_4bit else 0
+    dense = _HALF * model.largest_linear
+    inputs = _HALF * positions * model.hidden
     # At the backward pass of down_proj. Saved: two normed inputs and the state between them,
     # queries before and after their norm and what they attended to, keys before it, gate, up and
-    # their product; gradients by the output and by the product.
+    # their product; gradients by the output and by the product. The weight, and weight and gradient
+    # beside LoRA's.
     mlp = _HALF * positions * (4 * model.hidden + 3 * width + model.key_width)
-    mlp += _HALF * positions * 4 * model.intermediate + 2 * _HALF * keys * model.key_width + dense
+    mlp += _HALF * positions * 4 * model.intermediate + 2 * _HALF * keys * model.key_width
+    mlp += (2 if load_in_4bit else 1) * dense + inputs
     # At that of flash attention. The MLP is gone; gradients by the residual, by what was attended
-    # to, by queries (and float32 sums of it, padded), by keys and values (and per head of queries).
+    # to, by queries (and float32 sums of it, padded), by keys and values (and per head of queries),
+    # beside which there are copies of shared ones.
     attention = _HALF * positions * (2 * model.hidden + 5 * width + model.key_width)
     attention += _FLOAT * (positions + _ATTENTION_ROWS * micro.segments) * width
-    attention += 4 * _HALF * keys * model.key_width
+    attention += (4 if micro.tree_size > 1 else 2) * _HALF * keys * model.key_width
     attention += 2 * _HALF * keys * width if model.kv_heads < model.heads else 0
     return Activations(
-        layer_inputs=_HALF * model.layers * positions * model.hidden,
+        layer_inputs=(_OFFLOADED_LEFT if offload else model.layers) * inputs,
+        last_inputs=(_OFFLOADED_LEFT if offload else 1) * inputs,
         head=_head(model, positions, micro.tokens),
         layer=max(mlp, attention),
     )
 
 
 def _head(model: Model, positions: int, tokens: int) -> int:
-    """Float32 logits and their log-softmax, from the second chunk on beside those of the last one;
-    the final states, those that predict a token, and the gradients by these."""
-    chunk = max(1, CHUNK_LOGITS // model.vocabulary)
-    first, second = min(tokens, chunk), min(max(tokens - chunk, 0), chunk)
-    logits = max(2 * first, first + 2 * second) * model.vocabulary
-    return _FLOAT * logits + _HALF * (positions + 2 * tokens) * model.hidden
+    """Logits of a chunk in float32 and the gradients by them in 16 bits; the final states, those
+    that predict a token, and the gradients by these."""
+    logits = min(tokens, max(1, CHUNK_LOGITS // model.vocabulary)) * model.vocabulary
+    return (_FLOAT + _HALF) * logits + _HALF * (positions + 2 * tokens) * model.hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +201,7 @@ class TrainerMemory:
         earlier = self.gradients if self.is_cut else 0
         on_top = (
             earlier + self.activations.peak,
-            self.gradients + self.activations.layer,  # at the first layer, the last one to be done
+            self.gradients + self.activations.last_inputs + self.activations.layer,
             self.gradients + self.step,
         )
         return self.weights + self.lora + self.optimizer + self.cublas + max(on_top)
@@ -217,17 +224,19 @@ def trainer_memory(
     lora_rank: int,
     optimizer: Optimizer,
     load_in_4bit: bool,
+    offload: bool = False,
 ) -> TrainerMemory:
-    """`max_tokens`: of a micro-batch."""
+    """`max_tokens`: of a micro-batch; `offload`: with TRAINER_OFFLOAD_ACTIVATIONS."""
 
     def largest(completion: int) -> tuple[Activations, float]:
         """And the peak that there can be where other lengths fill the micro-batch."""
         found, filled = [], []
         for micro in micro_batches(replace(batch, completion=completion), max_tokens):
-            found.append(activations(model, micro, load_in_4bit=load_in_4bit))
+            parts = activations(model, micro, load_in_4bit=load_in_4bit, offload=offload)
+            found.append(parts)
             is_all = micro.num_completions == batch.num_groups * batch.group_size
             filling = 1.0 if is_all else max(max_tokens / micro.positions, 1.0)
-            filled.append(filling * found[-1].peak)
+            filled.append(filling * parts.peak)
         return max(found, key=lambda parts: parts.peak), max(filled)
 
     first, *others = micro_batches(batch, max_tokens)
