@@ -10,6 +10,7 @@ times the number of layers. On the device are then those of one or two layers.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 _MIN_BYTES = 1 << 20  # what is smaller is not worth a copy
+_MAX_LEAVING = 2  # inputs on their way to host memory
 
 
 @dataclass(slots=True, eq=False)
@@ -29,13 +31,19 @@ class _Parked:
 
 
 class _Garage:
-    """Of one forward pass."""
+    """Of one forward pass.
+
+    The program waits for copies of an earlier layer, so that it is never far ahead of the device:
+    memory that another stream uses is free again once that has happened, and a program that runs
+    ahead would have torch take new memory for every layer instead.
+    """
 
     def __init__(self, width: int, min_bytes: int) -> None:
         self._width = width
         self._min_bytes = min_bytes
         self._last: _Parked | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._leaving: deque[torch.cuda.Event] = deque()
 
     def pack(self, tensor: Tensor) -> Tensor | _Parked:
         is_state = tensor.is_floating_point() and tensor.dim() > 1
@@ -46,6 +54,9 @@ class _Garage:
             host.copy_(tensor, non_blocking=True)
             if self._stream:
                 tensor.record_stream(self._stream)  # its memory is not reused before that
+                self._leaving.append(self._stream.record_event())
+        if len(self._leaving) > _MAX_LEAVING:
+            self._leaving.popleft().synchronize()
         self._last = _Parked(host, tensor.device, self._last)
         return self._last
 
@@ -55,9 +66,8 @@ class _Garage:
         tensor = self._returned(packed)
         packed.returned = None
         if packed.arrived:
-            stream = torch.cuda.current_stream(packed.device)
-            stream.wait_event(packed.arrived)
-            tensor.record_stream(stream)
+            packed.arrived.synchronize()
+            tensor.record_stream(torch.cuda.current_stream(packed.device))
         if packed.earlier:
             self._returned(packed.earlier)
         return tensor
