@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
     parser.add_argument("--logs", type=Path, help="a folder to keep those of the replicas in")
     arguments = parser.parse_args()
+    if arguments.logs:
+        arguments.logs.mkdir(parents=True, exist_ok=True)
     seconds = []
     with work_folder() as folder:
         model = folder / "model"

@@ -403,7 +403,7 @@ def main() -> None:
     parser.add_argument(
         "--offload",
         type=int,
-        nargs="*",
+        nargs="+",
         default=[],
         metavar="TOKENS",
         help="also Tandem with TRAINER_OFFLOAD_ACTIVATIONS, micro-batches of TOKENS (CUDA)",
@@ -411,7 +411,7 @@ def main() -> None:
     parser.add_argument(
         "--no-recomputing",
         type=int,
-        nargs="*",
+        nargs="+",
         default=[],
         metavar="TOKENS",
         help="also Tandem without TRAINER_GRADIENT_CHECKPOINTING, micro-batches of TOKENS",

@@ -180,12 +180,13 @@ class AdapterReceiver:
                             await asyncio.shield(keeping)
                         keeping = keep()
                         piece, piece_bytes = [], 0
+                if keeping:
+                    await asyncio.shield(keeping)
+                keeping = keep()
+                await asyncio.shield(keeping)
             finally:
-                if keeping:  # a thread has the file
+                if keeping:  # threads have the file
                     await asyncio.gather(keeping, return_exceptions=True)
-            if keeping:
-                keeping.result()
-            await keep()
         check_digest(announced=announced, received=sha256.hexdigest(), num_bytes=num_bytes)
         return num_bytes, scan
 

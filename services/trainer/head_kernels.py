@@ -17,7 +17,8 @@ _BLOCK = 4096  # logits of a program at a time
 def softmax_statistics(
     logits: Tensor, labels: Tensor, temperatures: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As logprobs.softmax_statistics; the logits stay as they are."""
+    """As logprobs.softmax_statistics, and the logs of the sums of e^z; all contiguous. The logits
+    stay as they are, a label must be one of their columns."""
     num_rows, num_columns = logits.shape
     results = torch.empty(3, num_rows, dtype=torch.float32, device=logits.device)
     _statistics_kernel[(num_rows,)](
@@ -38,7 +39,7 @@ def logits_gradient(
     *,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As logprobs.logits_gradient, in `dtype`; the logits stay as they are."""
+    """As logprobs.logits_gradient, in `dtype`; all contiguous. The logits stay as they are."""
     num_rows, num_columns = logits.shape
     gradient = torch.empty(num_rows, num_columns, dtype=dtype, device=logits.device)
     _gradient_kernel[(num_rows, triton.cdiv(num_columns, _BLOCK))](

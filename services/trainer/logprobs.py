@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_LOGITS = 1 << 27  # 0.5 GiB of float32; on CUDA, 0.25 GiB of gradients beside them
+_CHUNK_LOGITS = 1 << 27  # 0.5 GiB of float32; on CUDA the gradients by them in 16 bits beside them
 
 
 class TokenLogprobs(NamedTuple):
@@ -37,7 +37,12 @@ def token_logprobs(
     num_positions = chunk_positions or max(1, _CHUNK_LOGITS // head_weight.shape[0])
     return TokenLogprobs(
         *_ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
-            hidden, head_weight.detach(), head_bias, labels, temperatures, num_positions
+            hidden,
+            head_weight.detach(),
+            head_bias,
+            labels.contiguous(),
+            temperatures.contiguous(),
+            num_positions,
         )
     )
 
@@ -58,8 +63,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             head.statistics(head.logits(hidden[chunk]), labels[chunk], temperatures[chunk])
             for chunk in _chunks(len(hidden), num_positions)
         ]
-        logprobs, entropies, log_sums = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, log_sums, entropies)
+        logprobs, entropies, *log_sums = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, labels, temperatures, *log_sums, entropies)
         ctx.num_positions = num_positions
         ctx.set_materialize_grads(False)
         return logprobs, entropies
@@ -68,9 +73,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None) -> Any:
         hidden, weight, bias, *of_positions = ctx.saved_tensors
-        log_sums = of_positions[2]
+        entropies = of_positions[-1]
         for grad in (grad_logprobs, grad_entropies):
-            of_positions.append(torch.zeros_like(log_sums) if grad is None else grad.contiguous())
+            of_positions.append(torch.zeros_like(entropies) if grad is None else grad.contiguous())
         head = _Head(weight, bias, hidden)
 
         def of_chunk(chunk: slice) -> Tensor:
@@ -103,19 +108,21 @@ class _Head:
             logits += self._bias
         return logits
 
-    def statistics(self, logits: Tensor, *of_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if logits.is_cuda:
-            from services.trainer import head_kernels
+    def statistics(self, logits: Tensor, *of_positions: Tensor) -> tuple[Tensor, ...]:
+        """Logprobs, entropies and what `gradient` needs besides them, each [n]."""
+        if not logits.is_cuda:
+            return softmax_statistics(logits, *of_positions)
+        from services.trainer import head_kernels
 
-            return head_kernels.softmax_statistics(logits, *of_positions)
-        return softmax_statistics(logits, *of_positions)
+        return head_kernels.softmax_statistics(logits, *of_positions)
 
     def gradient(self, logits: Tensor, *of_positions: Tensor) -> Tensor:
-        if logits.is_cuda:
-            from services.trainer import head_kernels
+        """By the logits: [n, V]."""
+        if not logits.is_cuda:
+            return logits_gradient(logits, *of_positions)
+        from services.trainer import head_kernels
 
-            return head_kernels.logits_gradient(logits, *of_positions, dtype=self._weight.dtype)
-        return logits_gradient(logits, *of_positions)
+        return head_kernels.logits_gradient(logits, *of_positions, dtype=self._weight.dtype)
 
     def hidden_gradient(self, grad_logits: Tensor) -> Tensor:
         """[n, V] -> [n, H] in the dtype of the hidden states."""
@@ -124,22 +131,18 @@ class _Head:
 
 def softmax_statistics(
     logits: Tensor, labels: Tensor, temperatures: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits [n, V] float32, which are overwritten: the logprobs of `labels`, the entropies and
-    the log of the sums of e^z, each [n], where z = logits / temperature."""
-    z = logits.div_(temperatures[:, None])
-    z_labels = z.gather(-1, labels[:, None]).squeeze(-1)
-    log_p = z.log_softmax(-1)
+) -> tuple[Tensor, Tensor]:
+    """Of logits [n, V] float32, which are overwritten: the logprobs of `labels` and the entropies,
+    each [n], where p is the softmax of logits / temperature."""
+    log_p = logits.div_(temperatures[:, None]).log_softmax(-1)
     logprobs = log_p.gather(-1, labels[:, None]).squeeze(-1)
-    entropies = -torch.einsum("nv,nv->n", log_p.exp(), log_p)
-    return logprobs, entropies, z_labels - logprobs
+    return logprobs, -torch.einsum("nv,nv->n", log_p.exp(), log_p)
 
 
 def logits_gradient(
     logits: Tensor,
     labels: Tensor,
     temperatures: Tensor,
-    log_sums: Tensor,
     entropies: Tensor,
     grad_logprobs: Tensor,
     grad_entropies: Tensor,
@@ -150,7 +153,7 @@ def logits_gradient(
     -p (log p + H), so that the gradient by z is g_y 1_y - p (g_y + g_H (log p + H)).
     """
     grad_logprobs, grad_entropies = grad_logprobs / temperatures, grad_entropies / temperatures
-    log_p = logits.div_(temperatures[:, None]).sub_(log_sums[:, None])
+    log_p = logits.div_(temperatures[:, None]).log_softmax(-1)
     weight_of_p: Tensor = grad_logprobs[:, None]
     if grad_entropies.any():
         weight_of_p = weight_of_p + grad_entropies[:, None] * (log_p + entropies[:, None])

@@ -91,14 +91,16 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _is_faster_joined(x: Tensor, low: Tensor, width: int, scaling: float = 1.0) -> bool:
-    """Whether to copy x [T, in] beside low [T, r] and multiply once, rather than to read and write
-    a result [T, `width`] again for the second product.
+    """Whether to copy x [T, in] and the weight [in, `width`] beside LoRA's and multiply once,
+    rather than to read and write the result [T, `width`] again for the second product.
 
-    On a GPU, where that takes memory's time; if `scaling` rounds nothing in 16 bits, and a row of
-    both stays aligned.
+    On a GPU, where memory's bandwidth bounds both; if `scaling` rounds nothing in 16 bits, and a
+    row of both stays aligned.
     """
-    is_wide, is_power_of_two = width > 2 * x.shape[1], math.frexp(scaling)[0] == 0.5
-    return x.is_cuda and is_wide and is_power_of_two and low.shape[1] % 8 == 0
+    num_rows, num_in = x.shape
+    moves_less = num_rows * (width - num_in) > width * num_in
+    is_power_of_two = math.frexp(scaling)[0] == 0.5
+    return x.is_cuda and moves_less and is_power_of_two and low.shape[1] % 8 == 0
 
 
 def _dense(weight: Any, dtype: torch.dtype) -> Tensor:

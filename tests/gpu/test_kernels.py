@@ -25,16 +25,17 @@ def test_the_softmax_in_one_pass_is_the_softmax(vocabulary: int) -> None:
     logits = 6 * draw(100, vocabulary)
     labels = torch.randint(vocabulary, (100,), generator=generator, device="cuda")
     temperatures = 0.5 + draw(100).abs()
-    found = head_kernels.softmax_statistics(logits, labels, temperatures)
+    logprob, entropy, log_sum = head_kernels.softmax_statistics(logits, labels, temperatures)
     exact = torch.distributions.Categorical(logits=logits.double() / temperatures[:, None])
-    torch.testing.assert_close(found[0].double(), exact.log_prob(labels), atol=1e-5, rtol=1e-6)
-    torch.testing.assert_close(found[1].double(), exact.entropy(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logprob.double(), exact.log_prob(labels), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(entropy.double(), exact.entropy(), atol=1e-5, rtol=1e-5)
 
     grads = draw(2, 100)
-    of_positions = labels, temperatures, found[2], found[1], *grads
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-8)):
-        gradient = head_kernels.logits_gradient(logits, *of_positions, dtype=dtype)
-        defined = logprobs.logits_gradient(logits.clone(), *of_positions)
+        gradient = head_kernels.logits_gradient(
+            logits, labels, temperatures, log_sum, entropy, *grads, dtype=dtype
+        )
+        defined = logprobs.logits_gradient(logits.clone(), labels, temperatures, entropy, *grads)
         torch.testing.assert_close(gradient.float(), defined, atol=1e-5, rtol=tolerance)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -51,3 +53,27 @@ def test_output_and_gradients_are_those_of_the_formula(
     expected = [y, *torch.autograd.grad((y * weights).sum(), [x, a, b])]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    shape: tuple[int, int]
+    is_cuda: bool = True
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_in", "width", "rank", "scaling", "joins"),
+    [
+        (4096, 2560, 9728, 32, 2.0, True),
+        (3400, 2560, 9728, 32, 2.0, False),  # to copy the weight takes longer
+        (4096, 9728, 2560, 32, 2.0, False),
+        (4096, 2560, 9728, 32, 1.5, False),
+        (4096, 2560, 9728, 32, 0.0, False),
+        (4096, 2560, 9728, 4, 2.0, False),
+    ],
+)
+def test_products_are_joined_where_that_moves_less_and_rounds_nothing(
+    num_rows: int, num_in: int, width: int, rank: int, scaling: float, joins: bool
+) -> None:
+    x, low = OnGpu((num_rows, num_in)), OnGpu((num_rows, rank))
+    assert lora._is_faster_joined(x, low, width, scaling) == joins  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from services.machine import weight_bytes
 from services.rollout.preflight import adapter_bytes
 from services.rollout.settings import RolloutSettings
 from services.trainer.logprobs import _CHUNK_LOGITS
+from services.trainer.offload import _MAX_LEAVING
 from services.trainer.plan import choice, cli, memory
 from services.trainer.plan.choice import Request, place
 from services.trainer.plan.inputs import GIB, Gpu, Model, find_gpu, read_model
@@ -116,6 +117,31 @@ def test_the_peak_of_an_update_is_the_measured_one(
     assert predicted.peak / GIB == pytest.approx(gibibytes, rel=0.01)
 
 
+# `python -m benchmarks.memory --device cuda --shape 8b`, the same otherwise.
+@pytest.mark.parametrize(
+    ("batch", "offload", "gibibytes"),
+    [
+        (Batch(8, 8, 1024, 512), False, 13.98),
+        (Batch(8, 8, 1024, 512), True, 10.12),
+        (Batch(16, 1, 512, 512), False, 14.01),
+        (Batch(2, 8, 512, 512), False, 10.93),
+    ],
+)
+def test_the_peak_of_an_update_of_an_8b_model_is_the_measured_one(
+    tmp_path: Path, batch: Batch, offload: bool, gibibytes: float
+) -> None:
+    predicted = trainer_memory(
+        model_of(tmp_path, QWEN3_8B),
+        batch,
+        max_tokens=16384,
+        lora_rank=32,
+        optimizer="adamw",
+        load_in_4bit=True,
+        offload=offload,
+    )
+    assert predicted.peak / GIB == pytest.approx(gibibytes, rel=0.01)
+
+
 # vLLM 0.26.0 on one H200, gpu_memory_utilization=0.5, max_num_seqs=256, adapters of rank 16.
 @pytest.mark.parametrize(("dtype", "tokens"), [("fp8", 887_936), ("auto", 444_192)])
 def test_the_kv_cache_is_the_measured_one(
@@ -145,6 +171,7 @@ def test_figures_of_other_files_are_what_they_are_there() -> None:
     rollout = RolloutSettings.model_fields
     assert memory.CHUNK_LOGITS == _CHUNK_LOGITS
     assert memory.SCORE_POSITIONS == _SCORE_POSITIONS
+    assert memory.OFFLOADED_LEFT == _MAX_LEAVING + 1
     assert rollout["max_live_policies"].default == memory.MAX_LIVE_POLICIES
     assert rollout["gpu_memory_utilization"].default == choice.UTILIZATION
     assert rollout["max_num_seqs"].default == cli.MAX_NUM_SEQS
@@ -196,8 +223,7 @@ def test_the_largest_micro_batch_is_the_one_the_trainer_cuts(batch: Batch, max_t
     tensors = collate(samples, cut[0], layout="packed")
     assert isinstance(tensors.attention, PackedAttention)
     assert tensors.input_ids.numel() == planned[0].positions
-    if tensors.attention.kv_index is not None:
-        assert len(tensors.attention.kv_index) == planned[0].keys
+    assert int(tensors.attention.cu_k[-1]) == planned[0].keys
     assert len(tensors.attention.cu_q) - 1 == planned[0].segments
     assert len(tensors.labels) == planned[0].tokens
 

@@ -199,8 +199,8 @@ def _trainer_rows(plan: Plan) -> Iterator[tuple[str, float, str]]:
     yield "gradients", memory.gradients, ""
     yield f"optimizer, {request.optimizer}", memory.optimizer, ""
     yield "cuBLAS", memory.cublas, ""
-    where = ", but for those in host memory" if request.offload else ""
-    yield f"inputs of {request.model.layers} layers{where}", parts.layer_inputs, ""
+    host = f"of {parts.host_inputs / GIB:.2f} GiB in host memory" if request.offload else ""
+    yield f"inputs of {request.model.layers} layers", parts.layer_inputs, host
     smaller = "not at once with the larger"
     yield "one layer, computed again", parts.layer, smaller if parts.layer < parts.head else ""
     yield (

@@ -7,7 +7,7 @@
               what they leave of it
 
 All but the figures that are named here follows from the model's shape. Counted is an update of one
-optimizer step on CUDA, without critic and entropy bonus; tests/trainer/test_plan.py has the
+optimizer step on CUDA, without critic; tests/trainer/test_plan.py has the
 measured peaks.
 """
 
@@ -43,9 +43,9 @@ CHUNK_LOGITS = 1 << 27  # trainer/logprobs.py
 SCORE_POSITIONS = 8192  # trainer/policy.py
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # rollout/settings.py
 MAX_LIVE_POLICIES = 2  # rollout/settings.py
+OFFLOADED_LEFT = 3  # inputs of layers on the device, all but one on their way: trainer/offload.py
 _BATCHED_TOKENS = 2048  # vLLM's default for an engine without a server of its own
 BLOCK_TOKENS = 16  # of vLLM's KV cache
-_OFFLOADED_LEFT = 3  # inputs of layers on the device: on their way there and back (offload.py)
 _ATTENTION_ROWS = 128  # by which flash attention pads every segment in the backward pass
 
 
@@ -139,6 +139,7 @@ class Activations:
     """Of a micro-batch."""
 
     layer_inputs: int  # that the device keeps for the backward pass
+    host_inputs: int  # that are in host memory then
     last_inputs: int  # that it still has at the first layer, the last one to be done
     head: int  # the logits of a chunk, and the final states
     layer: int  # the last one, computed again, with its gradients
@@ -169,18 +170,22 @@ def activations(
     attention += (4 if micro.tree_size > 1 else 2) * _HALF * keys * model.key_width
     attention += 2 * _HALF * keys * width if model.kv_heads < model.heads else 0
     return Activations(
-        layer_inputs=(_OFFLOADED_LEFT if offload else model.layers) * inputs,
-        last_inputs=(_OFFLOADED_LEFT if offload else 1) * inputs,
-        head=_head(model, positions, micro.tokens),
+        layer_inputs=(OFFLOADED_LEFT if offload else model.layers) * inputs,
+        host_inputs=model.layers * inputs if offload else 0,
+        last_inputs=(OFFLOADED_LEFT if offload else 1) * inputs,
+        head=_head(model, positions, micro.tokens, has_gradients=True),
         layer=max(mlp, attention),
     )
 
 
-def _head(model: Model, positions: int, tokens: int) -> int:
-    """Logits of a chunk in float32 and the gradients by them in 16 bits; the final states, those
-    that predict a token, and the gradients by these."""
+def _head(model: Model, positions: int, tokens: int, *, has_gradients: bool) -> int:
+    """Logits of a chunk in float32, the final states and those that predict a token; gradients by
+    the logits in 16 bits, and by the last."""
     logits = min(tokens, max(1, CHUNK_LOGITS // model.vocabulary)) * model.vocabulary
-    return (_FLOAT + _HALF) * logits + _HALF * (positions + 2 * tokens) * model.hidden
+    half = positions * model.hidden + tokens * model.hidden
+    if has_gradients:
+        half += logits + tokens * model.hidden
+    return _FLOAT * logits + _HALF * half
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +248,7 @@ def trainer_memory(
     lora, (planned, filled) = _FLOAT * model.num_lora(lora_rank), largest(batch.completion)
     # Shorter completions have more copies of their prompt's keys.
     shorter = [largest(max(batch.completion // divisor, 1))[1] for divisor in (2, 4)]
-    scores = _head(model, SCORE_POSITIONS, SCORE_POSITIONS) - lora  # has no gradients
+    scores = _head(model, SCORE_POSITIONS, SCORE_POSITIONS, has_gradients=False) - lora
     return TrainerMemory(
         weights=model.nf4_bytes if load_in_4bit else model.weights.bf16,
         lora=lora,
