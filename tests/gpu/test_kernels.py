@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,14 +11,19 @@ from torch import Tensor
 from services.trainer import logprobs, lora
 from tests.trainer.test_lora import Layer, computed
 
-pytest.importorskip("triton", reason="comes with torch for CUDA")
-from services.trainer import head_kernels
-
 VOCABULARY = 151_936
 
 
+@pytest.fixture
+def head_kernels() -> ModuleType:
+    """Needs Triton, which comes with torch for CUDA alone."""
+    from services.trainer import head_kernels
+
+    return head_kernels
+
+
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, 4_097, 11])
-def test_the_softmax_in_one_pass_is_the_softmax(vocabulary: int) -> None:
+def test_the_softmax_in_one_pass_is_the_softmax(head_kernels: ModuleType, vocabulary: int) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -39,7 +46,7 @@ def test_the_softmax_in_one_pass_is_the_softmax(vocabulary: int) -> None:
         torch.testing.assert_close(gradient.float(), defined, atol=1e-5, rtol=tolerance)
 
 
-def test_a_logit_that_is_not_finite_is_not_hidden() -> None:
+def test_a_logit_that_is_not_finite_is_not_hidden(head_kernels: ModuleType) -> None:
     logits = torch.zeros(2, 5000, device="cuda")
     logits[1, 4999] = torch.nan
     labels, temperatures = torch.zeros(2, dtype=torch.int64).cuda(), torch.ones(2).cuda()
