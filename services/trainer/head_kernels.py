@@ -18,14 +18,22 @@ def softmax_statistics(
     logits: Tensor, labels: Tensor, temperatures: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As logprobs.softmax_statistics, and the logs of the sums of e^z; all contiguous. The logits
-    stay as they are, a label must be one of their columns."""
+    stay as they are. A label that is none of their columns has the logprob NaN, so that an update
+    with it is refused."""
     num_rows, num_columns = logits.shape
     results = torch.empty(3, num_rows, dtype=torch.float32, device=logits.device)
+    is_column = (labels >= 0) & (labels < num_columns)
     _statistics_kernel[(num_rows,)](
-        logits, labels, temperatures, *results, num_columns, BLOCK=_BLOCK, num_warps=8
+        logits,
+        labels.where(is_column, 0),
+        temperatures,
+        *results,
+        num_columns,
+        BLOCK=_BLOCK,
+        num_warps=8,
     )
     logprobs, entropies, log_sums = results
-    return logprobs, entropies, log_sums
+    return logprobs.where(is_column, torch.nan), entropies, log_sums
 
 
 def logits_gradient(

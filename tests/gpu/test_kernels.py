@@ -54,6 +54,14 @@ def test_a_logit_that_is_not_finite_is_not_hidden(head_kernels: ModuleType) -> N
         assert result.isfinite().tolist() == [True, False]
 
 
+def test_a_label_outside_of_the_vocabulary_has_no_logprob(head_kernels: ModuleType) -> None:
+    logits, temperatures = torch.zeros(3, 11, device="cuda"), torch.ones(3, device="cuda")
+    labels = torch.tensor([-1, 10, 11], device="cuda")
+    logprobs, entropies, _ = head_kernels.softmax_statistics(logits, labels, temperatures)
+    assert logprobs.isfinite().tolist() == [False, True, False]
+    assert entropies.isfinite().all()
+
+
 @pytest.mark.parametrize(("num_in", "num_out"), [(256, 1024), (1024, 256)])
 def test_a_joined_product_rounds_no_more_than_the_sum_of_two(
     monkeypatch: pytest.MonkeyPatch, num_in: int, num_out: int
