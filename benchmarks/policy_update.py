@@ -428,6 +428,26 @@ def main() -> None:
     for option in ("liger", "offload", "scaling"):
         if getattr(arguments, option) and arguments.device != "cuda":
             parser.error(f"--{option} needs --device cuda")
+    sides = _sides(arguments)
+    with work_folder() as folder:
+        measurement = Measurement(
+            checkpoint=folder / "base",
+            vocabulary=SHAPES[arguments.shape].vocabulary,
+            device=arguments.device,
+            max_tokens=arguments.max_tokens,
+            rounds=arguments.rounds,
+        )
+        write_checkpoint(
+            arguments.shape,
+            measurement.checkpoint,
+            device=arguments.device,
+            recipe=QuantizationRecipe(),
+        )
+        report = (_scaling if arguments.scaling else _update)(arguments, measurement, sides)
+    report.publish(keep=arguments.report)
+
+
+def _sides(arguments: argparse.Namespace) -> list[Side]:
     sides = [TANDEM]
     sides += [
         Side(f"Tandem, offloaded, {tokens:,}", "tandem", offloads=True, max_tokens=tokens)
@@ -446,22 +466,7 @@ def main() -> None:
             sides.append(Side(f"TRL, {dtype}, Liger", "trl", dtype, True))
     if "recipe" in arguments.peer:
         sides.append(RECIPE)
-    with work_folder() as folder:
-        measurement = Measurement(
-            checkpoint=folder / "base",
-            vocabulary=SHAPES[arguments.shape].vocabulary,
-            device=arguments.device,
-            max_tokens=arguments.max_tokens,
-            rounds=arguments.rounds,
-        )
-        write_checkpoint(
-            arguments.shape,
-            measurement.checkpoint,
-            device=arguments.device,
-            recipe=QuantizationRecipe(),
-        )
-        report = (_scaling if arguments.scaling else _update)(arguments, measurement, sides)
-    report.publish(keep=arguments.report)
+    return sides
 
 
 def _update(

@@ -53,6 +53,17 @@ class SyncOptions:
     probe: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """A body that has arrived whole, with the digest that was announced."""
+
+    folder: Path  # with the file alone
+    digest: str
+    num_bytes: int
+    scan: ValueScan
+    receive_s: float
+
+
 class AdapterReceiver:
     def __init__(
         self,
@@ -88,24 +99,14 @@ class AdapterReceiver:
         except BaseException:
             shutil.rmtree(path)
             raise
-        receive_s = time.perf_counter() - started
+        upload = _Upload(path, announced, num_bytes, scan, time.perf_counter() - started)
         # From here on the client may leave, but an adapter is never left half loaded.
-        return await asyncio.shield(
-            self._admit(path, announced, num_bytes, scan, receive_s, options)
-        )
+        return await asyncio.shield(self._admit(upload, options))
 
-    async def _admit(
-        self,
-        path: Path,
-        digest: str,
-        num_bytes: int,
-        scan: ValueScan,
-        receive_s: float,
-        options: SyncOptions,
-    ) -> SyncReceipt:
+    async def _admit(self, upload: _Upload, options: SyncOptions) -> SyncReceipt:
         try:
             started = time.perf_counter()
-            adapter = await asyncio.to_thread(self._verify, path, digest, num_bytes, scan, options)
+            adapter = await asyncio.to_thread(self._verify, upload, options)
             verify_s = time.perf_counter() - started
             admission = await self._policies.admit(
                 adapter,
@@ -115,16 +116,16 @@ class AdapterReceiver:
                 probe=options.probe,
             )
         finally:
-            if not self._policies.holds(path):
-                shutil.rmtree(path)
+            if not self._policies.holds(upload.folder):
+                shutil.rmtree(upload.folder)
         receipt = SyncReceipt(
             policy=adapter.manifest.policy,
-            digest=digest,
+            digest=upload.digest,
             outcome=admission.outcome,
             newest=self._policies.newest,
             retired=admission.retired,
-            num_bytes=num_bytes,
-            receive_s=receive_s,
+            num_bytes=upload.num_bytes,
+            receive_s=upload.receive_s,
             verify_s=verify_s,
             wait_s=admission.wait_s,
             load_s=admission.load_s,
@@ -135,7 +136,7 @@ class AdapterReceiver:
             "policy %s %s: %d bytes, receive %.3f s, verify %.3f s, wait %.3f s, load %.3f s",
             receipt.policy,
             receipt.outcome,
-            num_bytes,
+            receipt.num_bytes,
             receipt.receive_s,
             receipt.verify_s,
             receipt.wait_s,
@@ -190,23 +191,21 @@ class AdapterReceiver:
         check_digest(announced=announced, received=sha256.hexdigest(), num_bytes=num_bytes)
         return num_bytes, scan
 
-    def _verify(
-        self, path: Path, digest: str, num_bytes: int, scan: ValueScan, options: SyncOptions
-    ) -> VerifiedAdapter:
-        file = path / _FILE_NAME
+    def _verify(self, upload: _Upload, options: SyncOptions) -> VerifiedAdapter:
+        file = upload.folder / _FILE_NAME
         header = read_header(file)
         self._check_base_and_rank(header)
-        adapter = VerifiedAdapter(header.manifest, digest, path, num_bytes)
+        adapter = VerifiedAdapter(header.manifest, upload.digest, upload.folder, upload.num_bytes)
         if not self._policies.is_resident(adapter, probe=options.probe):
             if not options.probe:
                 self._policies.check_order(
                     adapter, activate=options.activate, replace_run=options.replace_run
                 )
             check_tensors(header, self._base.linear_shapes)
-            check_values(file, header, scan)
+            check_values(file, header, upload.scan)
         config = peft_config(header.manifest, str(self._base.path))
         with self._full_disk():
-            (path / "adapter_config.json").write_text(json.dumps(config))
+            (upload.folder / "adapter_config.json").write_text(json.dumps(config))
         return adapter
 
     @contextlib.contextmanager

@@ -7,8 +7,7 @@
               what they leave of it
 
 All but the figures that are named here follows from the model's shape. Counted is an update of one
-optimizer step on CUDA, without critic; tests/trainer/test_plan.py has the
-measured peaks.
+optimizer step on CUDA, without critic; tests/trainer/test_plan.py has the measured peaks.
 """
 
 from __future__ import annotations
