@@ -24,9 +24,9 @@ from benchmarks.replica import free_port, replica_process
 from benchmarks.report import Report
 from benchmarks.simulated_replica import LOAD_S, NUM_SLOTS, SECONDS_PER_REQUEST
 from services.rollout.settings import RolloutSettings
-from services.trainer.fleet import Fleet
-from services.trainer.member import Requirements
-from services.trainer.policy import PublishedAdapter
+from services.trainer.fleet.fleet import Fleet
+from services.trainer.fleet.member import Requirements
+from services.trainer.policy.policy import PublishedAdapter
 from shared.adapters import LINEAR_MODULES, content_digest, expected_shapes, manifest_metadata
 from shared.checkpoints import base_identity, linear_shapes
 from shared.rollout_client import RolloutClient

@@ -31,8 +31,8 @@ from examples.demo.history import History
 from examples.demo.processes import ROOT
 from examples.demo.services import DemoServices
 from examples.demo.training import demo_config, make_model, train
+from services.trainer.data.sort_digits import held_out_problems, training_problems
 from services.trainer.run_config import RunConfig
-from services.trainer.sort_digits import held_out_problems, training_problems
 
 CONTROL = "random reward"
 NUM_STEPS = 20

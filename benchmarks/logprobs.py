@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Report
-from services.trainer.logprobs import token_logprobs
+from services.trainer.policy.logprobs import token_logprobs
 
 _NUM_CHECKED = 256
 _CHUNK = 4096  # of TRL's, in entries of the vocabulary

@@ -32,14 +32,14 @@ import torch
 from benchmarks.checkpoints import FIRST_ORDINARY_TOKEN, SHAPES, work_folder, write_checkpoint
 from benchmarks.fixed_batch import FixedBatch
 from benchmarks.report import Report
-from services.trainer.policy import Policy
+from services.trainer.policy.policy import Policy
+from services.trainer.policy.samples import Sample
 from services.trainer.run_config import (
     GrpoConfig,
     LoraConfig,
     OptimizerConfig,
     ReinforceConfig,
 )
-from services.trainer.samples import Sample
 from shared.adapters import LINEAR_MODULES
 from shared.schemas import PolicyId, QuantizationRecipe
 

@@ -48,7 +48,7 @@ from shared.schemas import (
 )
 
 if TYPE_CHECKING:  # it imports torch, which the children must not get from here
-    from services.trainer.policy import Policy, PublishedAdapter
+    from services.trainer.policy.policy import Policy, PublishedAdapter
 
 MAX_IDLE_RATIO = 1.5
 MAX_LOADED_S = 0.300
@@ -390,7 +390,7 @@ class _Benchmark:
 
     def _policy(self, case: Case) -> Policy:
         """The trainer's side, at version 0 of a run with an adapter of this rank."""
-        from services.trainer.policy import Policy
+        from services.trainer.policy.policy import Policy
         from services.trainer.run_config import LoraConfig, OptimizerConfig
 
         if case.shape not in self._policies:
@@ -417,8 +417,8 @@ def _url(settings: RolloutSettings) -> str:
 
 def _train(policy: Policy) -> None:
     """Make the next version."""
+    from services.trainer.policy.samples import Sample
     from services.trainer.run_config import ReinforceConfig
-    from services.trainer.samples import Sample
 
     sample = Sample(
         prompt_token_ids=_PROMPT,

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from services.trainer.policy_model import PolicyModel
+    from tandem.model.policy_model import PolicyModel
 
 __all__ = ["PolicyModel"]
 
 
 def __getattr__(name: str) -> object:
     if name == "PolicyModel":
-        from services.trainer.policy_model import PolicyModel
+        from tandem.model.policy_model import PolicyModel
 
         return PolicyModel
     raise AttributeError(f"module 'tandem' has no attribute {name!r}")

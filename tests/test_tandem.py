@@ -12,7 +12,7 @@ def test_importing_tandem_imports_no_torch() -> None:
 
 
 def test_the_policy_model_is_there_when_it_is_asked_for() -> None:
-    from services.trainer.policy_model import PolicyModel as Expected
     from tandem import PolicyModel
+    from tandem.model.policy_model import PolicyModel as Expected
 
     assert PolicyModel is Expected

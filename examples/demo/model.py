@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from services.trainer.sort_digits import training_problems
+from services.trainer.data.sort_digits import training_problems
 
 CHARACTERS = ("<pad>", "<bos>", "<eos>", *"0123456789+=s")
 PAD, BOS, EOS = 0, 1, 2

@@ -19,10 +19,10 @@ from torch import Tensor
 from examples.demo.model import make_demo_model
 from examples.own_loop.plot import plot_curve
 from services.processes import ROOT, ProcessFailed
-from services.trainer.engine_handle import RequestOutput
-from services.trainer.sort_digits import held_out_problems, training_problems
+from services.trainer.data.sort_digits import held_out_problems, training_problems
 from shared.errors import ServiceError
 from tandem import PolicyModel
+from tandem.model.engine import RequestOutput
 
 WORK_DIR = ROOT / ".own_loop"
 NUM_COMPLETIONS = 8  # per prompt

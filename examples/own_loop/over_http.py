@@ -13,7 +13,7 @@ import os
 import random
 from itertools import islice
 
-from services.trainer.sort_digits import training_problems
+from services.trainer.data.sort_digits import training_problems
 from shared.errors import ServiceError
 from shared.rollout_client import RolloutClient
 from shared.schemas import (

@@ -22,26 +22,26 @@ def main() -> int:
 
 def _serve() -> int:
     from services.server import Server, read_settings
-    from services.trainer import parallel
     from services.trainer.app import create_app
+    from services.trainer.policy import ranks
     from services.trainer.settings import TrainerSettings
     from services.trainer.trainer import Trainer
     from shared.auth import check_bind
     from shared.logs import configure_logging
 
     settings = read_settings(TrainerSettings)
-    rank = parallel.own_rank()
+    rank = ranks.own_rank()
     configure_logging(f"trainer-{rank}" if rank else "trainer", settings.log_level)
     # It would fetch optional kernels from a hub, and warns at every start that it could not.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         check_bind(settings.host, settings.api_key)
-        num_processes = parallel.num_processes(settings.data_parallel_size, settings.device)
+        num_processes = ranks.num_processes(settings.data_parallel_size, settings.device)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     if rank:
-        return parallel.follow(Trainer(settings).load_policy)
+        return ranks.follow(Trainer(settings).load_policy)
     followers = contextlib.ExitStack()
     trainer = Trainer(
         settings,
@@ -53,7 +53,7 @@ def _serve() -> int:
         create_app(trainer), host=settings.host, port=settings.port, on_stop=trainer.shut_down
     )
     with followers:
-        followers.enter_context(parallel.followers(num_processes))
+        followers.enter_context(ranks.followers(num_processes))
         return server.run_until_exit()
 
 

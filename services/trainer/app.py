@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from services.http import PROBLEMS, prepare_app, raw_body
 from services.trainer.dashboard import page_files, serve_page
-from services.trainer.recent import MAX_COMPLETIONS
+from services.trainer.run.recent import MAX_COMPLETIONS
 from services.trainer.run_config import dump_run_config, parse_run_config
 from services.trainer.trainer import Trainer
 from shared.errors import InvalidRequest

@@ -276,7 +276,7 @@ class RegexReward(Config):
 class FunctionReward(Config):
     """A Python function `module:name`, called as `f(prompts, completions, **columns)`; returns one
     float per completion. May be a coroutine function. It runs in a process of its own
-    (services/trainer/reward_process.py)."""
+    (services/trainer/rewards/process.py)."""
 
     type: Literal["function"] = "function"
     path: str = Field(pattern=r"^[\w.]+:\w+$")  # module:name, on the trainer's PYTHONPATH
@@ -286,7 +286,7 @@ class FunctionReward(Config):
 
 class HttpReward(Config):
     """POST {prompts, completions, columns} to `url`; it answers {"rewards": [float, ...]}
-    (services/trainer/reward_http.py)."""
+    (services/trainer/rewards/service.py)."""
 
     type: Literal["http"] = "http"
     url: str = Field(pattern=r"^https?://[^/\s]")  # of the service that scores
@@ -330,7 +330,7 @@ RewardConfig = Annotated[
 
 
 class SortDigitsDataset(Config):
-    """The demo task (services/trainer/sort_digits.py); generated, no files."""
+    """The demo task (services/trainer/data/sort_digits.py); generated, no files."""
 
     type: Literal["sort_digits"] = "sort_digits"
     num_prompts: int = Field(ge=1, default=4096)  # how many are generated
@@ -374,7 +374,7 @@ DatasetConfig = Annotated[
 
 class OverlongConfig(Config):
     """One more reward, for training: down to -`penalty` over the last `buffer_tokens` before
-    `sampling.max_tokens` (services/trainer/rewards.py)."""
+    `sampling.max_tokens` (services/trainer/rewards/scorer.py)."""
 
     buffer_tokens: int = Field(ge=1)  # before max_tokens, in which it grows
     penalty: float = Field(gt=0, default=1.0)  # of a completion of max_tokens
@@ -382,7 +382,7 @@ class OverlongConfig(Config):
 
 class DynamicSamplingConfig(Config):
     """Groups of equal rewards are set aside and others sampled in their place, until an update has
-    seen `max_groups_factor` times `prompts_per_step` groups (services/trainer/pacing.py)."""
+    seen `max_groups_factor` times `prompts_per_step` groups (services/trainer/run/pacing.py)."""
 
     # bounds the groups of an update, set aside ones included
     max_groups_factor: float = Field(gt=1, le=1000, default=4.0)
@@ -397,8 +397,10 @@ class EvalConfig(Config):
 
 
 class ConformanceConfig(Config):
-    """What a replica is held to (services/trainer/conformance.py). Gaps are mean |Δlogprob| on the
-    probe, in nats."""
+    """What every replica must prove (services/trainer/fleet/conformance.py).
+
+    A gap is the mean |Δlogprob| over the tokens of the probe, in nats.
+    """
 
     num_sequences: int = Field(ge=1, le=64, default=8)  # of the probe
     num_tokens: int = Field(ge=8, le=512, default=48)  # of each, at most
@@ -417,9 +419,9 @@ class ConformanceConfig(Config):
 class GuardsConfig(Config):
     """What stops an update that would teach the policy from another model's samples.
 
-    services/trainer/stats.py says what is measured, of tokens and completions that the version
-    which trains has sampled. `max_` and `min_` refuse the update and end the run, `warn_` only
-    says so; None switches a guard off.
+    services/trainer/learner/stats.py says what is measured, of tokens and completions that were
+    sampled by the version that trains. `max_` and `min_` refuse the update and end the run,
+    `warn_` only logs; None switches a guard off.
     """
 
     warn_sampler_kl: float | None = Field(gt=0, default=1e-3)  # nats per token
@@ -438,7 +440,7 @@ ProjectName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,127}$")]
 
 
 class WandbTracking(Config):
-    """Weights & Biases (services/trainer/tracking.py). `offline` writes `<run_dir>/wandb`, for
+    """Weights & Biases (services/trainer/run/tracking.py). `offline` writes `<run_dir>/wandb`, for
     `wandb sync`."""
 
     type: Literal["wandb"]
@@ -448,7 +450,7 @@ class WandbTracking(Config):
 
 
 class TrackioTracking(Config):
-    """Trackio (services/trainer/tracking.py)."""
+    """Trackio (services/trainer/run/tracking.py)."""
 
     type: Literal["trackio"]
     project: ProjectName  # in Trackio

@@ -18,30 +18,30 @@ from typing import Literal
 import torch
 
 from services.boot import report, settle_memory
-from services.trainer.checkpoints import Checkpoints, write_adapter
-from services.trainer.conformance import Conformance, Probe, make_probe
-from services.trainer.data import Consumed, Prompt, RowStream, load_pairs, load_prompts
+from services.trainer.data.datasets import Consumed, Prompt, RowStream, load_pairs, load_prompts
 from services.trainer.durable import new_folder
-from services.trainer.external_updates import ExternalUpdates
-from services.trainer.fleet import Fleet
-from services.trainer.loop import Run, train, unless_stopped
-from services.trainer.member import Requirements
-from services.trainer.policy import Policy
+from services.trainer.fleet.conformance import Conformance, Probe, make_probe
+from services.trainer.fleet.fleet import Fleet
+from services.trainer.fleet.member import Requirements
+from services.trainer.policy.policy import Policy
 from services.trainer.preflight import check_start
-from services.trainer.recent import in_words
-from services.trainer.rewards import Scorer
-from services.trainer.run_config import PreferenceDataset, RunConfig
-from services.trainer.run_folder import (
+from services.trainer.rewards.scorer import Scorer
+from services.trainer.run.checkpoints import Checkpoints, write_adapter
+from services.trainer.run.external_updates import ExternalUpdates
+from services.trainer.run.folder import (
     RunFolder,
     dataset_digest,
     is_unattended,
     newest_unfinished,
     read_config,
 )
-from services.trainer.run_log import RunLog
+from services.trainer.run.log import RunLog
+from services.trainer.run.loop import Run, train, unless_stopped
+from services.trainer.run.recent import in_words
+from services.trainer.run.stalls import stalls
+from services.trainer.run.tracking import TrackedRun, check_tracking
+from services.trainer.run_config import PreferenceDataset, RunConfig
 from services.trainer.settings import TrainerSettings
-from services.trainer.stalls import stalls
-from services.trainer.tracking import TrackedRun, check_tracking
 from shared.errors import (
     InvalidRequest,
     NotFound,

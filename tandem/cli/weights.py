@@ -35,7 +35,7 @@ from tandem.cli.connect import (
 )
 
 if TYPE_CHECKING:
-    from services.trainer.export import TrainedPolicy
+    from tandem.export import TrainedPolicy
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -206,7 +206,7 @@ def export(
         )
     if base == "original" and not merged:
         raise ValueError("--base is what --merged merges into: add that, or leave it out")
-    from services.trainer.export import read_policy, refuse_existing, write_merged, write_peft
+    from tandem.export import read_policy, refuse_existing, write_merged, write_peft
 
     refuse_existing(output)
     policy = read_policy(run) if run else asyncio.run(_trainers_policy(url, version))
@@ -242,7 +242,7 @@ def _quiet() -> None:
 
 
 async def _trainers_policy(url: str, version: int | None) -> TrainedPolicy:
-    from services.trainer.export import TrainedPolicy
+    from tandem.export import TrainedPolicy
 
     async with trainer_at(url) as trainer:
         model, status = (await trainer.status()).model, await trainer.policy()

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from examples.demo.model import BOS, CHARACTERS, CORRECT_SHARE, EOS, PAD, make_tokenizer
-from services.trainer.sort_digits import NUM_DIGITS, held_out_problems
+from services.trainer.data.sort_digits import NUM_DIGITS, held_out_problems
 from tests.gpu.machine import CONTEXT, Shape
 
 _ZERO, _SORT, _EQUALS = (CHARACTERS.index(character) for character in "0s=")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.trainer.policy import Policy
+from services.trainer.policy.policy import Policy
 from services.trainer.run_config import LoraConfig, OptimizerConfig
 from shared.schemas import PolicyId
 from tests.gpu import machine

@@ -17,14 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.trainer.policy import Policy
+from services.trainer.policy.policy import Policy
 from services.trainer.run_config import OptimizerConfig
 from shared.schemas import PolicyId
 from tests.gpu import machine
 from tests.gpu.conftest import LORA
 from tests.gpu.replicas import TRAINED, lora_tensors
 from tests.trainer.conftest import NO_GUARDS, PLAIN, make_sample
-from tests.trainer.test_parallel import torchrun
+from tests.trainer.policy.test_ranks import torchrun
 
 VERSION_1 = PolicyId(run_id="test", version=1)
 NUM_SAMPLES, MAX_TOKENS = 64, 512  # several micro-batches for each rank

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from services.trainer.policy import Policy
-from services.trainer.sort_digits import held_out_problems
+from services.trainer.data.sort_digits import held_out_problems
+from services.trainer.policy.policy import Policy
 from tests.gpu.conftest import LORA, Report
 from tests.gpu.replicas import TRAINED, Replicas, Run, gap, lora_tensors, run_on
 

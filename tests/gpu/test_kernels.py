@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.trainer import logprobs, lora
-from tests.trainer.test_lora import Layer, computed
+from services.trainer.policy import logprobs, lora
+from tests.trainer.policy.test_lora import Layer, computed
 
 VOCABULARY = 151_936
 
@@ -17,7 +17,7 @@ VOCABULARY = 151_936
 @pytest.fixture
 def head_kernels() -> ModuleType:
     """Needs Triton, which comes with torch for CUDA alone."""
-    from services.trainer import head_kernels
+    from services.trainer.policy import head_kernels
 
     return head_kernels
 

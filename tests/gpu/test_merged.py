@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from services.trainer.policy import Policy
+from services.trainer.policy.policy import Policy
 from shared.errors import InvalidRequest
 from tests.gpu import machine
 from tests.gpu.conftest import Report

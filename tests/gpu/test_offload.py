@@ -7,9 +7,9 @@ from contextlib import nullcontext
 
 import torch
 
-from services.trainer.offload import inputs_on_host
-from services.trainer.policy import Policy
-from services.trainer.samples import Tree, collate
+from services.trainer.policy.offload import inputs_on_host
+from services.trainer.policy.policy import Policy
+from services.trainer.policy.samples import Tree, collate
 from tests.trainer.conftest import make_sample
 
 NUM_SAMPLES, LENGTH = 16, 512

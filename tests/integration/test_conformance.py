@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.trainer.conformance import RESOLVABLE, Conformance, Probe, distance, make_probe
-from services.trainer.data import load_prompts
-from services.trainer.policy import Policy, PublishedAdapter
+from services.trainer.data.datasets import load_prompts
+from services.trainer.fleet.conformance import RESOLVABLE, Conformance, Probe, distance, make_probe
+from services.trainer.policy.policy import Policy, PublishedAdapter
 from services.trainer.run_config import (
     ConformanceConfig,
     LoraConfig,

@@ -24,9 +24,9 @@ from torch.nn.functional import logsigmoid, mse_loss
 
 from examples.own_loop.__main__ import accuracy, train
 from services.processes import ProcessFailed
-from services.trainer.engine_handle import RequestOutput, RolloutEngine
-from services.trainer.policy_model import PolicyModel
 from shared.errors import RunConflict
+from tandem.model.engine import RequestOutput, RolloutEngine
+from tandem.model.policy_model import PolicyModel
 from tests.publisher import Publisher
 from tests.replica_process import ReplicaProcess, eventually, start_replica, wait_until_ready
 
@@ -37,7 +37,7 @@ NOISE = 0.1  # nats per token between trainer and engine; effects are larger
 START_A_CHILD = """
 import sys, time
 from pathlib import Path
-from services.trainer.engine_handle import RolloutEngine
+from tandem.model.engine import RolloutEngine
 
 engine = RolloutEngine(generate_timeout_s=1)
 engine.start_child({"ROLLOUT_MODEL": "/nowhere"}, Path(sys.argv[1]))

@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from services.trainer import rewards as scoring
 from services.trainer.app import create_app
+from services.trainer.rewards import scorer as scoring
 from services.trainer.settings import TrainerSettings
 from services.trainer.trainer import Trainer
 from shared.errors import (

@@ -15,7 +15,7 @@ from typing import Any, cast
 import uvicorn
 
 from services.trainer.app import create_app
-from services.trainer.fleet import Fleet
+from services.trainer.fleet.fleet import Fleet
 from services.trainer.run_config import RunConfig
 from services.trainer.settings import TrainerSettings
 from services.trainer.trainer import Trainer

@@ -14,16 +14,16 @@ import torch
 from transformers import LlamaForCausalLM
 
 from services.tokens import PromptEncoder
-from services.trainer.parallel import Ranks
-from services.trainer.policy import Policy
+from services.trainer.learner.stats import UpdateStats
+from services.trainer.policy.policy import Policy
+from services.trainer.policy.ranks import Ranks
+from services.trainer.policy.samples import Sample
 from services.trainer.run_config import (
     GuardsConfig,
     LoraConfig,
     OptimizerConfig,
     ReinforceConfig,
 )
-from services.trainer.samples import Sample
-from services.trainer.stats import UpdateStats
 from shared.checkpoints import base_identity
 from shared.schemas import PolicyId
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.trainer.policy import Policy
+from services.trainer.policy.policy import Policy
 from services.trainer.trainer import Trainer
 from shared.errors import RunConflict
 from tests.trainer.test_trainer import (

@@ -17,12 +17,12 @@ from starlette.types import Message
 from torch import Tensor
 
 from services.trainer.app import create_app
-from services.trainer.fleet import Fleet
-from services.trainer.loop import Run
-from services.trainer.policy import Policy
+from services.trainer.fleet.fleet import Fleet
+from services.trainer.policy.policy import Policy
+from services.trainer.policy.samples import Sample
+from services.trainer.run.log import RunLog
+from services.trainer.run.loop import Run
 from services.trainer.run_config import RunConfig
-from services.trainer.run_log import RunLog
-from services.trainer.samples import Sample
 from services.trainer.settings import TrainerSettings
 from services.trainer.trainer import Trainer
 from shared.errors import (
@@ -52,7 +52,7 @@ from shared.schemas import (
 from shared.trainer_client import TrainerClient
 from tests.fake_replica import FakeReplica
 from tests.trainer.conftest import no_file_longer_than
-from tests.trainer.test_policy import train_a_little
+from tests.trainer.policy.test_policy import train_a_little
 
 pytestmark = pytest.mark.anyio
 WAIT_S = 20.0

@@ -7,7 +7,7 @@
               what they leave of it
 
 All but the figures that are named here follows from the model's shape. Counted is an update of one
-optimizer step on CUDA, without critic; tests/trainer/test_plan.py has the measured peaks.
+optimizer step on CUDA, without critic; tests/trainer/plan/test_plan.py has the measured peaks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONTEXT_BYTES = 640 << 20
 # Of the activations: what torch's allocator holds and cannot use. Not measured: an allowance.
 _FRAGMENTS = 0.1
 # What vLLM 0.26 counts in its share besides weights, adapters, activations and KV cache (kernels,
-# NCCL, buffers): 1.17e9 bytes were left over on an H200, see tests/trainer/test_plan.py.
+# NCCL, buffers): 1.17e9 bytes were left over on an H200, see tests/trainer/plan/test_plan.py.
 _ENGINE_BYTES = 1_170_000_000
 # CUDA graphs, which vLLM 0.26 captures on top of its share. Not measured: an allowance.
 _GRAPH_BYTES = 1 << 30

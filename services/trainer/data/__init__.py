@@ -1,0 +1,1 @@
+"""Prompts and preference pairs, from files to rows in a fixed order."""

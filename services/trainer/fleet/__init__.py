@@ -1,0 +1,1 @@
+"""The replicas: which may serve, who gets which request, and the sync of adapters."""

@@ -1,0 +1,323 @@
+"""Does a replica serve what it says it serves? Its /score of a fixed probe against the trainer's.
+
+    make_probe()  prompts ─▶ sequences, and a synthetic adapter with a strong effect
+    admit()       the base: its gap is the noise floor of the pair; then the synthetic adapter
+    check()       after every sync: the version, and the base again
+
+All logprobs are flat over the probe's tokens, at temperature 1. A distance is mean |Δlogprob| in
+nats, a gap the distance between replica and trainer under one policy, an effect what a policy's
+logprobs have over the base's.
+
+The verdict is `fault`. An adapter whose effect drowns in the noise (B is 0 in a fresh one) is
+proven by the digest of its upload, and by the synthetic one, which went the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean, stdev
+
+import torch
+
+from services.trainer.policy.policy import Policy, PublishedAdapter
+from services.trainer.run_config import ConformanceConfig
+from shared.errors import ConformanceFailed, DeadlineExceeded
+from shared.rollout_client import RolloutClient
+from shared.schemas import PolicyId, ScoreRequest
+
+Logprobs = Sequence[float]
+
+# Honest replicas: 1,440 adapters on two CPU models, exact and original base, bfloat16 and FP8 KV
+# cache, effects of 0 to 9 nats.
+MIN_FLOOR = 1e-3  # nats; no two kernels agree better on every adapter
+RESOLVABLE = 3.0  # floors; a distance that noise does not make
+MAX_GAP = 3.0  # floors; honest ones up to 1.3 while the effect is small
+MAX_GAP_OF_EFFECT = 0.1  # more per nat of effect, a sharper policy is noisier; honest up to 0.06
+MIN_COSINE = 0.9  # of the effects, far above the noise; honest from 0.97
+COSINE_NOISE = 3.0  # it may miss 1 by so many (floor / effect)²; noise on both effects makes 1
+SLOPES = (0.67, 1.5)  # of the replica's effect on the trainer's, there; honest 0.81 to 1.13
+SYNTHETIC_NOISE = 0.5  # of the gap under the synthetic adapter; it is 1 to 2 floors
+
+_KEPT_VERSIONS = 8
+_POOL_PROMPTS = 256  # whose tokens follow the prompts of the probe
+_EFFECTS = (0.5, 2.0)  # nats, of the synthetic adapter
+_MAX_STRENGTH = 2.0  # of the adapter's output to its input; effects saturate before
+_MAX_TRIALS = 16
+
+
+# --- verdict ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One side's logprobs of the probe."""
+
+    base: Logprobs
+    policy: Logprobs
+
+    @property
+    def effect(self) -> list[float]:
+        return [after - before for before, after in zip(self.base, self.policy, strict=True)]
+
+
+def distance(some: Logprobs, others: Logprobs) -> float:
+    return fmean(abs(a - b) for a, b in zip(some, others, strict=True))
+
+
+def noise_floor(trainer: Logprobs, replica: Logprobs) -> float:
+    """The gap under the base, with two standard errors on top: the probe may be short."""
+    gaps = [abs(a - b) for a, b in zip(trainer, replica, strict=True)]
+    return max(MIN_FLOOR, fmean(gaps) + 2 * stdev(gaps) / math.sqrt(len(gaps)))
+
+
+def fault(
+    trainer: Scores, replica: Scores, *, floor: float, others: Mapping[str, Logprobs]
+) -> str | None:
+    """What contradicts that the replica serves the policy, or None.
+
+    `others`: the trainer's logprobs under other policies that it may serve in its place.
+    """
+    gap, base_gap = distance(trainer.policy, replica.policy), distance(trainer.base, replica.base)
+    if base_gap > MAX_GAP * floor:
+        return f"its base is {base_gap:.3g} nats off, where noise makes {floor:.3g}"
+    gaps = {
+        distance(logprobs, replica.policy): name
+        for name, logprobs in others.items()
+        if distance(logprobs, trainer.policy) > RESOLVABLE * floor
+    }
+    if gaps and (nearest := min(gaps)) < gap / 2:  # not between the two
+        return f"it serves {gaps[nearest]} ({nearest:.3g} nats off) in its place ({gap:.3g})"
+    size = distance(trainer.policy, trainer.base)
+    if size > RESOLVABLE * floor:
+        reason = effect_fault(trainer.effect, replica.effect, floor=floor)
+        if reason:
+            return reason
+    if gap > (limit := MAX_GAP * floor + MAX_GAP_OF_EFFECT * size):
+        return f"it is {gap:.3g} nats off, over the limit of {limit:.3g}"
+    return None
+
+
+def effect_fault(trainer: Logprobs, replica: Logprobs, *, floor: float) -> str | None:
+    """What contradicts that both have the effect of the same adapter, or None."""
+    size = fmean(map(abs, trainer))
+    min_cosine = min(MIN_COSINE, 1 - COSINE_NOISE * (floor / size) ** 2)
+    product = sum(a * b for a, b in zip(trainer, replica, strict=True))
+    norms = math.hypot(*trainer), math.hypot(*replica)
+    slope = product / norms[0] ** 2
+    cosine = product / (norms[0] * norms[1]) if norms[1] else 0.0
+    if cosine < min_cosine or not SLOPES[0] <= slope <= SLOPES[1]:
+        return (
+            f"the adapter has {slope:.2f} times its effect there, with a correlation of "
+            f"{cosine:.2f}"
+        )
+    return None
+
+
+# --- probe --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What every replica of a run is asked, and what the trainer itself answers."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    base_logprobs: tuple[float, ...]
+    synthetic: PublishedAdapter  # of a run of its own; `probe_logprobs` are under it
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence; a replica's context must have one more."""
+        return max(map(len, self.sequences))
+
+
+def make_probe(
+    policy: Policy, prompts: Sequence[Sequence[int]], config: ConformanceConfig, *, seed: int
+) -> Probe:
+    """The probe of a run that `policy` has started. Takes some forward passes of the probe."""
+    sequences = probe_sequences(
+        prompts or [policy.encoder.encode("")],
+        policy.encoder.ordinary_token_ids,
+        num_sequences=config.num_sequences,
+        num_tokens=min(config.num_tokens, policy.max_positions - 1),
+        seed=seed,
+    )
+    base_logprobs = policy.score(sequences, base=True)
+    synthetic = _synthetic_adapter(policy, sequences, base_logprobs, seed=seed)
+    return Probe(sequences, base_logprobs, synthetic)
+
+
+def probe_sequences(
+    prompts: Sequence[Sequence[int]],
+    vocabulary: Sequence[int],
+    *,
+    num_sequences: int,
+    num_tokens: int,
+    seed: int,
+) -> tuple[tuple[int, ...], ...]:
+    """Prompts, each followed by tokens of other prompts: where a trained adapter acts.
+
+    Of a long prompt the first token, without which some models are lost, and the last ones. Where
+    prompts have no ordinary tokens, those of the vocabulary follow. A function of its arguments.
+    """
+    rng, num_last = random.Random(f"probe/{seed}"), num_tokens // 2 - 1
+    sample = rng.sample(prompts, min(len(prompts), max(num_sequences, _POOL_PROMPTS)))
+    ordinary = set(vocabulary)
+    pool = [token for token in chain.from_iterable(sample) if token in ordinary] or vocabulary
+    sequences = []
+    for index in range(num_sequences):
+        prompt = sample[index % len(sample)]
+        start = (*prompt[:1], *prompt[1:][-num_last:])
+        sequences.append((*start, *rng.choices(pool, k=num_tokens - len(start))))
+    return tuple(sequences)
+
+
+def _synthetic_adapter(
+    policy: Policy, sequences: Sequence[Sequence[int]], base_logprobs: Logprobs, *, seed: int
+) -> PublishedAdapter:
+    """A random adapter whose effect is about 1 nat, or the strongest for a base that bends less."""
+    name = hashlib.sha256(f"{policy.id.run_id}.{policy.id.incarnation}/{seed}".encode()).hexdigest()
+    policy_id = PolicyId(run_id=f"probe-{name[:16]}", version=1)
+    low, high = _EFFECTS
+    strength, too_weak, too_strong = _MAX_STRENGTH / 8, 0.0, math.inf
+    for _ in range(_MAX_TRIALS):
+        tensors = _random_lora(policy, strength, seed=seed)
+        with policy.replaced_lora(tensors):
+            logprobs = policy.score(sequences)
+            effect = distance(logprobs, base_logprobs)
+            if low <= effect <= high or (effect < low and strength >= _MAX_STRENGTH):
+                return policy.export(policy_id, logprobs)
+        if effect < low:
+            too_weak, strength = strength, min(2 * strength, math.sqrt(strength * too_strong))
+        else:
+            too_strong, strength = strength, max(strength / 2, math.sqrt(strength * too_weak))
+    raise ValueError(
+        f"no random adapter moves the logprobs of this base by {low:g} to {high:g} nats (the last "
+        f"one by {effect:.3g}): its weights are of no use, check the model"
+    )
+
+
+def _random_lora(policy: Policy, strength: float, *, seed: int) -> dict[str, torch.Tensor]:
+    """LoRA tensors with |scaling · B · A · x| ≈ strength · |x| in every module."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in policy.lora_shapes().items():
+        tensors[name] = torch.randn(shape, generator=generator) / math.sqrt(shape[1])
+        if name.endswith("lora_B.weight"):
+            tensors[name] *= strength / policy.lora.scaling
+    return tensors
+
+
+# --- replicas -----------------------------------------------------------------------------------
+
+
+class Conformance:
+    """Holds the replicas of one run to the trainer's own logprobs."""
+
+    def __init__(self, probe: Probe, config: ConformanceConfig) -> None:
+        self._probe = probe
+        self._config = config
+        self._versions: dict[PolicyId, Logprobs] = {}  # the last ones published
+        self._bases: dict[str, Logprobs] = {}  # of replicas (URL), at their last admission
+
+    def remember(self, adapter: PublishedAdapter) -> None:
+        """Recognize this version when a replica serves it in place of a later one."""
+        self._versions[adapter.policy] = adapter.probe_logprobs
+        while len(self._versions) > _KEPT_VERSIONS:
+            del self._versions[next(iter(self._versions))]
+
+    async def admit(self, client: RolloutClient, *, run: PolicyId, timeout_s: float) -> float:
+        """Prove that a replica serves the base and applies adapters; the noise floor of the pair.
+
+        Raises ConformanceFailed, and what the client raises.
+        """
+        synthetic = self._probe.synthetic
+        async with _deadline(client, timeout_s):
+            base = self._bases[client.url] = await self._score(client, run)
+            base_gap = distance(self._probe.base_logprobs, base)
+            if base_gap > self._config.max_base_gap:
+                raise ConformanceFailed(
+                    f"{client.url} serves another model than the trainer's, whatever its "
+                    f"fingerprint says: its base is {base_gap:.3g} nats per token off, "
+                    f"conformance.max_base_gap is {self._config.max_base_gap:g}; restart it with "
+                    "the trainer's model"
+                )
+            floor = noise_floor(self._probe.base_logprobs, base)
+            await client.sync_weights(
+                synthetic.content, digest=synthetic.content_digest, probe=True, timeout_s=timeout_s
+            )
+            logprobs = await self._score(client, synthetic.policy)
+        trainer = Scores(self._probe.base_logprobs, synthetic.probe_logprobs)
+        replica = Scores(base, logprobs)
+        reason = fault(
+            trainer, replica, floor=floor, others={"the base": trainer.base}
+        ) or effect_fault(trainer.effect, replica.effect, floor=floor)
+        if reason:
+            raise ConformanceFailed(
+                f"{client.url} does not apply adapters as the trainer does: scored under a "
+                f"synthetic one, {reason}; restart it, with the same version of Tandem"
+            )
+        # Kernels that agree on the base exactly may still round an adapter differently.
+        return max(floor, SYNTHETIC_NOISE * distance(trainer.policy, replica.policy))
+
+    async def check(
+        self,
+        client: RolloutClient,
+        adapter: PublishedAdapter,
+        *,
+        floor: float,
+        timeout_s: float,
+        scores_base: bool = True,
+    ) -> float:
+        """Prove that a replica serves `adapter`; its gap. `floor` is what `admit` returned.
+
+        Without `scores_base` the base is as it was at admission: a replica that merges adapters
+        into its weights would have to stop for it.
+
+        Raises ConformanceFailed, and what the client raises.
+        """
+        run = adapter.policy.model_copy(update={"version": 0})
+        async with _deadline(client, timeout_s):
+            scoring = [self._score(client, adapter.policy)]
+            if scores_base:
+                scoring.append(self._score(client, run))
+            logprobs, *bases = await asyncio.gather(*scoring)
+        base = bases[0] if bases else self._bases[client.url]
+        trainer = Scores(self._probe.base_logprobs, adapter.probe_logprobs)
+        others = {str(p): known for p, known in self._versions.items() if p != adapter.policy}
+        others["the base"] = self._probe.base_logprobs
+        if reason := fault(trainer, Scores(base, logprobs), floor=floor, others=others):
+            raise ConformanceFailed(
+                f"{client.url} does not serve policy {adapter.policy} as the trainer has it: "
+                f"{reason}; restart it"
+            )
+        return distance(adapter.probe_logprobs, logprobs)
+
+    async def _score(self, client: RolloutClient, policy: PolicyId) -> tuple[float, ...]:
+        sequences = self._probe.sequences
+        answer = await client.score(ScoreRequest(sequences=sequences, policy=policy))
+        lengths = [len(row) + 1 for row in answer.logprobs]
+        if answer.policy != policy or lengths != [len(sequence) for sequence in sequences]:
+            raise ConformanceFailed(
+                f"{client.url} was asked to score {len(sequences)} sequences under policy {policy} "
+                f"and answered {len(lengths)} others, under {answer.policy}: restart it, with the "
+                "same version of Tandem"
+            )
+        return tuple(chain.from_iterable(answer.logprobs))
+
+
+@asynccontextmanager
+async def _deadline(client: RolloutClient, timeout_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise DeadlineExceeded(
+            f"{client.url} did not finish the conformance check within {timeout_s:g} s"
+        ) from error

@@ -1,0 +1,1 @@
+"""How should the policy change? Optimizer, update, critic and statistics."""

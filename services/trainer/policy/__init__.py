@@ -1,0 +1,1 @@
+"""The policy as a function of tokens, and the versions published of it."""

@@ -1,0 +1,1 @@
+"""Was it good? From completions to rewards."""
