@@ -133,7 +133,7 @@ def random_adapter(
 ) -> tuple[AdapterManifest, bytes]:
     """An adapter file of all linears, and its manifest. B is small: the policy stays near its base.
 
-    `linear_shapes`: module path -> (out, in), as in shared/checkpoints.py.
+    `linear_shapes`: module path -> (out, in), as in shared/model_folder.py.
     """
     import torch
     from safetensors.torch import save

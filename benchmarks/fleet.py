@@ -26,9 +26,9 @@ from benchmarks.simulated_replica import LOAD_S, NUM_SLOTS, SECONDS_PER_REQUEST
 from services.rollout.settings import RolloutSettings
 from services.trainer.fleet.fleet import Fleet
 from services.trainer.fleet.member import Requirements
-from services.trainer.policy.policy import PublishedAdapter
+from services.trainer.policy.adapter import PublishedAdapter
 from shared.adapters import LINEAR_MODULES, content_digest, expected_shapes, manifest_metadata
-from shared.checkpoints import base_identity, linear_shapes
+from shared.model_folder import base_identity, linear_shapes
 from shared.rollout_client import RolloutClient
 from shared.schemas import (
     AdapterManifest,

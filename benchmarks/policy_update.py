@@ -32,6 +32,7 @@ import torch
 from benchmarks.checkpoints import FIRST_ORDINARY_TOKEN, SHAPES, work_folder, write_checkpoint
 from benchmarks.fixed_batch import FixedBatch
 from benchmarks.report import Report
+from services.trainer.learner.learner import Learner
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import Sample
 from services.trainer.run_config import (
@@ -148,7 +149,8 @@ class Measurement:
             gradient_checkpointing=side.recomputes,
             offload_activations=side.offloads,
         )
-        policy.start(
+        learner = Learner(policy)
+        learner.start(
             PolicyId(run_id="benchmark", version=0),
             LoraConfig(rank=_RANK, alpha=_RANK),
             OptimizerConfig(learning_rate=_LEARNING_RATE, warmup_steps=0),
@@ -162,7 +164,7 @@ class Measurement:
         for number in range(1 + self.rounds):
             started = meter.now()
             updates.append(
-                policy.update(
+                learner.update(
                     samples,
                     algorithm,
                     max_tokens_per_micro_batch=side.max_tokens or self.max_tokens,

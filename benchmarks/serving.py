@@ -27,8 +27,8 @@ from benchmarks.engines import GIB, Workload, say
 from benchmarks.report import Report
 from services.boot import settle_memory
 from services.rollout.settings import RolloutSettings
-from shared.adapters import peft_config
-from shared.checkpoints import base_identity, linear_shapes
+from shared.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config
+from shared.model_folder import base_identity, linear_shapes
 from shared.rollout_client import RolloutClient
 from shared.schemas import BASE_POLICY, GenerateRequest, PolicyId, SamplingParams
 
@@ -124,9 +124,9 @@ class _Benchmark:
         )
         self._adapter_folder = folder / "adapter"  # for engines without a service
         self._adapter_folder.mkdir()
-        (self._adapter_folder / "adapter_model.safetensors").write_bytes(self._adapter)
+        (self._adapter_folder / ADAPTER_WEIGHTS).write_bytes(self._adapter)
         config = json.dumps(peft_config(manifest, str(self._model)))
-        (self._adapter_folder / "adapter_config.json").write_text(config)
+        (self._adapter_folder / ADAPTER_CONFIG).write_text(config)
 
     def measure(self) -> list[Rates]:
         names, at_once = self._arguments.engines, self._arguments.at_once

@@ -36,7 +36,7 @@ from benchmarks.report import Report
 from services.boot import settle_memory
 from services.rollout.replica import Replica
 from services.rollout.settings import RolloutSettings
-from shared.adapters import peft_config
+from shared.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config
 from shared.errors import ServiceError
 from shared.rollout_client import RolloutClient
 from shared.schemas import (
@@ -48,7 +48,8 @@ from shared.schemas import (
 )
 
 if TYPE_CHECKING:  # it imports torch, which the children must not get from here
-    from services.trainer.policy.policy import Policy, PublishedAdapter
+    from services.trainer.learner.learner import Learner
+    from services.trainer.policy.adapter import PublishedAdapter
 
 MAX_IDLE_RATIO = 1.5
 MAX_LOADED_S = 0.300
@@ -185,7 +186,7 @@ class _Benchmark:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self._arguments = arguments
         self._folder = folder
-        self._policies: dict[str, Policy] = {}
+        self._learners: dict[str, Learner] = {}
         self._peers = itertools.count(_FIRST_PEER)
 
     # --- one replica ----------------------------------------------------------------------------
@@ -200,14 +201,14 @@ class _Benchmark:
                 services = [self._start(stack, case, case.label) for case in wave]
                 for case, (settings, service) in zip(wave, services, strict=True):
                     try:
-                        policy = self._policy(case)
+                        learner = self._learner(case)
                         say(f"{case.label}: ready after {service.wait_until_ready():.0f} s")
-                        idle = uvloop.run(self._rounds(case, policy, settings, service))
+                        idle = uvloop.run(self._rounds(case, learner, settings, service))
                         rows.append(_row(case, "idle", idle))
                         verdicts.append(_idle_verdict(case, idle))
                         if self._arguments.load:
                             loaded = uvloop.run(
-                                self._loaded_rounds(case, policy, settings, service)
+                                self._loaded_rounds(case, learner, settings, service)
                             )
                             rows.append(_row(case, f"{self._arguments.load} running", loaded))
                             verdicts.append(_loaded_verdict(case, loaded))
@@ -250,20 +251,20 @@ class _Benchmark:
         )
 
     async def _rounds(
-        self, case: Case, policy: Policy, settings: RolloutSettings, service: Child[Replica]
+        self, case: Case, learner: Learner, settings: RolloutSettings, service: Child[Replica]
     ) -> list[Round]:
         """In an idle replica."""
         rounds: list[Round] = []
         async with RolloutClient(_url(settings)) as client:
             for _ in range(_NUM_WARM_UP + self._arguments.rounds):
-                _train(policy)
+                _train(learner)
                 peer = next(self._peers)
-                rounds.append(await _round(policy, client, service, peer, _IDLE_PAUSE_S))
+                rounds.append(await _round(learner, client, service, peer, _IDLE_PAUSE_S))
                 _say(case, rounds[-1])
         return rounds[_NUM_WARM_UP:]
 
     async def _loaded_rounds(
-        self, case: Case, policy: Policy, settings: RolloutSettings, service: Child[Replica]
+        self, case: Case, learner: Learner, settings: RolloutSettings, service: Child[Replica]
     ) -> list[Round]:
         """The load begins anew in every round, and has settled when it is measured."""
         rounds: list[Round] = []
@@ -271,11 +272,11 @@ class _Benchmark:
             with self._load(settings) as load:
                 load.wait_until_ready()
                 for _ in range(1 + self._arguments.rounds):
-                    _train(policy)
+                    _train(learner)
                     await asyncio.to_thread(load.run, Load.start)
                     await asyncio.sleep(_LOADED_PAUSE_S)
                     peer = next(self._peers)
-                    measured = await _round(policy, client, service, peer, _LOADED_PAUSE_S)
+                    measured = await _round(learner, client, service, peer, _LOADED_PAUSE_S)
                     arrivals = await asyncio.to_thread(load.run, Load.stop)
                     rounds.append(measured.under(arrivals))
                     _say(case, rounds[-1])
@@ -290,14 +291,14 @@ class _Benchmark:
         for case in cases:
             with ExitStack() as stack:
                 first = self._start(stack, case, "replica-1")
-                policy = self._policy(case)
+                learner = self._learner(case)
                 say(f"replica-1: ready after {first[1].wait_until_ready():.0f} s")
                 # The others find what the first has compiled.
                 others = [self._start(stack, case, f"replica-{i}") for i in range(2, number + 1)]
                 for _, service in others:
                     say(f"{service.name}: ready after {service.wait_until_ready():.0f} s")
                 urls = [_url(settings) for settings, _ in (first, *others)]
-                alone, together = uvloop.run(self._fleet_rounds(policy, urls))
+                alone, together = uvloop.run(self._fleet_rounds(learner, urls))
             rows += [_fleet_row(case, 1, alone), _fleet_row(case, number, together)]
             total = statistics.median(sync.total_s for sync in together)
             verdicts.append(
@@ -331,7 +332,7 @@ class _Benchmark:
         )
 
     async def _fleet_rounds(
-        self, policy: Policy, urls: Sequence[str]
+        self, learner: Learner, urls: Sequence[str]
     ) -> tuple[list[Sync], list[Sync]]:
         alone: list[Sync] = []
         together: list[Sync] = []
@@ -339,8 +340,8 @@ class _Benchmark:
             clients = [await stack.enter_async_context(RolloutClient(url)) for url in urls]
             for _ in range(_NUM_WARM_UP + self._arguments.rounds):
                 for syncs, receivers in ((alone, clients[:1]), (together, clients)):
-                    _train(policy)
-                    sync, _ = await _sync(policy, receivers)
+                    _train(learner)
+                    sync, _ = await _sync(learner, receivers)
                     syncs.append(sync)
                     say(f"{len(receivers)} replica(s): {1000 * sync.total_s:.0f} ms")
                     await asyncio.sleep(_IDLE_PAUSE_S)
@@ -388,24 +389,26 @@ class _Benchmark:
             write_checkpoint(case.shape, model, device=self._arguments.device)
         return model
 
-    def _policy(self, case: Case) -> Policy:
+    def _learner(self, case: Case) -> Learner:
         """The trainer's side, at version 0 of a run with an adapter of this rank."""
+        from services.trainer.learner.learner import Learner
         from services.trainer.policy.policy import Policy
         from services.trainer.run_config import LoraConfig, OptimizerConfig
 
-        if case.shape not in self._policies:
-            self._policies[case.shape] = Policy.load(
+        if case.shape not in self._learners:
+            policy = Policy.load(
                 str(self._model(case)), device=self._arguments.device, gradient_checkpointing=False
             )
-        policy = self._policies[case.shape]
-        policy.start(
+            self._learners[case.shape] = Learner(policy)
+        learner = self._learners[case.shape]
+        learner.start(
             PolicyId(run_id="benchmark", version=0),
             LoraConfig(rank=case.rank, alpha=case.rank),
             OptimizerConfig(),
             seed=0,
         )
         settle_memory()  # as the trainer does
-        return policy
+        return learner
 
 
 def _url(settings: RolloutSettings) -> str:
@@ -415,7 +418,7 @@ def _url(settings: RolloutSettings) -> str:
 # --- a round ------------------------------------------------------------------------------------
 
 
-def _train(policy: Policy) -> None:
+def _train(learner: Learner) -> None:
     """Make the next version."""
     from services.trainer.policy.samples import Sample
     from services.trainer.run_config import ReinforceConfig
@@ -430,8 +433,8 @@ def _train(policy: Policy) -> None:
         rewards=(1.0,),
         is_truncated=False,
     )
-    (logprobs,) = policy.sample_logprobs([sample])
-    policy.update(
+    (logprobs,) = learner.policy.sample_logprobs([sample])
+    learner.update(
         [replace(sample, sampler_logprobs=tuple(logprobs))],
         ReinforceConfig(whiten_advantages=False),
         max_tokens_per_micro_batch=64,
@@ -439,9 +442,9 @@ def _train(policy: Policy) -> None:
 
 
 async def _round(
-    policy: Policy, client: RolloutClient, service: Child[Replica], peer: int, pause_s: float
+    learner: Learner, client: RolloutClient, service: Child[Replica], peer: int, pause_s: float
 ) -> Round:
-    sync, adapter = await _sync(policy, [client])
+    sync, adapter = await _sync(learner, [client])
     await asyncio.sleep(pause_s)
     add_lora = await asyncio.to_thread(
         service.run, _add_lora, bytes(adapter.content), adapter.manifest, peer
@@ -450,10 +453,12 @@ async def _round(
     return Round(sync, add_lora)
 
 
-async def _sync(policy: Policy, clients: Sequence[RolloutClient]) -> tuple[Sync, PublishedAdapter]:
+async def _sync(
+    learner: Learner, clients: Sequence[RolloutClient]
+) -> tuple[Sync, PublishedAdapter]:
     """Publish to all of them at once. Of several replicas the parts are the longest of any."""
     start = time.perf_counter()
-    adapter = policy.publish()
+    adapter = learner.policy.publish()
     exported = time.perf_counter()
 
     async def push(client: RolloutClient) -> tuple[SyncReceipt, float, float]:
@@ -489,8 +494,8 @@ async def _add_lora(
     params = VllmSamplingParams(max_tokens=1, logprobs=0, detokenize=False)
     with tempfile.TemporaryDirectory(dir=_SHARED_MEMORY) as folder:
         path = Path(folder)
-        (path / "adapter_model.safetensors").write_bytes(content)
-        (path / "adapter_config.json").write_text(json.dumps(peft_config(manifest, "")))
+        (path / ADAPTER_WEIGHTS).write_bytes(content)
+        (path / ADAPTER_CONFIG).write_text(json.dumps(peft_config(manifest, "")))
         request = engines.lora_request(f"peer-{number}", number, path)
         start = time.perf_counter()
         await engine.add_lora(request)

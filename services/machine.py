@@ -20,7 +20,7 @@ from pathlib import Path
 
 from services.boot import one_line
 from shared.adapters import LINEAR_MODULES
-from shared.checkpoints import linear_shapes, weight_files
+from shared.model_folder import linear_shapes, weight_files
 
 _GPU_TIMEOUT_S = 120.0
 _V2_FILES = ("memory.max", "memory.current", ("file", "shmem", "slab_reclaimable"))

@@ -26,6 +26,9 @@ from shared.schemas import AdapterManifest, BaseIdentity, PolicyId
 
 MAX_HEADER_BYTES = 1 << 20  # 392 tensors take 50 KB; safetensors itself would read 100 MB
 MANIFEST_KEY = "tandem_manifest"
+# Files of an adapter folder, as PEFT and vLLM name them.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 ELEMENT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -130,13 +133,13 @@ def from_peft(folder: Path, policy: PolicyId, base: BaseIdentity) -> bytes:
     Raises InvalidAdapter for a folder that is none, or an adapter that no replica can serve.
     """
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        path = folder / "adapter_model.safetensors"
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        path = folder / ADAPTER_WEIGHTS
         header, first_byte = _header_json(path)
         tensors = path.read_bytes()[first_byte:]
     except (OSError, ValueError) as error:
         raise InvalidAdapter(
-            f"{folder} is no PEFT adapter with adapter_config.json and adapter_model.safetensors "
+            f"{folder} is no PEFT adapter with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} "
             f"({error}): save it there with model.save_pretrained()"
         ) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -162,7 +165,7 @@ def from_peft(folder: Path, policy: PolicyId, base: BaseIdentity) -> bytes:
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InvalidAdapter(
-            f"{folder}/adapter_config.json has no usable r and lora_alpha: save the adapter again"
+            f"{folder}/{ADAPTER_CONFIG} has no usable r and lora_alpha: save the adapter again"
         ) from error
     return _encode_header({"__metadata__": manifest_metadata(manifest), **header}) + tensors
 

@@ -24,15 +24,14 @@ from torch import Tensor
 from services.base_model import resolve_checkpoint, write_dense
 from services.machine import check_memory, memory, size, weight_bytes
 from services.trainer.durable import new_folder
-from services.trainer.run.checkpoints import saved_adapter, write_adapter
-from shared.adapters import read_header
-from shared.checkpoints import base_identity, recipe_digest
+from services.trainer.policy.adapter import write_adapter
+from services.trainer.run.checkpoints import saved_adapter
+from shared.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_header
 from shared.errors import InvalidAdapter
+from shared.model_folder import base_identity, recipe_digest
 from shared.schemas import AdapterManifest, BaseIdentity, QuantizationRecipe
 
 ExportedBase = Literal["exact", "original"]
-_WEIGHTS = "adapter_model.safetensors"
-_CONFIG = "adapter_config.json"
 _LIBRARY_BYTES = 256 << 20  # private memory with torch, transformers and bitsandbytes
 
 
@@ -53,17 +52,17 @@ def read_policy(folder: Path) -> TrainedPolicy:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; name that of a run, as runs/<run_id>")
-    if (folder / _WEIGHTS).is_file():
+    if (folder / ADAPTER_WEIGHTS).is_file():
         candidates = [folder]
     else:
-        candidates = [f for f in _adapter_folders(folder) if (f / _WEIGHTS).is_file()]
+        candidates = [f for f in _adapter_folders(folder) if (f / ADAPTER_WEIGHTS).is_file()]
     if not candidates:
         raise ValueError(
             f"{folder} has neither adapter/ nor checkpoints/ with an adapter in it: name the "
             "folder of a run that has saved one, as runs/<run_id>"
         )
     newest = max(candidates, key=lambda f: _manifest(f).policy.age_key)
-    adapter = (newest / _WEIGHTS).read_bytes()
+    adapter = (newest / ADAPTER_WEIGHTS).read_bytes()
     if (newest / "state.json").is_file():  # of a checkpoint, which can tell that it is whole
         adapter = saved_adapter(newest)
     return TrainedPolicy(_manifest(newest), adapter, _model_name(newest))
@@ -76,16 +75,18 @@ def _adapter_folders(run_dir: Path) -> Iterator[Path]:
 
 def _manifest(folder: Path) -> AdapterManifest:
     try:
-        return read_header(folder / _WEIGHTS).manifest
+        return read_header(folder / ADAPTER_WEIGHTS).manifest
     except InvalidAdapter as error:
-        raise ValueError(f"{folder / _WEIGHTS}: {error.detail}") from error
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS}: {error.detail}") from error
 
 
 def _model_name(folder: Path) -> str:
     try:
-        return str(json.loads((folder / _CONFIG).read_text())["base_model_name_or_path"])
+        return str(json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} has no usable {_CONFIG}: restore it from a copy") from error
+        raise ValueError(
+            f"{folder} has no usable {ADAPTER_CONFIG}: restore it from a copy"
+        ) from error
 
 
 # --- write --------------------------------------------------------------------------------------

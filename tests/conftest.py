@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.checkpoints import linear_shapes
+from shared.model_folder import linear_shapes
 from shared.rollout_client import RolloutClient
 from tests.publisher import Publisher
 from tests.replica_process import ReplicaProcess, start_replica, wait_until_ready

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import httpx
 
-from services.trainer.policy.policy import PublishedAdapter
+from services.trainer.policy.adapter import PublishedAdapter
 from shared.errors import (
     ConformanceFailed,
     NotReady,

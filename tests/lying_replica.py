@@ -23,6 +23,7 @@ from services.rollout.engine import Adapter
 from services.rollout.replica import BootedEngine, Replica
 from services.rollout.settings import RolloutSettings, prepare_environment
 from services.server import Server, read_settings
+from shared.adapters import ADAPTER_WEIGHTS
 from shared.logs import configure_logging
 
 Lie = Literal["none", "base", "stale", "swapped", "twice", "layer_lost"]
@@ -71,7 +72,7 @@ def boot_liar(settings: RolloutSettings, model_dir: Path) -> BootedEngine:
             lie = lie_file.read_text()
             served = dataclasses.replace(adapter, path=adapter.path / "served")
             shutil.copytree(adapter.path, served.path)
-            weights = served.path / "adapter_model.safetensors"
+            weights = served.path / ADAPTER_WEIGHTS
             match lie:
                 case "none":
                     self._last_honest = weights.read_bytes()

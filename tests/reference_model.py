@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from shared.adapters import MANIFEST_KEY, peft_config
+from shared.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST_KEY, peft_config
 from shared.schemas import AdapterManifest
 
 
@@ -50,6 +50,6 @@ def _with_adapter(model: Any, checkpoint: Path, adapter: bytes, work_dir: Path) 
     manifest = AdapterManifest.model_validate_json(header["__metadata__"][MANIFEST_KEY])
     assert len(load(adapter)) == len(header) - 1
     config = peft_config(manifest, str(checkpoint))
-    (work_dir / "adapter_config.json").write_text(json.dumps(config))
-    (work_dir / "adapter_model.safetensors").write_bytes(adapter)
+    (work_dir / ADAPTER_CONFIG).write_text(json.dumps(config))
+    (work_dir / ADAPTER_WEIGHTS).write_bytes(adapter)
     return PeftModel.from_pretrained(model, work_dir)

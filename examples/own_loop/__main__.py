@@ -22,7 +22,7 @@ from services.processes import ROOT, ProcessFailed
 from services.trainer.data.sort_digits import held_out_problems, training_problems
 from shared.errors import ServiceError
 from tandem import PolicyModel
-from tandem.model.engine import RequestOutput
+from tandem.model.outputs import RequestOutput
 
 WORK_DIR = ROOT / ".own_loop"
 NUM_COMPLETIONS = 8  # per prompt

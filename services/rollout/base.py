@@ -22,7 +22,7 @@ from pathlib import Path
 from services.base_model import resolve_checkpoint, write_dense
 from services.boot import one_line
 from services.machine import check_memory, check_writable, memory, size, weight_bytes
-from shared.checkpoints import base_identity, linear_shapes
+from shared.model_folder import base_identity, linear_shapes
 from shared.schemas import BaseIdentity, QuantizationRecipe
 
 log = logging.getLogger(__name__)

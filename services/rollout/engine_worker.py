@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch._utils import _unflatten_dense_tensors
 
-from shared.adapters import LINEAR_MODULES, read_header
-from shared.checkpoints import linear_shapes, weight_files
+from shared.adapters import ADAPTER_WEIGHTS, LINEAR_MODULES, read_header
+from shared.model_folder import linear_shapes, weight_files
 
 READY, LOADING = "ready", "loading"  # of commit; anything else is what went wrong
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -82,7 +82,7 @@ class _Stage:
         staged = self.tandem_staged[slot_id]
         try:
             with torch.inference_mode(), self.tandem_beside():
-                self.tandem_place(slot_id, staged, folder / "adapter_model.safetensors")
+                self.tandem_place(slot_id, staged, folder / ADAPTER_WEIGHTS)
         except BaseException as error:  # whoever commits is told; the engine goes on
             staged.error = f"{type(error).__name__}: {error}"
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from services.rollout.engine import Adapter, Engine
+from shared.adapters import ADAPTER_WEIGHTS
 from shared.errors import InvalidRequest, NoFreeSlot, RunConflict, StaleVersion, UnknownPolicy
 from shared.schemas import BASE_POLICY, AdapterManifest, PolicyId, ResidentPolicy
 
@@ -100,7 +101,7 @@ class PolicyStore:
     def adapter_file(self, version: int) -> Path:
         """The file of a resident version of the current run. Raises UnknownPolicy."""
         policy = self.newest.model_copy(update={"version": version})
-        return self._find(policy, probes=False).adapter.path / "adapter_model.safetensors"
+        return self._find(policy, probes=False).adapter.path / ADAPTER_WEIGHTS
 
     def holds(self, path: Path) -> bool:
         """True when a resident version lives in the folder `path`."""

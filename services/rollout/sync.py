@@ -26,6 +26,8 @@ from services.rollout.adapter_values import ValueScan, check_values
 from services.rollout.base import Base
 from services.rollout.policies import PolicyStore, VerifiedAdapter
 from shared.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     AdapterHeader,
     check_digest,
     check_tensors,
@@ -33,13 +35,12 @@ from shared.adapters import (
     peft_config,
     read_header,
 )
-from shared.checkpoints import identity_difference
 from shared.errors import BaseMismatch, InvalidAdapter, Unavailable
 from shared.metrics import RolloutMetrics
+from shared.model_folder import identity_difference
 from shared.schemas import RolloutLimits, SyncReceipt
 
 log = logging.getLogger(__name__)
-_FILE_NAME = "adapter_model.safetensors"  # PEFT's and vLLM's
 _PIECE_BYTES = 4 << 20
 
 
@@ -95,7 +96,7 @@ class AdapterReceiver:
             path = Path(tempfile.mkdtemp(dir=self._dir))
         started = time.perf_counter()
         try:
-            num_bytes, scan = await self._store(body, path / _FILE_NAME, announced)
+            num_bytes, scan = await self._store(body, path / ADAPTER_WEIGHTS, announced)
         except BaseException:
             shutil.rmtree(path)
             raise
@@ -192,7 +193,7 @@ class AdapterReceiver:
         return num_bytes, scan
 
     def _verify(self, upload: _Upload, options: SyncOptions) -> VerifiedAdapter:
-        file = upload.folder / _FILE_NAME
+        file = upload.folder / ADAPTER_WEIGHTS
         header = read_header(file)
         self._check_base_and_rank(header)
         adapter = VerifiedAdapter(header.manifest, upload.digest, upload.folder, upload.num_bytes)
@@ -205,7 +206,7 @@ class AdapterReceiver:
             check_values(file, header, upload.scan)
         config = peft_config(header.manifest, str(self._base.path))
         with self._full_disk():
-            (upload.folder / "adapter_config.json").write_text(json.dumps(config))
+            (upload.folder / ADAPTER_CONFIG).write_text(json.dumps(config))
         return adapter
 
     @contextlib.contextmanager

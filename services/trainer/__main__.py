@@ -23,37 +23,38 @@ def main() -> int:
 def _serve() -> int:
     from services.server import Server, read_settings
     from services.trainer.app import create_app
-    from services.trainer.policy import ranks
+    from services.trainer.followers import follow, followers, num_processes, own_rank
+    from services.trainer.learner.learner import load_learner
     from services.trainer.settings import TrainerSettings
     from services.trainer.trainer import Trainer
     from shared.auth import check_bind
     from shared.logs import configure_logging
 
     settings = read_settings(TrainerSettings)
-    rank = ranks.own_rank()
+    rank = own_rank()
     configure_logging(f"trainer-{rank}" if rank else "trainer", settings.log_level)
     # It would fetch optional kernels from a hub, and warns at every start that it could not.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         check_bind(settings.host, settings.api_key)
-        num_processes = ranks.num_processes(settings.data_parallel_size, settings.device)
+        size = num_processes(settings.data_parallel_size, settings.device)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     if rank:
-        return ranks.follow(Trainer(settings).load_policy)
-    followers = contextlib.ExitStack()
+        return follow(lambda: load_learner(settings))
+    processes = contextlib.ExitStack()
     trainer = Trainer(
         settings,
         on_exit=lambda code: server.exit(code),
         on_stuck=lambda: os._exit(1),  # followers end with this process
-        abandon_boot=lambda: _leave(server.exit_code, followers),
+        abandon_boot=lambda: _leave(server.exit_code, processes),
     )
     server = Server(
         create_app(trainer), host=settings.host, port=settings.port, on_stop=trainer.shut_down
     )
-    with followers:
-        followers.enter_context(ranks.followers(num_processes))
+    with processes:
+        processes.enter_context(followers(size))
         return server.run_until_exit()
 
 

@@ -10,40 +10,32 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
-from services.boot import report, settle_memory
-from services.trainer.data.datasets import Consumed, Prompt, RowStream, load_pairs, load_prompts
-from services.trainer.durable import new_folder
-from services.trainer.fleet.conformance import Conformance, Probe, make_probe
+from services.boot import report
+from services.trainer.fleet.conformance import Conformance, Probe
 from services.trainer.fleet.fleet import Fleet
 from services.trainer.fleet.member import Requirements
+from services.trainer.learner.learner import Learner, load_learner
 from services.trainer.policy.policy import Policy
 from services.trainer.preflight import check_start
-from services.trainer.rewards.scorer import Scorer
-from services.trainer.run.checkpoints import Checkpoints, write_adapter
 from services.trainer.run.external_updates import ExternalUpdates
 from services.trainer.run.folder import (
     RunFolder,
-    dataset_digest,
     is_unattended,
     newest_unfinished,
     read_config,
 )
-from services.trainer.run.log import RunLog
-from services.trainer.run.loop import Run, train, unless_stopped
+from services.trainer.run.loop import run_steps, unless_stopped
+from services.trainer.run.prepare import prepare, save_adapter
 from services.trainer.run.recent import in_words
+from services.trainer.run.run import Run
 from services.trainer.run.stalls import stalls
-from services.trainer.run.tracking import TrackedRun, check_tracking
-from services.trainer.run_config import PreferenceDataset, RunConfig
+from services.trainer.run_config import RunConfig
 from services.trainer.settings import TrainerSettings
 from shared.errors import (
-    InvalidRequest,
     NotFound,
     NotReady,
     RunConflict,
@@ -56,7 +48,6 @@ from shared.schemas import (
     CompletionsResponse,
     PolicyId,
     PolicyStatus,
-    PreferencePair,
     RunEvent,
     RunState,
     RunStatus,
@@ -124,7 +115,7 @@ class Trainer:
             probe_timeout_s=settings.probe_timeout_s,
             metrics=self.metrics,
         )
-        self._policy: Policy | None = None
+        self._learner: Learner | None = None
         self._state: Literal["starting", "ready", "dead"] = "starting"
         self._detail = "loading the model"
         self._current: _CurrentRun | None = None
@@ -149,14 +140,14 @@ class Trainer:
         try:
             await asyncio.to_thread(check_start, self.settings)
             what = f"TRAINER_MODEL {self.settings.model} cannot be loaded"
-            policy = await asyncio.to_thread(self.load_policy)
+            learner = await asyncio.to_thread(load_learner, self.settings)
         except Exception as error:  # whatever it is, the process is of no use: say it and exit
             self._detail, exit_code = report(log, what, error)
             self._state = "dead"
             self._on_exit(exit_code)
             return
         async with self._starting_run:  # whoever posts a run now comes after the unfinished one
-            self._policy = policy
+            self._learner = learner
             await self._take_up_unfinished()
             self._state, self._detail = "ready", ""
             log.info(
@@ -182,21 +173,6 @@ class Trainer:
                 error.detail if isinstance(error, ServiceError) else error,
                 exc_info=trace,
             )
-
-    def load_policy(self) -> Policy:
-        device = self.settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        policy = Policy.load(
-            self.settings.model,
-            device=device,
-            load_in_4bit=self.settings.load_in_4bit,
-            gradient_checkpointing=self.settings.gradient_checkpointing,
-            offload_activations=self.settings.offload_activations,
-            kept_adapters=self.settings.kept_adapters,
-        )
-        settle_memory()
-        return policy
 
     def shut_down(self) -> None:
         """SIGTERM: finish the step that runs, then exit 0. The run goes on in the next process,
@@ -231,9 +207,13 @@ class Trainer:
 
     @property
     def policy(self) -> Policy:
-        if self._policy is None:
+        return self.learner.policy
+
+    @property
+    def learner(self) -> Learner:
+        if self._learner is None:
             raise self._not_ready()
-        return self._policy
+        return self._learner
 
     def check_ready(self) -> None:
         """Raises NotReady before the policy is loaded, and the unfinished run taken up."""
@@ -251,7 +231,7 @@ class Trainer:
         Raises InvalidRequest for a config that cannot run, RunConflict when one is running, and
         Conflict for a run of that id that cannot go on.
         """
-        _ = self.policy
+        _ = self.learner
         async with self._starting_run:
             return await self._start(config)
 
@@ -267,7 +247,10 @@ class Trainer:
             await asyncio.wait({current.task})  # it leaves its folder
         run_id = config.run_id or time.strftime("run-%Y%m%d-%H%M%S-") + secrets.token_hex(2)
         config = config.model_copy(update={"run_id": run_id})
-        current = await self._prepare(config)
+        prepared = await prepare(
+            config, self.learner, self._fleet, runs_dir=self.settings.runs_dir, metrics=self.metrics
+        )
+        current = _CurrentRun(prepared.run, prepared.folder, prepared.probe)
         run = current.run
         detail = "waiting for a replica"
         if config.needs_replicas and self._knows_no_replica:
@@ -282,92 +265,6 @@ class Trainer:
         current.task = asyncio.create_task(self._execute(current))
         self._current = current
         return self.run_status()
-
-    async def _prepare(self, config: RunConfig) -> _CurrentRun:
-        """Everything a run needs, as of its last checkpoint if it has one."""
-        assert config.run_id
-        policy, path, folder = self.policy, self.settings.runs_dir / config.run_id, None
-        scorer: Scorer | None = None
-        try:
-            await asyncio.to_thread(check_tracking, config.tracking)
-            if await asyncio.to_thread(path.exists):
-                folder = await asyncio.to_thread(RunFolder.reopen, path, config, policy.identity)
-            checkpoints = Checkpoints(
-                path, config.checkpoint, source=policy.source, metrics=self.metrics
-            )
-            saved = await asyncio.to_thread(checkpoints.load)
-            if saved and config.num_steps and config.num_steps < saved.state.step:
-                raise InvalidRequest(
-                    f"num_steps is {config.num_steps}, run {config.run_id!r} has taken "
-                    f"{saved.state.step} already: set it to more"
-                )
-            data = await asyncio.to_thread(_load_data, config, policy)
-            dataset = await asyncio.to_thread(dataset_digest, (*data.prompts, *data.pairs))
-            if folder:
-                folder.refuse_other_dataset(config, dataset)
-            scorer = Scorer(config.rewards, policy.encoder)
-            datasets = {"dataset": data.prompts, "eval.dataset": data.held_out}
-            await scorer.check({name: prompts for name, prompts in datasets.items() if prompts})
-            incarnation = folder.life.incarnation + 1 if folder else 1
-            begin = PolicyId(run_id=config.run_id, incarnation=incarnation, version=0)
-            await asyncio.to_thread(
-                policy.start,
-                begin,
-                config.lora,
-                config.optimizer,
-                seed=config.seed,
-                algorithm=config.algorithm,
-            )
-            probe = await asyncio.to_thread(
-                make_probe, policy, data.prompt_token_ids, config.conformance, seed=config.seed
-            )
-            policy.set_probe(probe.sequences)
-            if folder is None:
-                folder = await asyncio.to_thread(
-                    RunFolder.create, path, config, policy.identity, dataset=dataset
-                )
-            else:
-                await asyncio.to_thread(folder.begin_life, config)
-            if saved:
-                version = saved.state.policy.version
-                restored = begin.model_copy(update={"version": version})
-                await asyncio.to_thread(policy.restore, restored, saved.snapshot)
-            run = Run(
-                config=config,
-                policy=policy,
-                fleet=self._fleet,
-                log=RunLog(
-                    path,
-                    self.metrics,
-                    positions=saved.state.log_positions if saved else {},
-                    first_step=saved.state.step if saved else 0,
-                    tracked=TrackedRun(
-                        trackers=config.tracking,
-                        run_id=config.run_id,
-                        is_new=incarnation == 1,
-                        folder=path,
-                        settings=config.public_settings(),
-                    ),
-                ),
-                prompts=RowStream(data.prompts, seed=config.seed),
-                pairs=RowStream(data.pairs, seed=config.seed),
-                consumed=Consumed(saved.state.consumed) if saved else Consumed(),
-                checkpoints=checkpoints,
-                first_step=saved.state.step if saved else 0,
-                scorer=scorer,
-                held_out=data.held_out,
-                stop=asyncio.Event(),
-            )
-            scorer.on_stall = partial(_say_stalled, run, self.metrics)
-        except BaseException as error:
-            if scorer:
-                scorer.close()
-            if folder:
-                folder.close()
-            if isinstance(error, ValueError):
-                raise InvalidRequest(str(error)) from error
-            raise
-        return _CurrentRun(run, folder, probe)
 
     async def _execute(self, current: _CurrentRun) -> None:
         """The task of a run: whatever ends it is its last event."""
@@ -392,7 +289,7 @@ class Trainer:
             if not run.stop.is_set():
                 if run.config.managed:
                     await run.log.emit(StateRecord(state="running"))
-                    await train(run)
+                    await run_steps(run)
                 else:
                     await run.log.emit(
                         StateRecord(state="external", detail="waiting for POST /train")
@@ -400,7 +297,7 @@ class Trainer:
                     await run.stop.wait()
             async with current.updates.lock:  # an update that runs is finished and answered
                 pass
-            await run.checkpoints.save(run, run.policy.id.version)
+            await run.save(run.policy.id.version)
             num_steps = run.config.num_steps
             is_complete = num_steps is not None and run.policy.id.version >= num_steps
             state = "completed" if is_complete else current.state_if_stopped
@@ -408,7 +305,7 @@ class Trainer:
         except ServiceError as error:
             log.error("run %s failed: %s", run.config.run_id, error.detail)
             if isinstance(error, UnsuitableForTraining):  # nothing of the refused update is left
-                await run.checkpoints.save(run, run.policy.id.version)
+                await run.save(run.policy.id.version)
             await self._end(run, StateRecord(state=current.state_if_failed, detail=error.detail))
         except asyncio.CancelledError:
             detail = "the trainer was stopped within a step"
@@ -551,50 +448,6 @@ class Trainer:
             state=self._state,
             detail=self._detail,
             model=self.settings.model,
-            base=self._policy.identity if self._policy else None,
+            base=self._learner.policy.identity if self._learner else None,
             run=self.run_status() if self._current else None,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Data:
-    prompts: Sequence[Prompt] = ()
-    pairs: Sequence[PreferencePair] = ()
-    held_out: Sequence[Prompt] = ()
-
-    @property
-    def prompt_token_ids(self) -> list[tuple[int, ...]]:
-        prompts = [prompt.token_ids for prompt in (*self.prompts, *self.held_out)]
-        return [*(pair.prompt_token_ids for pair in self.pairs), *prompts]
-
-
-def _load_data(config: RunConfig, policy: Policy) -> _Data:
-    data = _Data()
-    if isinstance(config.dataset, PreferenceDataset):
-        pairs = load_pairs(config.dataset, policy.encoder, max_positions=policy.max_positions)
-        data = replace(data, pairs=pairs)
-    elif config.dataset:
-        prompts = load_prompts(config.dataset, policy.encoder, seed=config.seed)
-        data = replace(data, prompts=prompts)
-    if config.eval:
-        held_out = load_prompts(
-            config.eval.dataset, policy.encoder, seed=config.seed, held_out=True
-        )
-        data = replace(data, held_out=held_out[: config.eval.num_prompts])
-    return data
-
-
-async def _say_stalled(run: Run, metrics: TrainerMetrics, why: str) -> None:
-    """Have whoever follows the run see which rewards it waits for; "" when they come again."""
-    metrics.record_reward_outage(bool(why))
-    if run.log.state == "running" and run.log.detail != why:  # several batches wait at once
-        await run.log.emit(StateRecord(state="running", detail=why))
-
-
-def save_adapter(run: Run) -> None:
-    """Write the current adapter in PEFT's format to `<run_dir>/adapter`; nothing for version 0."""
-    if run.policy.id.is_base:
-        return
-    adapter = run.policy.publish()
-    with new_folder(run.log.run_dir / "adapter", replace=True) as folder:
-        write_adapter(folder, adapter.content, adapter.manifest, run.policy.source)

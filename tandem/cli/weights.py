@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from shared.adapters import from_peft, read_header
+from shared.adapters import ADAPTER_WEIGHTS, from_peft, read_header
 from shared.errors import InvalidAdapter, ServiceError
 from shared.schemas import AdapterManifest, BaseIdentity, PolicyId, SyncReceipt
 from tandem.cli.connect import (
@@ -36,8 +36,6 @@ from tandem.cli.connect import (
 
 if TYPE_CHECKING:
     from tandem.export import TrainedPolicy
-
-_WEIGHTS = "adapter_model.safetensors"
 
 
 def register(app: typer.Typer) -> None:
@@ -134,7 +132,7 @@ def _print_receipts(pushed: list[_Pushed]) -> None:
 
 def _adapter_file(path: Path, run_id: str | None, version: int, base: BaseIdentity | None) -> bytes:
     """What to push: our own file as it is, PEFT's under a manifest for `base`."""
-    weights = path / _WEIGHTS if path.is_dir() else path
+    weights = path / ADAPTER_WEIGHTS if path.is_dir() else path
     if not path.is_dir() or _is_ours(weights):
         if run_id is not None:
             raise ValueError(f"--run-id: {path} names its policy itself; leave it out")
@@ -151,7 +149,8 @@ def _adapter_file(path: Path, run_id: str | None, version: int, base: BaseIdenti
         run_id = run_id or f"peft-{hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}"
     except OSError as error:
         raise InvalidAdapter(
-            f"{path} has no readable {_WEIGHTS}: save the adapter there with save_pretrained()"
+            f"{path} has no readable {ADAPTER_WEIGHTS}: save the adapter there with "
+            "save_pretrained()"
         ) from error
     return from_peft(path, PolicyId(run_id=run_id, version=version), base)
 

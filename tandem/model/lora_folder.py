@@ -12,36 +12,37 @@ import torch
 from torch import Tensor
 
 from services.trainer.durable import write_file
-from services.trainer.policy.policy import PublishedAdapter
+from services.trainer.policy.adapter import PublishedAdapter
 from services.trainer.run_config import LoraConfig
-from shared.adapters import peft_config
+from shared.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config
 
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PER_MODULE = ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save")
 
 
 def is_lora_folder(path: Path) -> bool:
-    return (path / _CONFIG).is_file() and not (path / "config.json").exists()
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
 
 
 def write_lora(folder: Path, adapter: PublishedAdapter, base_model: str) -> None:
     """Each file is whole or as it was; what else is in the folder stays."""
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(peft_config(adapter.manifest, base_model), indent=2).encode()
-    write_file(folder / _WEIGHTS, adapter.content)
-    write_file(folder / _CONFIG, config)
+    write_file(folder / ADAPTER_WEIGHTS, adapter.content)
+    write_file(folder / ADAPTER_CONFIG, config)
 
 
 def read_lora_config(folder: Path) -> tuple[LoraConfig, str]:
     """Rank, factor and modules of an adapter, and the base it was made for. Raises ValueError."""
     try:
-        config: dict[str, Any] = json.loads((folder / _CONFIG).read_text())
+        config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} has no {_CONFIG}: name a folder that save_lora, PEFT or Unsloth wrote"
+            f"{folder} has no {ADAPTER_CONFIG}: name a folder that save_lora, PEFT or Unsloth wrote"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{folder / _CONFIG} is not JSON ({error}): save it again") from error
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG} is not JSON ({error}): save it again"
+        ) from error
     if found := [name for name in _PER_MODULE if config.get(name)]:
         raise ValueError(
             f"{folder} is an adapter with {found[0]}, which replicas do not serve: train one "
@@ -80,10 +81,10 @@ def read_lora(
             f"load the model with max_lora_rank={lora.rank} or more"
         )
     try:
-        found = load_file(folder / _WEIGHTS)
+        found = load_file(folder / ADAPTER_WEIGHTS)
     except (FileNotFoundError, SafetensorError) as error:
         raise ValueError(
-            f"{folder / _WEIGHTS} cannot be read ({error}): save the adapter again"
+            f"{folder / ADAPTER_WEIGHTS} cannot be read ({error}): save the adapter again"
         ) from error
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     for name, tensor in found.items():
@@ -99,7 +100,7 @@ def read_lora(
         rows, columns = tensor.shape
         tensors[name][:rows, :columns] = tensor.float() * factor
     if not found:
-        raise ValueError(f"{folder / _WEIGHTS} has no tensor: save the adapter again")
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS} has no tensor: save the adapter again")
     return tensors
 
 

@@ -29,29 +29,24 @@ from torch.utils.checkpoint import checkpoint
 from services.base_model import resolve_checkpoint
 from services.boot import one_line
 from services.machine import gpus
-from services.trainer.fleet.conformance import Conformance, make_probe
+from services.trainer.fleet.conformance import Conformance
 from services.trainer.fleet.member import Requirements
+from services.trainer.fleet.probe import make_probe
 from services.trainer.policy.attention import plain_attention
 from services.trainer.policy.policy import Policy
-from services.trainer.policy.samples import (
-    Sample,
+from services.trainer.policy.samples import Sample, group_indices
+from services.trainer.policy.token_batch import (
     TokenBatch,
     collate,
-    group_indices,
     make_trees,
     micro_batches,
 )
 from services.trainer.preflight import check_fits
-from services.trainer.run_config import ConformanceConfig, LoraConfig, OptimizerConfig
+from services.trainer.run_config import ConformanceConfig, LoraConfig
 from shared.adapters import LINEAR_MODULES
 from shared.http_client import ROLLOUT_PORT, service_url
 from shared.schemas import PolicyId, ServingMode
-from tandem.model.engine import (
-    LoRARequest,
-    RequestOutput,
-    RolloutEngine,
-    without_engine,
-)
+from tandem.model.engine import RolloutEngine, without_engine
 from tandem.model.load_options import (
     check_dtype,
     check_load_options,
@@ -66,6 +61,7 @@ from tandem.model.lora_folder import (
     read_lora_config,
     write_lora,
 )
+from tandem.model.outputs import LoRARequest, RequestOutput
 
 _MIN_CONTEXT = 16  # tokens; the probe of the replicas needs them
 _MAX_POSITIONS = 8192  # of one forward of `logprobs`
@@ -260,7 +256,7 @@ class PolicyModel(torch.nn.Module):
         """A fresh LoRA, which is version 0 of a run of its own on the replicas."""
         policy = self.policy
         run = PolicyId(run_id=f"own-{secrets.token_hex(4)}", version=0)
-        policy.start(run, lora, OptimizerConfig(), seed=seed)
+        policy.start(run, lora, seed=seed)
         self.peft_model = policy.model
         self.train()
         self._num_versions = 0
@@ -309,7 +305,7 @@ class PolicyModel(torch.nn.Module):
             fingerprint = self._fingerprint()
             if fingerprint != self._pushed:
                 self._check_finite()
-                self.policy.name(self._next_version())
+                self.policy.set_version(self._next_version())
                 self._engine.push(self.policy.publish(), timeout_s=self._ready_timeout_s)
                 self._pushed = fingerprint
             return self.policy.id

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from services.trainer.learner.learner import Learner
 from services.trainer.policy.policy import Policy
 from services.trainer.run_config import LoraConfig, OptimizerConfig
 from shared.schemas import PolicyId
@@ -59,9 +60,14 @@ def replicas(tmp_path_factory: pytest.TempPathFactory, wide_checkpoint: Path) ->
 
 
 @pytest.fixture(scope="session")
-def policy(wide_checkpoint: Path, replicas: Replicas) -> Policy:
+def learner(wide_checkpoint: Path, replicas: Replicas) -> Learner:
     """A QLoRA policy at version 0 of a run. It loads while the replicas boot."""
-    policy = Policy.load(str(wide_checkpoint), device=machine.DEVICE)
+    learner = Learner(Policy.load(str(wide_checkpoint), device=machine.DEVICE))
     start = PolicyId(run_id="trained", version=0)
-    policy.start(start, LORA, OptimizerConfig(), seed=0)
-    return policy
+    learner.start(start, LORA, OptimizerConfig(), seed=0)
+    return learner
+
+
+@pytest.fixture(scope="session")
+def policy(learner: Learner) -> Policy:
+    return learner.policy

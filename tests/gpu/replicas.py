@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shared.adapters import expected_shapes
-from shared.checkpoints import linear_shapes
+from shared.model_folder import linear_shapes
 from shared.rollout_client import RolloutClient
 from shared.schemas import PolicyId, ScoreRequest
 from tests.adapters import adapter_file, make_manifest

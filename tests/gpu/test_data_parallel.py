@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.trainer.learner.learner import Learner
 from services.trainer.policy.policy import Policy
 from services.trainer.run_config import OptimizerConfig
 from shared.schemas import PolicyId
@@ -37,22 +38,22 @@ class Update:
     grad_norm: float
 
 
-def update(policy: Policy) -> Update:
+def update(learner: Learner) -> Update:
     """Of a policy whose adapter is not fresh: neither half of its gradient is 0."""
-    policy.start(VERSION_1, LORA, OptimizerConfig(warmup_steps=0), seed=0)
-    snapshot = policy.snapshot()
+    learner.start(VERSION_1, LORA, OptimizerConfig(warmup_steps=0), seed=0)
+    snapshot = learner.snapshot()
     shapes = {name: tuple(tensor.shape) for name, tensor in snapshot.lora.items()}
     lora = lora_tensors(shapes, LORA.scaling, seed=1, strength=TRAINED)
     floats = {name: tensor.float() for name, tensor in lora.items()}
-    policy.restore(VERSION_1, dataclasses.replace(snapshot, lora=floats))
+    learner.restore(VERSION_1, dataclasses.replace(snapshot, lora=floats))
     gradients: list[Tensor] = []
-    add_gradients = policy.ranks.add_gradients
+    add_gradients = learner.ranks.add_gradients
 
     def add_and_look(parameters: Sequence[Tensor]) -> None:
         add_gradients(parameters)
         gradients.extend(p.grad.flatten().float().cpu() for p in parameters if p.grad is not None)
 
-    policy.ranks.add_gradients = add_and_look  # type: ignore[method-assign]
+    learner.ranks.add_gradients = add_and_look  # type: ignore[method-assign]
     samples = [
         make_sample(
             i,
@@ -62,17 +63,17 @@ def update(policy: Policy) -> Update:
         )
         for i in range(NUM_SAMPLES)
     ]
-    stats = policy.update(samples, PLAIN, max_tokens_per_micro_batch=MAX_TOKENS, guards=NO_GUARDS)
+    stats = learner.update(samples, PLAIN, max_tokens_per_micro_batch=MAX_TOKENS, guards=NO_GUARDS)
     return Update(torch.cat(gradients), stats.loss, stats.grad_norm)
 
 
 def main(checkpoint: str, device: str, results: str) -> None:
     """Both ranks; the first writes what came out."""
-    policy = Policy.load(checkpoint, device=device)
-    if policy.ranks.rank == 0:
-        torch.save(dataclasses.asdict(update(policy)), results)
+    learner = Learner(Policy.load(checkpoint, device=device))
+    if learner.ranks.rank == 0:
+        torch.save(dataclasses.asdict(update(learner)), results)
         return
-    while policy.ranks.obey(policy):
+    while learner.ranks.obey(learner):
         pass
 
 
@@ -90,7 +91,7 @@ def test_two_gpus_compute_the_gradient_of_one(wide_checkpoint: Path, tmp_path: P
     )
     assert results.exists(), ended.stdout
     two = Update(**torch.load(results))
-    one = update(Policy.load(str(wide_checkpoint), device=machine.DEVICE))
+    one = update(Learner(Policy.load(str(wide_checkpoint), device=machine.DEVICE)))
     # bf16 in micro-batches that are cut otherwise.
     assert (two.gradient - one.gradient).norm() <= 0.02 * one.gradient.norm()
     assert two.grad_norm == pytest.approx(one.grad_norm, rel=0.02)

@@ -7,23 +7,26 @@ from contextlib import nullcontext
 
 import torch
 
+from services.trainer.learner.learner import Learner
 from services.trainer.policy.offload import inputs_on_host
-from services.trainer.policy.policy import Policy
-from services.trainer.policy.samples import Tree, collate
+from services.trainer.policy.token_batch import Tree, collate
 from tests.trainer.conftest import make_sample
 
 NUM_SAMPLES, LENGTH = 16, 512
 
 
-def test_they_come_back_as_they_left(policy: Policy, report: Callable[[str, object], None]) -> None:
+def test_they_come_back_as_they_left(
+    learner: Learner, report: Callable[[str, object], None]
+) -> None:
     """Three times, each from memory that the last one has freed."""
+    policy = learner.policy
     samples = [
         make_sample(i, advantage=1.0, num_prompt=LENGTH // 2, num_completion=LENGTH // 2)
         for i in range(NUM_SAMPLES)
     ]
     trees = [Tree((i,), sample.length - 1) for i, sample in enumerate(samples)]
     batch = collate(samples, trees, layout=policy.layout).to(policy.device)
-    parameters = policy.optimizer.parameters
+    parameters = learner.optimizer.parameters
 
     def gradient(*, parks: bool) -> tuple[torch.Tensor, float]:
         torch.cuda.reset_peak_memory_stats()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shared.checkpoints import linear_shapes
+from shared.model_folder import linear_shapes
 from shared.rollout_client import RolloutClient
 from shared.schemas import GenerateRequest, RunStatus, SamplingParams, ScoreRequest
 from tests.publisher import PROBE, Publisher

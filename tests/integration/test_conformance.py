@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 
 from services.trainer.data.datasets import load_prompts
-from services.trainer.fleet.conformance import RESOLVABLE, Conformance, Probe, distance, make_probe
-from services.trainer.policy.policy import Policy, PublishedAdapter
+from services.trainer.fleet.conformance import (
+    RESOLVABLE,
+    Conformance,
+    Probe,
+    distance,
+)
+from services.trainer.fleet.probe import make_probe
+from services.trainer.learner.learner import Learner
+from services.trainer.policy.adapter import PublishedAdapter
+from services.trainer.policy.policy import Policy
 from services.trainer.run_config import (
     ConformanceConfig,
     LoraConfig,
@@ -133,11 +141,16 @@ def random_lora(policy: Policy, strength: float, seed: int) -> Mapping[str, Tens
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_checkpoint: Path) -> Policy:
-    policy = Policy.load(str(tiny_checkpoint), device="cpu")
+def learner(tiny_checkpoint: Path) -> Learner:
+    learner = Learner(Policy.load(str(tiny_checkpoint), device="cpu"))
     start = PolicyId(run_id="trained", version=0)
-    policy.start(start, LORA, OptimizerConfig(learning_rate=1e-3, warmup_steps=0), seed=0)
-    return policy
+    learner.start(start, LORA, OptimizerConfig(learning_rate=1e-3, warmup_steps=0), seed=0)
+    return learner
+
+
+@pytest.fixture(scope="module")
+def policy(learner: Learner) -> Policy:
+    return learner.policy
 
 
 @pytest.fixture(scope="module")
@@ -183,15 +196,16 @@ async def test_no_adapter_raises_an_alarm_over_an_fp8_kv_cache(
     await no_alarms(fp8_run, strength)
 
 
-async def test_every_version_of_a_training_passes(run: Run, policy: Policy, probe: Probe) -> None:
+async def test_every_version_of_a_training_passes(run: Run, learner: Learner, probe: Probe) -> None:
     """Small steps: neighbours are alike, and the effect grows out of the noise."""
     await run.admit()
-    policy.start(run.start, LORA, OptimizerConfig(learning_rate=3e-4, warmup_steps=0), seed=1)
+    policy = learner.policy
+    learner.start(run.start, LORA, OptimizerConfig(learning_rate=3e-4, warmup_steps=0), seed=1)
     policy.set_probe(probe.sequences)
     effects = []
     for step in range(10):
         samples = [make_sample(16 * step + i, advantage=(-1.0) ** i) for i in range(16)]
-        policy.update(samples, PLAIN, max_tokens_per_micro_batch=4096)
+        learner.update(samples, PLAIN, max_tokens_per_micro_batch=4096)
         adapter = policy.publish()
         await run.prove(adapter)
         effects.append(run.effect(adapter))

@@ -9,8 +9,8 @@ from statistics import fmean
 
 import pytest
 
-from shared.checkpoints import linear_shapes
 from shared.errors import InvalidRequest, NoFreeSlot, UnknownPolicy
+from shared.model_folder import linear_shapes
 from shared.rollout_client import RolloutClient
 from shared.schemas import StateRecord, StepRecord, StreamTokens
 from shared.trainer_client import TrainerClient

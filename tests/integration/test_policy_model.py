@@ -25,7 +25,8 @@ from torch.nn.functional import logsigmoid, mse_loss
 from examples.own_loop.__main__ import accuracy, train
 from services.processes import ProcessFailed
 from shared.errors import RunConflict
-from tandem.model.engine import RequestOutput, RolloutEngine
+from tandem.model.engine import RolloutEngine
+from tandem.model.outputs import RequestOutput
 from tandem.model.policy_model import PolicyModel
 from tests.publisher import Publisher
 from tests.replica_process import ReplicaProcess, eventually, start_replica, wait_until_ready

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from services.rollout.base import Base, prepare_base
-from shared.checkpoints import base_identity, identity_difference, linear_shapes, weight_files
+from shared.model_folder import base_identity, identity_difference, linear_shapes, weight_files
 from shared.schemas import QuantizationRecipe
 
 RECIPE = QuantizationRecipe()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from services.rollout.policies import Admission, Lease, PolicyStore, VerifiedAdapter
+from shared.adapters import ADAPTER_WEIGHTS
 from shared.errors import InvalidAdapter, NoFreeSlot, RunConflict, StaleVersion, UnknownPolicy
 from shared.schemas import BASE_POLICY, AdapterManifest, BaseIdentity, PolicyId, SamplingParams
 from tests.fake_engine import FakeEngine
@@ -341,7 +342,7 @@ async def run(fakes: Store, name: str, policy: PolicyId, *, interruptible: bool 
 
 async def test_the_adapter_file_is_found_by_version_while_it_is_resident(fakes: Store) -> None:
     await fakes.admit(v(1))
-    assert fakes.store.adapter_file(1) == fakes.root / "1" / "adapter_model.safetensors"
+    assert fakes.store.adapter_file(1) == fakes.root / "1" / ADAPTER_WEIGHTS
     assert fakes.store.holds(fakes.root / "1")
     for version in (0, 2):
         with pytest.raises(UnknownPolicy):

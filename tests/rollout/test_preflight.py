@@ -19,7 +19,7 @@ from services.rollout.preflight import (
 )
 from services.rollout.settings import RolloutSettings, prepare_environment
 from services.server import read_settings
-from shared.checkpoints import linear_shapes
+from shared.model_folder import linear_shapes
 
 GIB = 1 << 30
 

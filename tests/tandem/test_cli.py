@@ -19,8 +19,8 @@ import pytest
 from rich.console import Console
 
 from shared.adapters import read_header
-from shared.checkpoints import base_identity, linear_shapes
 from shared.errors import InvalidRequest, RunConflict
+from shared.model_folder import base_identity, linear_shapes
 from shared.schemas import (
     BaseIdentity,
     EvalRecord,

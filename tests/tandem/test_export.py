@@ -14,12 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from services.trainer.learner.learner import Learner
+from services.trainer.policy.adapter import write_adapter
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import Sample
-from services.trainer.run.checkpoints import write_adapter
 from services.trainer.run_config import LoraConfig, OptimizerConfig
 from shared.adapters import manifest_metadata
-from shared.checkpoints import linear_shapes
+from shared.model_folder import linear_shapes
 from tandem.export import TrainedPolicy, read_policy, write_merged, write_peft
 from tests.publisher import PROBE
 from tests.reference_model import ReferenceModel
@@ -30,22 +31,22 @@ ROUNDING = 0.05  # nats: one rounding of a weight to bf16, where the trainer add
 
 
 @pytest.fixture
-def policy(loaded_policy: Policy) -> Policy:
-    loaded_policy.start(
+def learner(loaded_learner: Learner) -> Learner:
+    loaded_learner.start(
         VERSION_0,
         LoraConfig(rank=8, alpha=16),
         OptimizerConfig(learning_rate=2e-2, warmup_steps=0),
         seed=0,
     )
-    return loaded_policy
+    return loaded_learner
 
 
 @pytest.fixture
-def trained(policy: Policy, samples: list[Sample], tiny_checkpoint: Path) -> TrainedPolicy:
+def trained(learner: Learner, samples: list[Sample], tiny_checkpoint: Path) -> TrainedPolicy:
     """Five large updates away from the base."""
     for _ in range(5):
-        train_a_little(policy, samples)
-    published = policy.publish()
+        train_a_little(learner, samples)
+    published = learner.policy.publish()
     return TrainedPolicy(published.manifest, bytes(published.content), str(tiny_checkpoint))
 
 

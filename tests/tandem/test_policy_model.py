@@ -20,12 +20,13 @@ from transformers import AutoModelForCausalLM
 
 from services.trainer.fleet.fleet import Fleet
 from services.trainer.fleet.member import Requirements
+from services.trainer.policy.adapter import PublishedAdapter
 from services.trainer.policy.attention import NAME, packed_attention, plain_attention
-from services.trainer.policy.policy import PublishedAdapter
 from services.trainer.run_config import LoraConfig
 from shared.errors import RunConflict
 from shared.schemas import ChatMessage, PolicyId, SamplingParams
-from tandem.model.engine import RolloutEngine, read_prompts, read_sampling
+from tandem.model.engine import RolloutEngine
+from tandem.model.inputs import read_prompts, read_sampling
 from tandem.model.policy_model import PolicyModel
 from tests.fake_replica import BASE, FakeProver, FakeReplica, adapter_of
 from tests.replica_process import eventually

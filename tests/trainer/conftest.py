@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from services.tokens import PromptEncoder
+from services.trainer.learner.learner import Learner
 from services.trainer.learner.stats import UpdateStats
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.ranks import Ranks
@@ -24,27 +25,33 @@ from services.trainer.run_config import (
     OptimizerConfig,
     ReinforceConfig,
 )
-from shared.checkpoints import base_identity
+from shared.model_folder import base_identity
 from shared.schemas import PolicyId
 
 VERSION_0 = PolicyId(run_id="test", version=0)
 
 
 @pytest.fixture(scope="session")
-def loaded_policy(tiny_checkpoint: Path) -> Policy:
-    return Policy.load(str(tiny_checkpoint), device="cpu")
+def loaded_learner(tiny_checkpoint: Path) -> Learner:
+    return Learner(Policy.load(str(tiny_checkpoint), device="cpu"))
 
 
 @pytest.fixture
-def policy(loaded_policy: Policy) -> Policy:
+def learner(loaded_learner: Learner) -> Learner:
     """Version 0 of a run with a fresh rank-8 adapter."""
-    loaded_policy.start(
+    loaded_learner.start(
         VERSION_0,
         LoraConfig(rank=8, alpha=16),
         OptimizerConfig(learning_rate=1e-3, warmup_steps=0),
         seed=0,
     )
-    return loaded_policy
+    return loaded_learner
+
+
+@pytest.fixture
+def policy(learner: Learner) -> Policy:
+    """The policy of `learner`."""
+    return learner.policy
 
 
 # The advantage of a token is the reward of its completion: tests choose them freely.

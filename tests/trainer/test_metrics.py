@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.trainer.policy.policy import Policy
+from services.trainer.learner.learner import Learner
 from services.trainer.trainer import Trainer
 from shared.errors import RunConflict
 from tests.trainer.test_trainer import (
@@ -27,9 +27,9 @@ def shown(trainer: Trainer, name: str, **labels: str) -> float | None:
 
 
 async def test_a_scrape_shows_the_state_and_the_bounds_of_the_run(
-    loaded_policy: Policy, tmp_path: Path
+    loaded_learner: Learner, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(loaded_policy, tmp_path)
+    trainer = make_trainer(loaded_learner, tmp_path)
     await join(trainer)
     assert shown(trainer, "run_state", state="external") == 0
     started_at = time.time()
@@ -61,9 +61,9 @@ async def test_a_scrape_shows_the_state_and_the_bounds_of_the_run(
 
 
 async def test_a_replica_that_lacks_the_newest_version_is_not_in_sync(
-    loaded_policy: Policy, tmp_path: Path
+    loaded_learner: Learner, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(loaded_policy, tmp_path)
+    trainer = make_trainer(loaded_learner, tmp_path)
     replica = await join(trainer)
     assert shown(trainer, "replicas_in_sync") == 0
     policy = (await trainer.start_run(external())).policy
@@ -76,9 +76,9 @@ async def test_a_replica_that_lacks_the_newest_version_is_not_in_sync(
 
 
 async def test_a_loop_that_samples_elsewhere_needs_no_replica(
-    loaded_policy: Policy, tmp_path: Path
+    loaded_learner: Learner, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(loaded_policy, tmp_path)
+    trainer = make_trainer(loaded_learner, tmp_path)
     await trainer.start_run(external())
     await trainer._run().ready.wait()
     assert shown(trainer, "run_min_ready_replicas") == 0

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from services.trainer.app import create_app
 from services.trainer.fleet.fleet import Fleet
+from services.trainer.learner.learner import Learner
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import Sample
 from services.trainer.run.log import RunLog
-from services.trainer.run.loop import Run
+from services.trainer.run.run import Run
 from services.trainer.run_config import RunConfig
 from services.trainer.settings import TrainerSettings
 from services.trainer.trainer import Trainer
@@ -68,16 +69,16 @@ MANAGED = RunConfig.model_validate(
 )
 
 
-def make_trainer(policy: Policy, runs_dir: Path) -> Trainer:
+def make_trainer(learner: Learner, runs_dir: Path) -> Trainer:
     """Ready, with no replica."""
     trainer = Trainer(TrainerSettings(model="tiny", runs_dir=runs_dir))
-    trainer._policy = policy
+    trainer._learner = learner
     return trainer
 
 
 @pytest.fixture
-async def trainer(loaded_policy: Policy, tmp_path: Path) -> AsyncIterator[Trainer]:
-    trainer = make_trainer(loaded_policy, tmp_path)
+async def trainer(loaded_learner: Learner, tmp_path: Path) -> AsyncIterator[Trainer]:
+    trainer = make_trainer(loaded_learner, tmp_path)
     yield trainer
     await trainer.stop()
 
@@ -297,21 +298,21 @@ async def test_a_run_of_a_trainer_that_was_told_to_exit_goes_on_in_the_next_one(
 
 
 async def test_a_step_that_does_not_end_in_time_is_left_to_the_next_process(
-    loaded_policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded_learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM has a bound, however long an update takes: nothing of it was kept or published."""
     left = []
     trainer = Trainer(
         TrainerSettings(model="tiny", runs_dir=tmp_path), on_stuck=lambda: left.append("exit")
     )
-    trainer._policy = loaded_policy
-    update, go_on = loaded_policy.update, threading.Event()
+    trainer._learner = loaded_learner
+    update, go_on = loaded_learner.update, threading.Event()
 
     def slow_update(*args: Any, **options: Any) -> Any:
         go_on.wait(WAIT_S)
         return update(*args, **options)
 
-    monkeypatch.setattr(loaded_policy, "update", slow_update)
+    monkeypatch.setattr(loaded_learner, "update", slow_update)
     monkeypatch.setattr("services.trainer.trainer._STOP_TIMEOUT_S", 0.1)
     policy = (await trainer.start_run(external(run_id="slow"))).policy
     training = asyncio.create_task(trainer.train(train_request(policy)))
@@ -328,7 +329,7 @@ async def test_a_step_that_does_not_end_in_time_is_left_to_the_next_process(
 
 
 async def test_a_boot_that_still_loads_is_abandoned_and_a_finished_one_is_not(
-    loaded_policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded_learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that has the model and now loads the data of a run that it takes up."""
     left: list[str] = []
@@ -340,14 +341,14 @@ async def test_a_boot_that_still_loads_is_abandoned_and_a_finished_one_is_not(
 
     monkeypatch.setattr("services.trainer.trainer.check_start", lambda settings: None)
     monkeypatch.setattr("services.trainer.trainer.newest_unfinished", slow_look)
-    monkeypatch.setattr(Trainer, "load_policy", lambda self: loaded_policy)
+    monkeypatch.setattr("services.trainer.trainer.load_learner", lambda _: loaded_learner)
     settings = TrainerSettings(model="tiny", runs_dir=tmp_path)
     for is_done in (False, True):
         trainer = Trainer(settings, abandon_boot=lambda: left.append("exit"))
         is_loading.clear()
         trainer.start()
         await asyncio.to_thread(is_loading.wait, WAIT_S)
-        assert trainer.policy is loaded_policy
+        assert trainer.learner is loaded_learner
         if is_done:
             assert trainer._boot_task
             await trainer._boot_task
@@ -371,11 +372,11 @@ async def test_a_stop_that_was_asked_for_stays_one_when_the_trainer_exits(traine
 
 
 async def test_a_run_is_not_executed_twice(
-    trainer: Trainer, loaded_policy: Policy, tmp_path: Path
+    trainer: Trainer, loaded_learner: Learner, tmp_path: Path
 ) -> None:
     """Nor does a trainer that boots beside the one that executes it take it up."""
     policy = (await trainer.start_run(external(run_id="mine"))).policy
-    other = make_trainer(loaded_policy, tmp_path)
+    other = make_trainer(loaded_learner, tmp_path)
     with pytest.raises(RunConflict, match="another trainer executes run 'mine'"):
         await other.start_run(external(run_id="mine"))
     await other._take_up_unfinished()
@@ -402,7 +403,7 @@ async def test_a_run_that_cannot_be_taken_up_does_not_keep_the_trainer_from_anot
     await history(trainer)
     await trainer.stop()
     (tmp_path / "mine/checkpoints/step-000001/optimizer.pt").write_bytes(b"")
-    restarted = make_trainer(trainer.policy, tmp_path)
+    restarted = make_trainer(trainer.learner, tmp_path)
     await restarted._take_up_unfinished()
     assert "the unfinished run is not taken up: no checkpoint in" in caplog.records[-1].message
     assert (await restarted.start_run(external(run_id="other"))).policy.incarnation == 1
@@ -436,10 +437,10 @@ async def test_a_run_that_is_stopped_within_its_last_step_is_completed(
     trainer: Trainer, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def last_step(run: Run) -> None:
-        train_a_little(run.policy, samples)
+        train_a_little(run.learner, samples)
         await trainer.stop_run()
 
-    monkeypatch.setattr("services.trainer.trainer.train", last_step)
+    monkeypatch.setattr("services.trainer.trainer.run_steps", last_step)
     await join(trainer)
     small = {"lora": EXTERNAL.lora, "sampling": SamplingParams(n=2, max_tokens=4)}
     await trainer.start_run(MANAGED.model_copy(update=small))
@@ -545,7 +546,7 @@ async def test_a_run_that_ended_keeps_its_policy_when_the_next_one_cannot_begin(
     last = await take_steps(trainer, 1)
     await trainer.stop_run()
     await end_of_run(trainer)
-    monkeypatch.setattr("services.trainer.trainer.make_probe", broken_device)
+    monkeypatch.setattr("services.trainer.run.prepare.make_probe", broken_device)
     with pytest.raises(RuntimeError):
         await trainer.start_run(external(run_id="new"))
     status = trainer.run_status()
@@ -627,14 +628,14 @@ async def test_an_offline_run_learns_from_its_pairs_without_a_replica(
 async def test_an_offline_run_that_stops_within_a_step_repeats_no_pair(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = trainer.policy.update
+    update = trainer.learner.update
 
     def stop_in_the_third(*args: Any, **options: Any) -> Any:
         if trainer.policy.id.version == 2:
             trainer._run().run.stop.set()
         return update(*args, **options)
 
-    monkeypatch.setattr(trainer.policy, "update", stop_in_the_third)
+    monkeypatch.setattr(trainer.learner, "update", stop_in_the_third)
     for state in ("stopped", "completed"):
         await trainer.start_run(offline(tmp_path))
         assert await end_of_run(trainer) == state
@@ -676,13 +677,13 @@ async def test_groups_that_cannot_be_compared_are_refused(trainer: Trainer) -> N
 
 
 async def test_an_offline_run_waits_for_no_replica_that_is_configured_and_gone(
-    loaded_policy: Policy, tmp_path: Path
+    loaded_learner: Learner, tmp_path: Path
 ) -> None:
     settings = TrainerSettings(
         model="tiny", runs_dir=tmp_path, rollout_urls="http://127.0.0.1:9", ready_timeout_s=600
     )
     trainer = Trainer(settings)
-    trainer._policy = loaded_policy
+    trainer._learner = loaded_learner
     try:
         await trainer.start_run(offline(tmp_path))
         assert await end_of_run(trainer) == "completed"
@@ -693,14 +694,14 @@ async def test_an_offline_run_waits_for_no_replica_that_is_configured_and_gone(
 async def test_a_refused_update_ends_the_run_and_costs_no_update_before_it(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = trainer.policy.update
+    update = trainer.learner.update
 
     def refuse_the_third(*args: Any, **options: Any) -> Any:
         if trainer.policy.id.version == 2:
             raise FloatingPointError("the gradient is not finite")
         return update(*args, **options)
 
-    monkeypatch.setattr(trainer.policy, "update", refuse_the_third)
+    monkeypatch.setattr(trainer.learner, "update", refuse_the_third)
     await trainer.start_run(offline(tmp_path))
     assert await end_of_run(trainer) == "failed"
     assert "refused/step-000003.json" in trainer.run_status().detail

@@ -1,139 +1,31 @@
-"""From a dataset to prompts (token ids for the replicas, columns for the rewards) or to pairs.
-
-The order is a permutation per epoch drawn from the seed, so a row is a function of (dataset, seed,
-position), and what a run has trained on is a set of positions.
-"""
+"""From the files of a dataset to prompts (ids for replicas, columns for rewards) or to pairs."""
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from services.tokens import PromptEncoder
+from services.trainer.data.rows import Prompt
 from services.trainer.data.sort_digits import held_out_problems, training_problems
 from services.trainer.run_config import (
     PreferenceDataset,
     PromptDatasetConfig,
     SortDigitsDataset,
 )
-from shared.schemas import ChatMessage, PolicyId, PreferencePair, PromptInput
+from shared.schemas import ChatMessage, PreferencePair, PromptInput
 
-Row = TypeVar("Row")
 Value = TypeVar("Value")
 Answer = (
     Annotated[str, Field(min_length=1)] | Annotated[tuple[ChatMessage, ...], Field(min_length=1)]
 )
 _PROMPT: TypeAdapter[PromptInput] = TypeAdapter(PromptInput)
 _ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One row of the dataset. `text` is what the rewards see of the prompt."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    columns: Mapping[str, Any]
-
-
-class RowStream(Generic[Row]):
-    """Rows without end, epoch after epoch; a position counts rows over all epochs."""
-
-    def __init__(self, rows: Sequence[Row], *, seed: int) -> None:
-        self.rows = rows
-        self._seed = seed
-        self._order = lru_cache(maxsize=4)(self._shuffle)  # groups in flight span few epochs
-
-    def at(self, position: int) -> Row:
-        """The row at `position`; an epoch has each exactly once."""
-        epoch, offset = divmod(position, len(self.rows))
-        return self.rows[self._order(epoch)[offset]]
-
-    def _shuffle(self, epoch: int) -> list[int]:
-        order = list(range(len(self.rows)))
-        random.Random(f"{self._seed}/{epoch}").shuffle(order)
-        return order
-
-
-class ConsumedState(BaseModel):
-    """What of `Consumed` a checkpoint keeps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    next: int = Field(ge=0, default=0)
-    beyond: tuple[int, ...] = ()
-
-
-NOTHING_CONSUMED = ConsumedState()
-
-
-class Consumed:
-    """The positions of a stream that a run is done with, each once: all below `next`, and `beyond`.
-
-    Groups are trained in the order in which they become ready, so a late one leaves a hole: it
-    holds back `next`, and nothing else.
-    """
-
-    def __init__(self, state: ConsumedState = NOTHING_CONSUMED) -> None:
-        self.next = state.next
-        self.beyond = set(state.beyond)
-
-    @property
-    def state(self) -> ConsumedState:
-        return ConsumedState(next=self.next, beyond=tuple(sorted(self.beyond)))
-
-    def next_free(self, count: int) -> list[int]:
-        """The first `count` positions that are not consumed."""
-        return list(islice((p for p in itertools.count(self.next) if p not in self), count))
-
-    def add(self, positions: Iterable[int]) -> None:
-        """Raises ValueError, and adds none, when one of them was consumed before."""
-        new = list(positions)
-        twice = sorted({p for p in new if p in self or new.count(p) > 1})
-        if twice:
-            raise ValueError(f"positions {twice} of the dataset were consumed already")
-        self.beyond.update(new)
-        while self.next in self.beyond:
-            self.beyond.remove(self.next)
-            self.next += 1
-
-    def __contains__(self, position: int) -> bool:
-        return position < self.next or position in self.beyond
-
-    def __len__(self) -> int:
-        return self.next + len(self.beyond)
-
-
-@dataclass(frozen=True, slots=True)
-class PairBatch:
-    """What one update of `dpo` learns from."""
-
-    positions: Sequence[int]
-    pairs: Sequence[PreferencePair]
-
-
-@dataclass(frozen=True, slots=True)
-class PairsInOrder:
-    """Batches of the pairs that are not consumed, handed out as pacing.py hands out groups."""
-
-    pairs: RowStream[PreferencePair]
-    consumed: Consumed
-    batch_size: int
-
-    async def take(self) -> PairBatch:
-        positions = self.consumed.next_free(self.batch_size)
-        return PairBatch(positions, [self.pairs.at(position) for position in positions])
-
-    def release(self, policy: PolicyId) -> None:
-        """Nothing waits for a version."""
 
 
 def load_prompts(

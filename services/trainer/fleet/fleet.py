@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from services.generation import Draft, Part
 from services.trainer.fleet.discovery import addresses, replica_id
 from services.trainer.fleet.member import Goal, Load, Member, Requirements, now, pause_s
-from services.trainer.policy.policy import PublishedAdapter
+from services.trainer.policy.adapter import PublishedAdapter
 from shared.errors import (
     DeadlineExceeded,
     InternalError,

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from services.trainer.fleet.discovery import replica_id
-from services.trainer.policy.policy import PublishedAdapter
-from shared.checkpoints import identity_difference
+from services.trainer.policy.adapter import PublishedAdapter
 from shared.errors import (
     BaseMismatch,
     Conflict,
@@ -37,6 +36,7 @@ from shared.errors import (
     Unauthorized,
     Unavailable,
 )
+from shared.model_folder import identity_difference
 from shared.rollout_client import RolloutClient
 from shared.schemas import (
     BaseIdentity,

@@ -6,13 +6,13 @@ TokenBatch ─▶ decoder with the adapter "critic" ─▶ head ─▶ values [N
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from services.trainer.policy.samples import TokenBatch
+from services.trainer.policy.policy import Policy
+from services.trainer.policy.token_batch import TokenBatch
 
 _ADAPTER = "critic"
 
@@ -20,17 +20,12 @@ _ADAPTER = "critic"
 class Critic:
     """Values start at 0. While its adapter is active, the policy's is not."""
 
-    def __init__(
-        self, model: Any, lora: Any, hidden: Callable[[TokenBatch], Tensor], device: torch.device
-    ) -> None:
-        """`model`: the PEFT model of the policy, which gets a second adapter of the config `lora`;
-        `hidden`: its final states [N, H] at the positions that predict a completion token."""
-        self._model = model
-        self._hidden = hidden
-        model.add_adapter(_ADAPTER, lora)
-        model.set_adapter("default")
-        size = model.get_base_model().config.get_text_config().hidden_size
-        self._head = nn.Linear(size, 1, device=device, dtype=torch.float32)
+    def __init__(self, policy: Policy) -> None:
+        """Give the policy's model a second adapter, of the shape of its own."""
+        self._model, self._hidden = policy.model, policy.hidden
+        self._model.add_adapter(_ADAPTER, self._model.peft_config["default"])
+        self._model.set_adapter("default")
+        self._head = nn.Linear(policy.hidden_size, 1, device=policy.device, dtype=torch.float32)
         nn.init.zeros_(self._head.weight)
         nn.init.zeros_(self._head.bias)
 

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from services.trainer.learner.stats import Columns, TokenRecords, join
-from services.trainer.policy.samples import (
-    Sample,
+from services.trainer.policy.policy import Policy
+from services.trainer.policy.samples import Sample, group_indices
+from services.trainer.policy.token_batch import (
     TokenBatch,
     Tree,
     collate,
-    group_indices,
     make_trees,
     micro_batches,
 )
 
-if TYPE_CHECKING:
-    from services.trainer.policy.policy import Policy
-
-Scores = Mapping[int, Tensor]  # index of a sample -> numbers of its tokens, [R] on the CPU
+TokenScores = Mapping[int, Tensor]  # index of a sample -> numbers of its tokens, [R] on the CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +100,17 @@ class Forward:
                 mine.update((i, part.clone()) for i, part in zip(rows, parts, strict=True))
         return {i: part for scores in self.policy.ranks.gather(mine) for i, part in scores.items()}
 
-    def old(self, indices: Sequence[int]) -> tuple[Scores, Scores]:
+    def old(self, indices: Sequence[int]) -> tuple[TokenScores, TokenScores]:
         """Logprobs and entropies under the policy before the update."""
         both = self.score(indices, lambda batch: torch.stack(self.policy.logprobs(batch)))
         return {i: b[0] for i, b in both.items()}, {i: b[1] for i, b in both.items()}
 
-    def reference(self, indices: Sequence[int]) -> Scores:
+    def reference(self, indices: Sequence[int]) -> TokenScores:
         """Logprobs under the reference: the policy with its adapter off."""
         with self.policy.adapter_disabled():
             return self.score(indices, lambda batch: self.policy.logprobs(batch).logprobs)
 
-    def on_device(self, scores: Scores, rows: Sequence[int]) -> Tensor:
+    def on_device(self, scores: TokenScores, rows: Sequence[int]) -> Tensor:
         """[N] of the samples of a batch."""
         return torch.cat([scores[index] for index in rows]).to(self.policy.device)
 

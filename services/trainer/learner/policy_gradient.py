@@ -26,9 +26,11 @@ from services.trainer.algorithms.mismatch import mismatch_weights
 from services.trainer.algorithms.ppo import generalized_advantages, value_loss
 from services.trainer.algorithms.reinforce import baseline_returns, discounted_returns, whiten
 from services.trainer.algorithms.rloo import leave_one_out_advantages
-from services.trainer.learner.forward import Forward, Scores, Seen
+from services.trainer.learner.critic import Critic
+from services.trainer.learner.forward import Forward, Seen, TokenScores
 from services.trainer.policy.logprobs import TokenLogprobs
-from services.trainer.policy.samples import TokenBatch, group_indices
+from services.trainer.policy.samples import group_indices
+from services.trainer.policy.token_batch import TokenBatch
 from services.trainer.run_config import (
     GrpoConfig,
     PolicyGradientConfig,
@@ -47,14 +49,17 @@ class PolicyGradient:
 
     forward: Forward
     config: PolicyGradientConfig
+    critic: Critic | None
     max_completion_tokens: int | None
     reward_weights: Sequence[float]
-    _old: Scores = field(default_factory=dict)  # empty: the policy that computes is the old one
-    _entropy: Scores = field(default_factory=dict)
-    _reference: Scores = field(default_factory=dict)
-    _advantages: Scores = field(default_factory=dict)
-    _values: Scores = field(default_factory=dict)
-    _returns: Scores = field(default_factory=dict)
+    _old: TokenScores = field(
+        default_factory=dict
+    )  # empty: the policy that computes is the old one
+    _entropy: TokenScores = field(default_factory=dict)
+    _reference: TokenScores = field(default_factory=dict)
+    _advantages: TokenScores = field(default_factory=dict)
+    _values: TokenScores = field(default_factory=dict)
+    _returns: TokenScores = field(default_factory=dict)
     _lengths: Sequence[int] = ()  # loss tokens by sample
     _num_minibatches: int = 1
     may_split_groups: ClassVar[bool] = True
@@ -70,10 +75,9 @@ class PolicyGradient:
             self._old, self._entropy = forward.old(range(len(samples)))
             self._reference = forward.reference(range(len(samples)))
         if isinstance(config, PpoConfig):
-            critic = forward.policy.critic
-            assert critic, "the run was started for another algorithm"
-            with critic.active():
-                self._values = forward.score(range(len(samples)), critic.values)
+            assert self.critic, "the run was started for another algorithm"
+            with self.critic.active():
+                self._values = forward.score(range(len(samples)), self.critic.values)
         self._advantages = self._make_advantages()
         active = [i for i in with_loss if self._is_active(i)]
         if config.top_entropy_fraction < 1:  # a share of all tokens of a step
@@ -210,7 +214,7 @@ class PolicyGradient:
         batch: TokenBatch,
         rows: Sequence[int],
         out: TokenLogprobs,
-        weights: Scores,
+        weights: TokenScores,
         threshold: float | None,
         num_kept_tokens: int,
     ) -> Tensor:
@@ -281,7 +285,7 @@ class PolicyGradient:
         return loss
 
     def _step_critic(self, config: PpoConfig, minibatch: Sequence[int]) -> None:
-        forward, critic = self.forward, self.forward.policy.critic
+        forward, critic = self.forward, self.critic
         assert critic
         num_tokens = max(sum(self._lengths[i] for i in minibatch), 1)
         units = [[i for i in group if self._lengths[i]] for group in self._groups(minibatch)]

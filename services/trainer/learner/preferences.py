@@ -11,7 +11,7 @@ import torch
 from services.trainer.algorithms.dpo import preference_loss, ranked_pairs
 from services.trainer.algorithms.kl import kl_estimate
 from services.trainer.algorithms.rows import row_sums
-from services.trainer.learner.forward import Forward, Scores, Seen
+from services.trainer.learner.forward import Forward, Seen, TokenScores
 from services.trainer.policy.samples import Sample, group_indices
 from services.trainer.run_config import DpoConfig, OnlineDpoConfig
 
@@ -47,8 +47,10 @@ class Preferences:
 
     forward: Forward
     config: OnlineDpoConfig | DpoConfig
-    _old: Scores = field(default_factory=dict)  # empty: nothing to compare with, or no other policy
-    _reference: Scores = field(default_factory=dict)
+    _old: TokenScores = field(
+        default_factory=dict
+    )  # empty: nothing to compare with, or no other policy
+    _reference: TokenScores = field(default_factory=dict)
     may_split_groups: ClassVar[bool] = False
 
     def prepare(self, num_steps: int, *, num_minibatches: int) -> None:

@@ -15,9 +15,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
+from services.trainer.learner.critic import Critic
 from services.trainer.learner.forward import Forward, Seen
+from services.trainer.learner.optimizer import Optimizer
 from services.trainer.learner.policy_gradient import PolicyGradient
 from services.trainer.learner.preferences import Preferences, preference_pairs
 from services.trainer.learner.stats import (
@@ -26,11 +28,9 @@ from services.trainer.learner.stats import (
     peak_memory_bytes,
     update_stats,
 )
+from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import Sample, group_indices
 from services.trainer.run_config import AlgorithmConfig, DpoConfig, GuardsConfig, OnlineDpoConfig
-
-if TYPE_CHECKING:
-    from services.trainer.policy.policy import Policy
 
 
 class Objective(Protocol):
@@ -54,6 +54,8 @@ class Objective(Protocol):
 
 def take_update(
     policy: Policy,
+    optimizer: Optimizer,
+    critic: Critic | None,
     samples: Sequence[Sample],
     algorithm: AlgorithmConfig,
     *,
@@ -62,21 +64,23 @@ def take_update(
     reward_weights: Sequence[float],
     guards: GuardsConfig,
 ) -> UpdateStats:
-    """Take the optimizer steps of one update; see Policy.update."""
+    """Take the optimizer steps of one update; see Learner.update."""
     objective: Objective
     if isinstance(algorithm, OnlineDpoConfig | DpoConfig):
         forward = Forward(policy, preference_pairs(samples, algorithm), max_tokens_per_micro_batch)
         objective = Preferences(forward, algorithm)
     else:
         forward = Forward(policy, samples, max_tokens_per_micro_batch)
-        objective = PolicyGradient(forward, algorithm, max_completion_tokens, reward_weights)
-    progress = _Progress(policy, objective)
+        objective = PolicyGradient(
+            forward, algorithm, critic, max_completion_tokens, reward_weights
+        )
+    progress = _Progress(policy, optimizer, objective)
     minibatches = _minibatches(
         forward.samples, algorithm.num_minibatches, may_split=objective.may_split_groups
     )
     num_steps = algorithm.num_epochs * len(minibatches)
     objective.prepare(num_steps, num_minibatches=len(minibatches))
-    ranks, optimizer = policy.ranks, policy.optimizer
+    ranks = policy.ranks
     with optimizer.update(num_steps):
         for _ in range(algorithm.num_epochs):
             for minibatch in minibatches:
@@ -93,6 +97,7 @@ class _Progress:
     """The steps of an update that were taken so far."""
 
     policy: Policy
+    optimizer: Optimizer
     objective: Objective
     started: float = field(default_factory=time.perf_counter)
     steps: list[Seen] = field(default_factory=list)
@@ -104,7 +109,7 @@ class _Progress:
             seen.columns,
             loss=seen.mean("loss", "steps"),
             grad_norm=sum(self.grad_norms) / max(len(self.grad_norms), 1),
-            learning_rate=self.policy.optimizer.learning_rate,
+            learning_rate=self.optimizer.learning_rate,
             seconds=time.perf_counter() - self.started,
             num_forward_tokens=int(seen.sums.get("positions", 0.0)),
             peak_memory_bytes=peak_memory_bytes(self.policy.device),

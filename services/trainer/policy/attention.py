@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from services.trainer.policy.samples import PackedAttention
+from services.trainer.policy.token_batch import PackedAttention
 
 # torch 2.11 shares keys among query heads unasked, later ones on request.
 _GROUPED_QUERIES: dict[str, Any] = (

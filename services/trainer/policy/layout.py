@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from services.trainer.policy import attention
-from services.trainer.policy.samples import Layout
+from services.trainer.policy.token_batch import Layout
 
 log = logging.getLogger(__name__)
 _LAYER_PARTS = {"self_attn", "mlp"}  # and norms: the mixing of positions is all in self_attn

@@ -1,11 +1,12 @@
-"""The policy that trains: a 4-bit base, LoRA on its linears, AdamW; update() and publish().
+"""The policy as a function of tokens: a 4-bit base and LoRA on its linears.
 
     start(run)   fresh LoRA (B = 0) on the loaded base: version 0
-    update()     samples -> optimizer steps (update.py) -> the next version
+    logprobs()   TokenBatch -> logprobs and entropies of its completion tokens, with a gradient
+    score()      token ids -> logprobs, without one
     publish()    the adapter file of the current version, as bytes
 
-LoRA weights are float32 masters computed with in bfloat16, as the replicas serve them. Methods that
-are `mirrored` are called on every GPU that trains (parallel.py).
+LoRA weights are float32 masters computed with in bfloat16, as the replicas serve them. What changes
+them is a Learner (learner/learner.py), or an optimizer of the caller's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,67 +23,34 @@ from torch import Tensor
 
 from services.base_model import quantized_load_options, resolve_checkpoint
 from services.tokens import PromptEncoder
-from services.trainer.learner.critic import Critic
-from services.trainer.learner.optimizer import Optimizer
-from services.trainer.learner.stats import UpdateStats
-from services.trainer.learner.update import take_update
+from services.trainer.policy.adapter import PublishedAdapter
 from services.trainer.policy.layout import choose_layout, fuse_kernels, refuse_scaled_logits
 from services.trainer.policy.logprobs import TokenLogprobs, token_logprobs
 from services.trainer.policy.lora import use_fused_lora
 from services.trainer.policy.offload import inputs_on_host
-from services.trainer.policy.ranks import Ranks, mirrored
-from services.trainer.policy.samples import (
+from services.trainer.policy.ranks import Ranks
+from services.trainer.policy.samples import Sample
+from services.trainer.policy.token_batch import (
     PackedAttention,
-    Sample,
     TokenBatch,
     Tree,
     collate,
     micro_batches,
 )
 from services.trainer.run_config import (
-    AlgorithmConfig,
-    GrpoConfig,
-    GuardsConfig,
     LoraConfig,
-    OptimizerConfig,
-    PpoConfig,
 )
 from shared.adapters import LINEAR_MODULES, content_digest, file_header
-from shared.checkpoints import base_identity
 from shared.errors import NotFound
+from shared.model_folder import base_identity
 from shared.schemas import AdapterManifest, BaseIdentity, PolicyId, QuantizationRecipe
 
 log = logging.getLogger(__name__)
 _SCORE_POSITIONS = 8192  # of one forward of `score`
-_GRPO, _GUARDS = GrpoConfig(), GuardsConfig()
-
-
-@dataclass(frozen=True, slots=True)
-class PublishedAdapter:
-    manifest: AdapterManifest
-    content: bytes | memoryview  # the adapter file
-    content_digest: str  # RFC 9530
-    probe_logprobs: tuple[float, ...] = ()  # of the run's probe (conformance.py), if it has one
-
-    @property
-    def policy(self) -> PolicyId:
-        return self.manifest.policy
-
-
-@dataclass(frozen=True, slots=True)
-class PolicySnapshot:
-    """Everything an update depends on besides its samples, on the CPU."""
-
-    manifest: AdapterManifest
-    lora: Mapping[str, Tensor]  # float32, by name in the adapter file
-    optimizer: dict[str, Any]  # torch's state dict
-    num_updates: int
-    rng: Mapping[str, Tensor]  # torch's generators, by device type
-    critic: Mapping[str, Tensor] = field(default_factory=dict)  # float32; empty without one
 
 
 class Policy:
-    """One base, and at most one run's LoRA and optimizer on it. Not thread-safe."""
+    """One base, and at most one run's LoRA on it. Not thread-safe."""
 
     def __init__(
         self,
@@ -107,10 +74,8 @@ class Policy:
         self._base = model
         self.layout = choose_layout(model, device)
         self.model: Any = None
-        self.critic: Critic | None = None  # of a run that has one
         self._id: PolicyId | None = None
         self._lora = LoraConfig()
-        self._optimizer: Optimizer | None = None
         self._published: dict[int, PublishedAdapter] = {}
         self._probe: tuple[tuple[int, ...], ...] = ()
 
@@ -175,11 +140,6 @@ class Policy:
         return self._lora
 
     @property
-    def optimizer(self) -> Optimizer:
-        assert self._optimizer, "no run was started"
-        return self._optimizer
-
-    @property
     def hidden_size(self) -> int:
         return int(self._base.config.get_text_config().hidden_size)
 
@@ -187,16 +147,7 @@ class Policy:
     def max_positions(self) -> int:
         return int(self._base.config.get_text_config().max_position_embeddings)
 
-    @mirrored
-    def start(
-        self,
-        policy: PolicyId,
-        lora: LoraConfig,
-        optimizer: OptimizerConfig,
-        *,
-        seed: int,
-        algorithm: AlgorithmConfig = _GRPO,
-    ) -> None:
+    def start(self, policy: PolicyId, lora: LoraConfig, *, seed: int) -> None:
         """Begin a run at `policy` (version 0) with a fresh adapter; the last run's is dropped.
 
         Raises ValueError for a config that does not fit the base; the last run's then stays.
@@ -218,18 +169,35 @@ class Policy:
             task_type="CAUSAL_LM",
         )
         self.model = get_peft_model(self._base, options)
-        self.critic = None
-        sets = [([parameter for _, parameter in self._named_lora()], optimizer.learning_rate)]
-        if isinstance(algorithm, PpoConfig):
-            self.critic = Critic(self.model, options, self.hidden, self.device)
-            learning_rate = algorithm.critic_learning_rate or optimizer.learning_rate
-            sets.append((list(self.critic.tensors().values()), learning_rate))
         use_fused_lora(self.model)
         self.model.train()  # without it gradient checkpointing is silently off
-        self._id, self._lora = policy, lora
-        self._optimizer = Optimizer(optimizer, sets)
-        self._published = {}
+        self._lora = lora
+        self._set_out(policy)
         self._probe = ()
+
+    def set_version(self, policy: PolicyId) -> None:
+        """The LoRA weights were changed: they are version `policy` of the run."""
+        assert policy.life == self.id.life
+        self._id = policy
+
+    def restore(self, policy: PolicyId, lora: Mapping[str, Tensor]) -> None:
+        """Go on as `policy` with the LoRA weights of a snapshot, by their names in the file.
+
+        Raises ValueError when they are not those of this base and LoRA config.
+        """
+        if {name: tensor.shape for name, tensor in lora.items()} != self.lora_shapes():
+            raise ValueError(
+                f"the saved LoRA weights of {policy} do not fit this base: start the trainer with "
+                "the model that the run began with"
+            )
+        with torch.no_grad():
+            for name, parameter in self.lora_tensors().items():
+                parameter.copy_(lora[name])
+        self._set_out(policy)
+
+    def _set_out(self, policy: PolicyId) -> None:
+        self._id = policy
+        self._published = {}
 
     def _refuse_missing(self, target_modules: Sequence[str]) -> None:
         """PEFT skips a target that the base does not have; replicas would refuse the adapter."""
@@ -240,11 +208,6 @@ class Policy:
                 f"lora.target_modules has {', '.join(missing)}, this model has no such linear: "
                 f"choose from {', '.join(servable)}"
             )
-
-    def fingerprint(self) -> list[int]:
-        """A number per trained tensor, of all its bits: equal weights have equal ones."""
-        bits = [p.detach().view(torch.int32).sum() for p in self.optimizer.parameters]
-        return [int(number) for number in torch.stack(bits).tolist()]
 
     # --- forward --------------------------------------------------------------------------------
 
@@ -314,64 +277,27 @@ class Policy:
 
     def lora_shapes(self) -> dict[str, torch.Size]:
         """Shapes of the LoRA tensors by their name in the adapter file."""
-        return {name: parameter.shape for name, parameter in self._named_lora()}
+        return {name: parameter.shape for name, parameter in self.lora_tensors().items()}
 
     @contextlib.contextmanager
     def replaced_lora(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside, the LoRA weights are `tensors`, by the names of `lora_shapes`."""
-        weights = {name: parameter.data for name, parameter in self._named_lora()}
+        weights = {name: parameter.data for name, parameter in self.lora_tensors().items()}
         try:
-            for name, parameter in self._named_lora():
+            for name, parameter in self.lora_tensors().items():
                 parameter.data = tensors[name].to(parameter)
             yield
         finally:
-            for name, parameter in self._named_lora():
+            for name, parameter in self.lora_tensors().items():
                 parameter.data = weights[name]
 
-    def _named_lora(self) -> list[tuple[str, Tensor]]:
-        return [
-            (name.replace(".default.", "."), parameter)
+    def lora_tensors(self) -> dict[str, Tensor]:
+        """The LoRA weights that train, float32, by their name in the adapter file."""
+        return {
+            name.replace(".default.", "."): parameter
             for name, parameter in self.model.named_parameters()
             if ".default." in name
-        ]
-
-    # --- update ---------------------------------------------------------------------------------
-
-    @mirrored
-    def update(
-        self,
-        samples: Sequence[Sample],
-        algorithm: AlgorithmConfig,
-        *,
-        max_tokens_per_micro_batch: int,
-        max_completion_tokens: int | None = None,
-        reward_weights: Sequence[float] = (),
-        guards: GuardsConfig = _GUARDS,
-    ) -> UpdateStats:
-        """Take the optimizer steps of one update; the policy is the next version afterwards.
-
-        `max_completion_tokens` is what dr_grpo divides by, `reward_weights` are those that
-        `Sample.rewards` were multiplied with (None and (): the longest, and ones). Raises
-        UpdateRefused when a guard is violated, FloatingPointError when a gradient is not finite.
-        Whatever is raised, the policy is the version it was: no gradient and no step of a failed
-        update is left.
-        """
-        stats = take_update(
-            self,
-            samples,
-            algorithm,
-            max_tokens_per_micro_batch=max_tokens_per_micro_batch,
-            max_completion_tokens=max_completion_tokens,
-            reward_weights=reward_weights,
-            guards=guards,
-        )
-        self._id = self.id.next()
-        return stats
-
-    def name(self, policy: PolicyId) -> None:
-        """Somebody else's optimizer changed the weights: they are version `policy` of the run."""
-        assert policy.life == self.id.life
-        self._id = policy
+        }
 
     # --- publish --------------------------------------------------------------------------------
 
@@ -381,9 +307,7 @@ class Policy:
         with ThreadPoolExecutor(1) as beside:  # hashing lets the interpreter go
             digest = beside.submit(_digest, content)
             probe_logprobs = self.score(self._probe)
-        adapter = PublishedAdapter(
-            self._manifest(self.id), content, digest.result(), probe_logprobs
-        )
+        adapter = PublishedAdapter(self.manifest, content, digest.result(), probe_logprobs)
         self._published[self.id.version] = adapter
         for version in sorted(self._published)[: -self._kept_adapters]:
             del self._published[version]
@@ -396,9 +320,10 @@ class Policy:
 
     def _adapter_file(self, policy: PolicyId) -> memoryview:
         """In memory of its own, which a GPU writes at once and torch keeps for later files."""
-        named = self._named_lora()
-        header = file_header(self._manifest(policy), {name: tuple(p.shape) for name, p in named})
-        sizes = [parameter.numel() for _, parameter in named]
+        tensors = self.lora_tensors()
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        header = file_header(self._manifest(policy), shapes)
+        sizes = [tensor.numel() for tensor in tensors.values()]
         on_cpu = self.device.type == "cpu"
         file = torch.empty(
             len(header) + sum(sizes) * torch.bfloat16.itemsize,
@@ -407,12 +332,17 @@ class Policy:
         )
         values = file[len(header) :].view(torch.bfloat16)
         flat = values if on_cpu else torch.empty_like(values, device=self.device)
-        torch._foreach_copy_(flat.split(sizes), [p.detach().flatten() for _, p in named])
+        torch._foreach_copy_(flat.split(sizes), [t.detach().flatten() for t in tensors.values()])
         if flat is not values:
             values.copy_(flat)
         content: memoryview = file.numpy().data
         content[: len(header)] = header
         return content.toreadonly()
+
+    @property
+    def manifest(self) -> AdapterManifest:
+        """What the current version's adapter file says of itself."""
+        return self._manifest(self.id)
 
     def _manifest(self, policy: PolicyId) -> AdapterManifest:
         return AdapterManifest(
@@ -434,48 +364,6 @@ class Policy:
             kept = ", ".join(map(str, self._published)) or "none"
             raise NotFound(f"the adapter of version {version} is not kept; kept versions: {kept}")
         return self._published[version]
-
-    # --- snapshot -------------------------------------------------------------------------------
-
-    def snapshot(self) -> PolicySnapshot:
-        """A copy of everything an update depends on, and of the manifest of the current version."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        critic = self.critic.tensors() if self.critic else {}
-        return PolicySnapshot(
-            manifest=self._manifest(self.id),
-            lora={name: p.detach().to("cpu", copy=True) for name, p in self._named_lora()},
-            optimizer=self.optimizer.state(),
-            num_updates=self.optimizer.num_updates,
-            rng=rng,
-            critic={name: p.detach().to("cpu", copy=True) for name, p in critic.items()},
-        )
-
-    @mirrored
-    def restore(self, policy: PolicyId, snapshot: PolicySnapshot) -> None:
-        """Go on as `policy` from a snapshot. Call after start() with the config of its run.
-
-        The next update is, bit for bit, the one that the snapshot's policy would have taken.
-        Raises ValueError when the tensors are not those of this base and LoRA config.
-        """
-        shapes = {name: tensor.shape for name, tensor in snapshot.lora.items()}
-        if shapes != self.lora_shapes() or bool(self.critic) != bool(snapshot.critic):
-            raise ValueError(
-                f"the saved LoRA weights of {snapshot.manifest.policy} do not fit this base: start "
-                "the trainer with the model that the run began with"
-            )
-        with torch.no_grad():
-            for name, parameter in self._named_lora():
-                parameter.copy_(snapshot.lora[name])
-        if self.critic:
-            self.critic.restore(snapshot.critic)
-        self.optimizer.restore(snapshot.optimizer, num_updates=snapshot.num_updates)
-        torch.set_rng_state(snapshot.rng["cpu"])
-        if self.device.type == "cuda" and "cuda" in snapshot.rng:
-            torch.cuda.set_rng_state(snapshot.rng["cuda"], self.device)
-        self._id = policy
-        self._published = {}
 
 
 def _digest(content: memoryview) -> str:

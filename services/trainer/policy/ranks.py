@@ -8,23 +8,14 @@ In an update every rank computes a share of each optimizer step and gets the sum
 so that all take the same step. After every call the ranks compare their weights. What fails on one
 rank fails on all, and nothing has changed; when that cannot be had (a process is gone, or weights
 differ) all end, rank 0 with exit code 1, and the run goes on from its last checkpoint.
-
-Rank 0 starts its followers itself, with the environment that torchrun would give them: torchrun
-makes 1 of every exit code, also of 0 after a SIGTERM, and kills what has not stopped 30 s after it.
-`torchrun --standalone --nproc-per-node N -m services.trainer` works too, within these limits.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import logging
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,16 +26,13 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 log = logging.getLogger(__name__)
 _STORE_TIMEOUT = timedelta(minutes=1)  # the store is there before its ranks start
 _CALL_TIMEOUT = timedelta(days=365)  # followers wait for rank 0 as long as it takes
 _MEETING_TIMEOUT = timedelta(minutes=30)  # between the first rank that is there and the last
-_LEAVE_TIMEOUT_S = 10.0
 _CAUSE_S = 2.0  # for whoever watches the processes to say why one is gone
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -97,7 +85,7 @@ class Ranks:
     @classmethod
     def join(cls, device: str) -> Ranks:
         """The ranks that the environment names, once all are there. `device`: cpu or cuda."""
-        if not _is_launched() or os.environ["WORLD_SIZE"] == "1":
+        if not is_launched() or os.environ["WORLD_SIZE"] == "1":
             return cls()
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: nothing for the network
         try:
@@ -257,136 +245,14 @@ def mirrored(
 # --- processes ----------------------------------------------------------------------------------
 
 
-def own_rank() -> int:
-    """The rank of this process, as whoever started it says."""
-    return int(os.environ["RANK"]) if _is_launched() else 0
-
-
-def _is_launched() -> bool:
+def is_launched() -> bool:
     """Whether torchrun has started this process, or `followers` has."""
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-def num_processes(requested: int, device: str) -> int:
-    """How many processes train: as many as torchrun started, otherwise as `requested`.
-
-    `device` is the setting. Raises ValueError, in one sentence, for what this host cannot do.
-    """
-    size = requested
-    if _is_launched():
-        size = int(os.environ["WORLD_SIZE"])
-        if int(os.environ.get("LOCAL_WORLD_SIZE", size)) != size:
-            raise ValueError(
-                f"torchrun started {size} processes on several hosts: start all of them on one"
-            )
-        if requested not in (1, size):
-            raise ValueError(
-                f"TRAINER_DATA_PARALLEL_SIZE is {requested} and torchrun started {size} processes: "
-                "leave the setting out, or torchrun"
-            )
-    if size == 1:
-        return 1
-    uses_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if uses_cuda and size > (num_gpus := torch.cuda.device_count()):
-        raise ValueError(
-            f"TRAINER_DATA_PARALLEL_SIZE is {size}, this process sees {num_gpus} GPUs: set it to "
-            "that at most, or give the trainer more"
-        )
-    return size
-
-
-@contextlib.contextmanager
-def followers(size: int) -> Iterator[None]:
-    """Inside, ranks 1..size-1 run, in processes of their own; one that fails ends this one too."""
-    processes: list[subprocess.Popen[bytes]] = []
-    leaving = threading.Event()
-    if size > 1 and not _is_launched():
-        _store = _serve_rendezvous(size)  # it lives as long as this name
-        for rank in range(1, size):
-            processes.append(_start_follower(rank))
-            watch = (processes[-1], rank, leaving)
-            threading.Thread(target=_watch, args=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        leaving.set()
-        timeout_s = 0.0
-        if dist.is_initialized():
-            with contextlib.suppress(RuntimeError):  # they left when the base could not be loaded
-                _send(None)
-            dist.destroy_process_group()
-            timeout_s = _LEAVE_TIMEOUT_S
-        for process in processes:
-            try:
-                process.wait(timeout_s)
-            except subprocess.TimeoutExpired:  # it has nothing to save
-                process.kill()
-                process.wait()
-
-
-def _serve_rendezvous(size: int) -> Store:
-    """Where the ranks find each other; the environment says so, here and in what starts from here.
-
-    Its socket is ours, because a store's own would listen on all interfaces.
-    """
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    os.environ.update(
-        RANK="0",
-        LOCAL_RANK="0",
-        WORLD_SIZE=str(size),
-        LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0 joins the store that is there
-    )
-    return TCPStore(
-        "127.0.0.1",
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
-
-
-def _start_follower(rank: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "services.trainer"],
-        env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for rank 0
-    )
-
-
-def _watch(process: subprocess.Popen[bytes], rank: int, leaving: threading.Event) -> None:
-    code = process.wait()
-    if code and not leaving.is_set():  # with 0 it leaves when rank 0 does
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        log.error(
-            "training process %d (pid %d) %s: the trainer exits; its next start goes on from the "
-            "checkpoint",
-            rank,
-            process.pid,
-            how,
-        )
-        os._exit(1)
-
-
-def follow(load: Callable[[], Mirrored]) -> int:
-    """The life of a follower: load the policy, do what rank 0 does until it leaves; exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 stops in order, and needs this process
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    try:
-        policy = load()
-    except Exception as error:  # rank 0 has heard of it, and ends
-        log.debug("loading failed", exc_info=error)
-    else:
-        while policy.ranks.obey(policy):
-            pass
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 0
+def dismiss_followers() -> None:
+    """On rank 0: let every follower's `obey` return False."""
+    _send(None)
 
 
 def _send(call: tuple[Any, ...] | None) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
-import json
 import logging
 import pickle
 import shutil
@@ -22,26 +21,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from services.trainer.data.datasets import ConsumedState
+from services.trainer.data.rows import Consumed, ConsumedState
 from services.trainer.durable import new_folder, remove_unfinished
-from services.trainer.policy.policy import PolicySnapshot
+from services.trainer.learner.learner import Learner, PolicySnapshot
+from services.trainer.policy.adapter import write_adapter, write_digested
+from services.trainer.run.log import RunLog
 from services.trainer.run_config import CheckpointConfig
-from shared.adapters import manifest_metadata, peft_config, read_header
+from shared.adapters import ADAPTER_WEIGHTS, manifest_metadata, read_header
 from shared.metrics import TrainerMetrics
-from shared.schemas import AdapterManifest, Digest, PolicyId
-
-if TYPE_CHECKING:
-    from services.trainer.run.loop import Run
+from shared.schemas import Digest, PolicyId
 
 log = logging.getLogger(__name__)
 _STATE = "state.json"
 _DAMAGED = ".damaged"
-_WEIGHTS = "adapter_model.safetensors"
 _OPTIMIZER = "optimizer.pt"
 _PACKAGES = ("torch", "peft", "transformers", "bitsandbytes")
 
@@ -80,12 +77,11 @@ class Checkpoints:
 
     # --- save -----------------------------------------------------------------------------------
 
-    async def save_if_due(self, run: Run, step: int) -> None:
-        """`save`, when `step` is one that the config names. Call between two updates."""
-        if step % self._config.every_steps == 0:
-            await self.save(run, step)
+    def is_due(self, step: int) -> bool:
+        """Whether the config names this step."""
+        return step % self._config.every_steps == 0
 
-    async def save(self, run: Run, step: int) -> None:
+    async def save(self, step: int, learner: Learner, run_log: RunLog, consumed: Consumed) -> None:
         """Keep the state after `step`; nothing to do when it is kept already, or no step was taken.
 
         A disk that takes no more does not end the run: it is logged and counted, and the
@@ -93,16 +89,16 @@ class Checkpoints:
         """
         if step == self._newest_step:
             return
-        consumed = run.consumed.state
+        state = consumed.state
 
         def write() -> None:
-            run.log.sync()
-            self._write(step, snapshot, consumed, positions)
+            run_log.sync()
+            self._write(step, snapshot, state, positions)
 
         try:
-            run.log.write_waiting()  # a run that resumes has every line up to its step
-            positions = run.log.positions
-            snapshot = await asyncio.to_thread(run.policy.snapshot)
+            run_log.write_waiting()  # a run that resumes has every line up to its step
+            positions = run_log.positions
+            snapshot = await asyncio.to_thread(learner.snapshot)
             await asyncio.to_thread(write)
         except OSError as error:
             self._metrics.checkpoints.labels("failed").inc()
@@ -142,7 +138,7 @@ class Checkpoints:
             optimizer = io.BytesIO()  # so that a full disk is an OSError, not torch's own
             others = {"optimizer": snapshot.optimizer, "rng": snapshot.rng}
             torch.save({**others, "critic": dict(snapshot.critic)}, optimizer)
-            digests[_OPTIMIZER] = _write(folder / _OPTIMIZER, optimizer.getvalue())
+            digests[_OPTIMIZER] = write_digested(folder / _OPTIMIZER, optimizer.getvalue())
             state = CheckpointState(
                 policy=snapshot.manifest.policy,
                 step=step,
@@ -152,7 +148,7 @@ class Checkpoints:
                 digests=digests,
                 versions={name: version(name) for name in _PACKAGES},
             )
-            _write(folder / _STATE, state.model_dump_json(indent=2).encode())
+            write_digested(folder / _STATE, state.model_dump_json(indent=2).encode())
 
     def _remove_old(self) -> None:
         """Damaged ones go with those of their age."""
@@ -209,25 +205,9 @@ def _step(folder: Path) -> int:
     return int(_digits(folder, _DAMAGED))
 
 
-def write_adapter(
-    folder: Path, content: bytes | memoryview, manifest: AdapterManifest, source: str
-) -> dict[str, str]:
-    """Write an adapter file as `PeftModel.from_pretrained` loads it; file name -> SHA-256."""
-    config = json.dumps(peft_config(manifest, source), indent=2).encode()
-    return {
-        _WEIGHTS: _write(folder / _WEIGHTS, content),
-        "adapter_config.json": _write(folder / "adapter_config.json", config),
-    }
-
-
 def saved_adapter(folder: Path) -> bytes:
     """The adapter file of a checkpoint. Raises ValueError for a damaged one."""
-    return _read_file(folder / _WEIGHTS, _read_state(folder).digests[_WEIGHTS])
-
-
-def _write(path: Path, content: bytes | memoryview) -> str:
-    path.write_bytes(content)
-    return hashlib.sha256(content).hexdigest()
+    return _read_file(folder / ADAPTER_WEIGHTS, _read_state(folder).digests[ADAPTER_WEIGHTS])
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -239,8 +219,8 @@ def _read(folder: Path) -> Checkpoint:
     try:
         saved: Any = torch.load(io.BytesIO(contents[_OPTIMIZER]), weights_only=True)
         snapshot = PolicySnapshot(
-            manifest=read_header(folder / _WEIGHTS).manifest,
-            lora=load(contents[_WEIGHTS]),
+            manifest=read_header(folder / ADAPTER_WEIGHTS).manifest,
+            lora=load(contents[ADAPTER_WEIGHTS]),
             optimizer=saved["optimizer"],
             num_updates=state.num_updates,
             rng=saved["rng"],

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import make_samples, pair_samples
-from services.trainer.run.loop import Clock, Meter, Run, learn, step_record
+from services.trainer.run.run import Run
+from services.trainer.run.step import (
+    Clock,
+    Meter,
+    learn,
+    step_record,
+)
 from services.trainer.run_config import RunConfig
 from shared.errors import (
     IdempotencyConflict,
@@ -72,7 +78,7 @@ class ExternalUpdates:
         )
         self._keep(request.idempotency_key, digest, answer)  # whatever becomes of what follows
         await run.log.emit(record)
-        await run.checkpoints.save_if_due(run, step)
+        await run.save_if_due(step)
         return answer
 
     def _keep(self, key: str, digest: str, answer: TrainResponse) -> None:

@@ -23,12 +23,12 @@ from typing import IO, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.trainer.algorithms.losses import LOSSES
-from services.trainer.data.datasets import Prompt
+from services.trainer.data.rows import Prompt
 from services.trainer.durable import new_folder, write_file
 from services.trainer.run.log import FINAL_STATES, last_state
 from services.trainer.run_config import PolicyGradientConfig, RunConfig
-from shared.checkpoints import identity_difference
 from shared.errors import BaseMismatch, Conflict, InvalidRequest, RunConflict
+from shared.model_folder import identity_difference
 from shared.schemas import BaseIdentity, Digest, PreferencePair
 
 log = logging.getLogger(__name__)

@@ -32,13 +32,13 @@ from shared.errors import ConformanceFailed, UnsuitableForTraining
 log = logging.getLogger(__name__)
 
 
-class Scores(Protocol):
+class ScoresSamples(Protocol):
     def sample_logprobs(self, samples: Sequence[Sample]) -> list[list[float]]:
         """Logprobs of each sample's completion tokens at its temperature, without a gradient."""
         ...
 
 
-def check_handshake(policy: Scores, samples: Sequence[Sample], guards: GuardsConfig) -> None:
+def check_handshake(policy: ScoresSamples, samples: Sequence[Sample], guards: GuardsConfig) -> None:
     """Score some completions of the version that trains as an update does, before the first one.
 
     Raises ConformanceFailed when their sampler logprobs are those of another model.

@@ -19,8 +19,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from services.trainer.data.datasets import PairBatch
-from services.trainer.run.pacing import AheadGroup, Batch
+from services.trainer.run.pacing import GroupBatch, PendingGroup
+from services.trainer.run.pairs import PairBatch
 from services.trainer.run.tracking import TrackedRun, Trackers
 from shared.metrics import TrainerMetrics, scalars
 from shared.schemas import EvalRecord, RunEvent, RunState, StateRecord, StepRecord
@@ -203,7 +203,7 @@ class RunLog:
         if self._trackers:
             self._trackers.finish(failed=self.state == "failed")
 
-    def emit_batch(self, step: int, batch: Batch | PairBatch) -> None:
+    def emit_batch(self, step: int, batch: GroupBatch | PairBatch) -> None:
         """What `step` was trained on, and what was set aside for it: a line per group or pair."""
         if isinstance(batch, PairBatch):
             lines = [{"position": position} for position in batch.positions]
@@ -261,7 +261,7 @@ class RunLog:
                 self._give_up_tensorboard(error)
 
 
-def _group_line(group: AheadGroup) -> dict[str, Any]:
+def _group_line(group: PendingGroup) -> dict[str, Any]:
     assert group.scored, "it was taken"
     completions = group.scored.completions
     return {

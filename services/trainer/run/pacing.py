@@ -26,22 +26,24 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Self
 
-from services.trainer.data.datasets import Consumed, Prompt, RowStream
+from services.trainer.data.rows import Consumed, Prompt, RowStream
 from shared.schemas import CompletionGroup, PolicyId, ScoredGroup
 
 log = logging.getLogger(__name__)
-Sample = Callable[[int, Prompt, PolicyId], Awaitable[CompletionGroup]]
+SampleGroup = Callable[[int, Prompt, PolicyId], Awaitable[CompletionGroup]]
 
 
 def has_equal_rewards(group: ScoredGroup) -> bool:
     return len({scored.reward for scored in group.completions}) == 1
 
 
-Score = Callable[[Sequence[Prompt], Sequence[CompletionGroup]], Awaitable[Sequence[ScoredGroup]]]
+ScoreGroups = Callable[
+    [Sequence[Prompt], Sequence[CompletionGroup]], Awaitable[Sequence[ScoredGroup]]
+]
 
 
 @dataclass(slots=True, eq=False)
-class AheadGroup:
+class PendingGroup:
     """A group on its way to the trainer. Times are `perf_counter` seconds."""
 
     position: int  # in the stream of prompts
@@ -60,8 +62,8 @@ class AheadGroup:
 
 
 def choose_batch(
-    groups: Sequence[AheadGroup], *, version: int, batch_size: int, max_staleness: int
-) -> list[AheadGroup] | None:
+    groups: Sequence[PendingGroup], *, version: int, batch_size: int, max_staleness: int
+) -> list[PendingGroup] | None:
     """The oldest ready groups, for the update of `version`; None when the trainer has to wait.
 
     That is when fewer than `batch_size` are ready, or when those left would be trained too stale.
@@ -79,11 +81,11 @@ def choose_batch(
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class GroupBatch:
     """What one update learns from, in the order of the prompts."""
 
-    groups: Sequence[AheadGroup]
-    set_aside: Sequence[AheadGroup]  # constant ones, since the batch before
+    groups: Sequence[PendingGroup]
+    set_aside: Sequence[PendingGroup]  # constant ones, since the batch before
     num_ready_groups: int  # when it was taken, itself included
     num_in_flight_groups: int
 
@@ -106,7 +108,7 @@ class Batch:
 
 
 @dataclass(slots=True)
-class Ahead:
+class GroupQueue:
     """Starts groups, keeps them and hands them out. Use as an async context manager.
 
     `position`s come from `prompts` except for those in `consumed`; in all, no more than
@@ -116,16 +118,16 @@ class Ahead:
 
     prompts: RowStream[Prompt]
     consumed: Consumed
-    sample: Sample
-    score: Score
+    sample: SampleGroup
+    score: ScoreGroups
     batch_size: int
     max_staleness: int
     num_groups: int
     policy: PolicyId  # that new groups start under
     max_set_aside: int = 0  # constant groups per batch
     is_constant: Callable[[ScoredGroup], bool] = has_equal_rewards
-    _groups: list[AheadGroup] = field(default_factory=list)  # in the order of their start
-    _set_aside: list[AheadGroup] = field(default_factory=list)  # since the last batch was taken
+    _groups: list[PendingGroup] = field(default_factory=list)  # in the order of their start
+    _set_aside: list[PendingGroup] = field(default_factory=list)  # since the last batch was taken
     _num_taken: int = 0  # groups of that batch, until the version it makes is served
     _next_position: int = 0
     _sampled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -143,7 +145,7 @@ class Ahead:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def take(self) -> Batch:
+    async def take(self) -> GroupBatch:
         """The groups of the next update, as soon as there are enough that may be trained now."""
         while True:
             if self._error:
@@ -159,7 +161,7 @@ class Ahead:
             self._changed.clear()
             await self._changed.wait()
         num_ready = sum(group.is_ready for group in self._groups)
-        batch = Batch(
+        batch = GroupBatch(
             sorted(groups, key=lambda group: group.position),
             set_aside=self._set_aside,
             num_ready_groups=num_ready,
@@ -196,7 +198,7 @@ class Ahead:
             self._next_position += 1
             self.num_groups -= 1
             prompt = self.prompts.at(position)
-            group = AheadGroup(position, prompt, self.policy, time.perf_counter())
+            group = PendingGroup(position, prompt, self.policy, time.perf_counter())
             self._groups.append(group)
             self._spawn(partial(self._sample, group))
 
@@ -212,7 +214,7 @@ class Ahead:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _sample(self, group: AheadGroup) -> None:
+    async def _sample(self, group: PendingGroup) -> None:
         group.sampled = await self.sample(group.position, group.prompt, group.policy)
         group.sampled_at = time.perf_counter()
         self._sampled.set()

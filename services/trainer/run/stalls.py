@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 
-from services.trainer.run.loop import Run, needs_eval
+from services.trainer.run.evaluation import needs_eval
+from services.trainer.run.run import Run
 
 _MIN_WAIT_S = 60.0  # without an event, before a run is said to stand still
 _MIN_FIRST_WAIT_S = 600.0  # the same before a first step or evaluation, which may take long

@@ -24,16 +24,17 @@ from services.trainer.fleet.conformance import (
     distance,
     effect_fault,
     fault,
-    make_probe,
     noise_floor,
-    probe_sequences,
 )
-from services.trainer.policy.policy import Policy, PublishedAdapter
+from services.trainer.fleet.probe import make_probe, probe_sequences
+from services.trainer.learner.learner import Learner
+from services.trainer.policy.adapter import PublishedAdapter
+from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import Sample
 from services.trainer.run_config import ConformanceConfig, LoraConfig, OptimizerConfig
 from shared.adapters import check_tensors, read_header
-from shared.checkpoints import linear_shapes
 from shared.errors import ConformanceFailed, DeadlineExceeded
+from shared.model_folder import linear_shapes
 from shared.rollout_client import RolloutClient
 from shared.schemas import (
     AdapterManifest,
@@ -235,17 +236,21 @@ def test_score_is_flat_in_the_order_of_the_sequences(policy: Policy) -> None:
     assert policy.score(()) == ()
 
 
-def test_score_is_what_training_computes(policy: Policy, samples: list[Sample]) -> None:
-    policy.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
+def test_score_is_what_training_computes(
+    policy: Policy, learner: Learner, samples: list[Sample]
+) -> None:
+    learner.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
     (sample,) = [s for s in samples if s.length == max(s.length for s in samples)]
     trained = policy.logprobs(whole([sample])).logprobs
     scored = policy.score([sample.prompt_token_ids + sample.token_ids])
     assert scored[-sample.num_tokens :] == tuple(trained.tolist())
 
 
-def test_the_base_is_scored_without_the_adapter(policy: Policy, samples: list[Sample]) -> None:
+def test_the_base_is_scored_without_the_adapter(
+    policy: Policy, learner: Learner, samples: list[Sample]
+) -> None:
     before = policy.score(RAGGED)
-    policy.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
+    learner.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
     assert policy.score(RAGGED, base=True) == before
     assert policy.score(RAGGED) != before
 
@@ -280,13 +285,15 @@ def test_the_synthetic_adapter_moves_the_logprobs_by_about_a_nat(
     assert header.manifest.policy.run_id.startswith("probe-")
 
 
-def test_making_a_probe_leaves_no_trace(policy: Policy, samples: list[Sample]) -> None:
-    policy.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
+def test_making_a_probe_leaves_no_trace(
+    policy: Policy, learner: Learner, samples: list[Sample]
+) -> None:
+    learner.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
     before, rng = weights(policy), torch.get_rng_state()
     first = make_probe(policy, PROMPTS, ConformanceConfig(), seed=0)
     assert torch.equal(weights(policy), before)
     assert torch.equal(torch.get_rng_state(), rng)
-    policy.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
+    learner.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
     assert make_probe(policy, PROMPTS, ConformanceConfig(), seed=0) == first
 
 
@@ -303,14 +310,14 @@ def test_weights_come_back_when_what_needed_others_fails(policy: Policy) -> None
 
 
 def test_a_published_adapter_has_the_logprobs_of_the_runs_probe(
-    policy: Policy, samples: list[Sample]
+    policy: Policy, learner: Learner, samples: list[Sample]
 ) -> None:
-    policy.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
+    learner.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
     assert policy.publish().probe_logprobs == ()
     policy.set_probe(RAGGED)
     assert policy.publish().probe_logprobs == policy.score(RAGGED)
-    policy.start(VERSION_0, LoraConfig(rank=8), OptimizerConfig(), seed=0)
-    policy.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
+    learner.start(VERSION_0, LoraConfig(rank=8), OptimizerConfig(), seed=0)
+    learner.update(samples, PLAIN, max_tokens_per_micro_batch=100_000)
     assert policy.publish().probe_logprobs == ()
 
 

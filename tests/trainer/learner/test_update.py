@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.trainer.learner.learner import Learner
 from services.trainer.policy.attention import packed_attention
-from services.trainer.policy.policy import Policy
-from services.trainer.policy.samples import Layout, Sample
+from services.trainer.policy.samples import Sample
+from services.trainer.policy.token_batch import Layout
 from services.trainer.run_config import (
     AlgorithmConfig,
     CorrectionConfig,
@@ -56,14 +57,14 @@ ALGORITHMS: dict[str, AlgorithmConfig] = {
 
 
 @pytest.fixture(scope="module")
-def exact_base(tiny_checkpoint: Path) -> Policy:
+def exact_base(tiny_checkpoint: Path) -> Learner:
     """The same model without rounding, where equal means equal to 1e-5."""
-    return float32_policy(tiny_checkpoint)
+    return Learner(float32_policy(tiny_checkpoint))
 
 
-def begin(policy: Policy, algorithm: AlgorithmConfig) -> Policy:
+def begin(learner: Learner, algorithm: AlgorithmConfig) -> Learner:
     """A policy whose adapter, and critic, say something."""
-    policy.start(
+    learner.start(
         VERSION_0,
         LoraConfig(rank=8),
         OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
@@ -72,9 +73,9 @@ def begin(policy: Policy, algorithm: AlgorithmConfig) -> Policy:
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in policy.optimizer.parameters:
+        for parameter in learner.optimizer.parameters:
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return policy
+    return learner
 
 
 @pytest.fixture
@@ -105,18 +106,18 @@ def reordered(samples: Sequence[Sample]) -> list[Sample]:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(
-    exact_base: Policy, groups: list[Sample], name: str, monkeypatch: pytest.MonkeyPatch
+    exact_base: Learner, groups: list[Sample], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Micro-batches, padding, packing, shared prompts and order change rounding alone."""
     algorithm = ALGORITHMS[name]
-    policy = begin(exact_base, algorithm)
-    monkeypatch.setattr(policy, "layout", "padded")
-    expected = gradient(policy, groups, WHOLE_BATCH, algorithm)
+    learner = begin(exact_base, algorithm)
+    monkeypatch.setattr(learner.policy, "layout", "padded")
+    expected = gradient(learner, groups, WHOLE_BATCH, algorithm)
     assert expected.norm() > 0
 
     def check(samples: Sequence[Sample], max_tokens: int, layout: Layout) -> None:
-        monkeypatch.setattr(policy, "layout", layout)
-        found = gradient(policy, samples, max_tokens, algorithm)
+        monkeypatch.setattr(learner.policy, "layout", layout)
+        found = gradient(learner, samples, max_tokens, algorithm)
         error = (found - expected).norm() / expected.norm()
         assert error < 1e-5, (max_tokens, layout)
 
@@ -128,12 +129,12 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(
             check(reordered(groups), 60, layout)
 
 
-def test_prompts_are_shared_where_it_pays(exact_base: Policy, groups: list[Sample]) -> None:
-    policy = begin(exact_base, GrpoConfig())
-    shared = policy.update(
+def test_prompts_are_shared_where_it_pays(exact_base: Learner, groups: list[Sample]) -> None:
+    learner = begin(exact_base, GrpoConfig())
+    shared = learner.update(
         groups, GrpoConfig(), max_tokens_per_micro_batch=WHOLE_BATCH, guards=NO_GUARDS
     )
-    assert policy.layout == "masked"
+    assert learner.policy.layout == "masked"
     num_unshared = sum(s.length - 1 for s in groups if s.group < 3)
     assert shared.num_forward_tokens < 0.75 * num_unshared
 
@@ -145,12 +146,12 @@ def test_the_packed_attention_of_gpus_gives_the_same_gradient(
     """Everything but torch's kernel, which a formula stands for: it needs CUDA."""
     from transformers import AttentionInterface
 
-    policy = begin(float32_policy(tiny_checkpoint), GrpoConfig())
-    expected = gradient(policy, groups, WHOLE_BATCH, GrpoConfig())
+    learner = begin(Learner(float32_policy(tiny_checkpoint)), GrpoConfig())
+    expected = gradient(learner, groups, WHOLE_BATCH, GrpoConfig())
     AttentionInterface.register("packed_by_formula", _packed_by_formula)
-    policy.model.get_base_model().set_attn_implementation("packed_by_formula")
-    monkeypatch.setattr(policy, "layout", "packed")
-    found = gradient(policy, groups, max_tokens, GrpoConfig())
+    learner.policy.model.get_base_model().set_attn_implementation("packed_by_formula")
+    monkeypatch.setattr(learner.policy, "layout", "packed")
+    found = gradient(learner, groups, max_tokens, GrpoConfig())
     assert (found - expected).norm() / expected.norm() < 1e-5
 
 
@@ -160,101 +161,103 @@ def _packed_by_formula(*args: object, **kwargs: object) -> tuple[Tensor, None]:
 
 @pytest.mark.parametrize("name", ["dapo", "kl in the loss", "ppo", "ipo"])
 def test_several_steps_train_on_the_logprobs_of_before_the_update(
-    exact_base: Policy, groups: list[Sample], name: str
+    exact_base: Learner, groups: list[Sample], name: str
 ) -> None:
     """The ratio moves with the steps, so the clip engages: it is against the old policy."""
     algorithm = ALGORITHMS[name].model_copy(update={"num_epochs": 3, "num_minibatches": 2})
-    policy = begin(exact_base, algorithm)
-    before = weights(policy)
-    stats = policy.update(groups, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS)
-    assert policy.id.version == 1
-    assert not torch.equal(weights(policy), before)
+    learner = begin(exact_base, algorithm)
+    before = weights(learner)
+    stats = learner.update(groups, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS)
+    assert learner.policy.id.version == 1
+    assert not torch.equal(weights(learner), before)
     if name != "ipo":
         assert stats.clip_fraction > 0
 
 
-def test_the_critic_learns_the_rewards(exact_base: Policy, groups: list[Sample]) -> None:
+def test_the_critic_learns_the_rewards(exact_base: Learner, groups: list[Sample]) -> None:
     algorithm = PpoConfig(num_epochs=1, value_clip=None)
-    policy = begin(exact_base, algorithm)
+    learner = begin(exact_base, algorithm)
     losses = [
-        policy.update(groups, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS).value_loss
+        learner.update(
+            groups, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS
+        ).value_loss
         for _ in range(12)
     ]
     assert losses[-1] < 0.5 * losses[0]
 
 
 def test_a_policy_with_a_critic_publishes_the_policy_alone(
-    exact_base: Policy, groups: list[Sample]
+    exact_base: Learner, groups: list[Sample]
 ) -> None:
-    policy = begin(exact_base, PpoConfig())
-    names = {name for name in policy.lora_shapes()}
+    learner = begin(exact_base, PpoConfig())
+    names = {name for name in learner.policy.lora_shapes()}
     assert len(names) == 2 * 4 * 7
     assert not any("critic" in name for name in names)
-    policy.update(groups, PpoConfig(), max_tokens_per_micro_batch=60, guards=NO_GUARDS)
-    assert len(policy.publish().content) < 2.1 * sum(
-        s.numel() for s in policy.lora_shapes().values()
+    learner.update(groups, PpoConfig(), max_tokens_per_micro_batch=60, guards=NO_GUARDS)
+    assert len(learner.policy.publish().content) < 2.1 * sum(
+        s.numel() for s in learner.policy.lora_shapes().values()
     )
 
 
 def test_kl_that_is_off_computes_no_reference(
-    exact_base: Policy, groups: list[Sample], monkeypatch: pytest.MonkeyPatch
+    exact_base: Learner, groups: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = begin(exact_base, GrpoConfig())
+    learner = begin(exact_base, GrpoConfig())
 
     def refuse() -> None:
         raise AssertionError("a reference was computed")
 
-    monkeypatch.setattr(policy, "adapter_disabled", refuse)
-    policy.update(groups, GrpoConfig(), max_tokens_per_micro_batch=60, guards=NO_GUARDS)
-    assert policy.id.version == 1
+    monkeypatch.setattr(learner, "adapter_disabled", refuse)
+    learner.update(groups, GrpoConfig(), max_tokens_per_micro_batch=60, guards=NO_GUARDS)
+    assert learner.policy.id.version == 1
 
 
-def test_groups_without_a_preference_make_no_pair_and_still_a_version(exact_base: Policy) -> None:
+def test_groups_without_a_preference_make_no_pair_and_still_a_version(exact_base: Learner) -> None:
     algorithm = OnlineDpoConfig()
-    policy = begin(exact_base, algorithm)
+    learner = begin(exact_base, algorithm)
     same = [make_sample(k, advantage=1.0, group=0) for k in range(4)]
-    before = weights(policy)
-    policy.update(same, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS)
-    assert policy.id.version == 1
-    assert torch.equal(weights(policy), before)
+    before = weights(learner)
+    learner.update(same, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS)
+    assert learner.policy.id.version == 1
+    assert torch.equal(weights(learner), before)
 
 
 @pytest.mark.parametrize("num_minibatches", [2, 5])
 def test_pairs_stay_together_however_many_minibatches_there_are(
-    exact_base: Policy, groups: list[Sample], num_minibatches: int
+    exact_base: Learner, groups: list[Sample], num_minibatches: int
 ) -> None:
     algorithm = OnlineDpoConfig(num_minibatches=num_minibatches)
-    policy = begin(exact_base, algorithm)
-    stats = policy.update(groups, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS)
+    learner = begin(exact_base, algorithm)
+    stats = learner.update(groups, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS)
     assert 0 <= stats.preference_accuracy <= 1
-    assert policy.id.version == 1
+    assert learner.policy.id.version == 1
 
 
-def test_what_an_update_has_learned_is_no_drift_of_the_sampler(exact_base: Policy) -> None:
+def test_what_an_update_has_learned_is_no_drift_of_the_sampler(exact_base: Learner) -> None:
     """Later steps of an update compare the policy of before it with the sampler."""
     algorithm = OnlineDpoConfig(num_epochs=6)
-    policy = begin(exact_base, algorithm)
+    learner = begin(exact_base, algorithm)
     pairs = [
         make_sample(10 * group + k, advantage=float(k), num_completion=20, group=group)
         for group in range(16)
         for k in range(2)
     ]
-    logprobs = policy.sample_logprobs(pairs)
+    logprobs = learner.policy.sample_logprobs(pairs)
     sampled = [
         replace(s, sampler_logprobs=tuple(row)) for s, row in zip(pairs, logprobs, strict=True)
     ]
-    stats = policy.update(sampled, algorithm, max_tokens_per_micro_batch=WHOLE_BATCH)
+    stats = learner.update(sampled, algorithm, max_tokens_per_micro_batch=WHOLE_BATCH)
     assert stats.num_fresh_tokens >= 256
     assert stats.sampler_kl < 1e-6
 
 
 def test_positions_that_are_only_scored_count_as_computed(
-    exact_base: Policy, groups: list[Sample]
+    exact_base: Learner, groups: list[Sample]
 ) -> None:
     computed = []
     for coefficient in (0.0, 0.1):
         algorithm = RlooConfig(kl=RewardKlConfig(coefficient=coefficient))
-        policy = begin(exact_base, algorithm)
-        stats = policy.update(groups, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS)
+        learner = begin(exact_base, algorithm)
+        stats = learner.update(groups, algorithm, max_tokens_per_micro_batch=60, guards=NO_GUARDS)
         computed.append(stats.num_forward_tokens)
     assert computed[1] > 2.5 * computed[0]

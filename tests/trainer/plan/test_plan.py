@@ -25,17 +25,16 @@ from services.trainer.plan.memory import Batch, replica_memory, trainer_memory
 from services.trainer.policy.logprobs import _CHUNK_LOGITS
 from services.trainer.policy.offload import _MAX_LEAVING
 from services.trainer.policy.policy import _SCORE_POSITIONS
-from services.trainer.policy.samples import (
+from services.trainer.policy.samples import Sample, group_indices
+from services.trainer.policy.token_batch import (
     PackedAttention,
-    Sample,
     collate,
-    group_indices,
     make_trees,
     micro_batches,
 )
 from services.trainer.run_config import parse_run_config
 from services.trainer.settings import TrainerSettings
-from shared.checkpoints import linear_shapes
+from shared.model_folder import linear_shapes
 from shared.schemas import ServingMode
 
 ROOT = Path(__file__).parents[3]

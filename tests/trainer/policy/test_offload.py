@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.trainer.learner.learner import Learner
 from services.trainer.policy.offload import inputs_on_host
-from services.trainer.policy.policy import Policy
-from services.trainer.policy.samples import Sample, Tree, collate
+from services.trainer.policy.samples import Sample
+from services.trainer.policy.token_batch import Tree, collate
 from tests.trainer.conftest import make_sample
 
 
@@ -24,12 +25,12 @@ class Passes:
     """A forward and a backward pass, and what is left of the layers' inputs between them."""
 
     def __init__(
-        self, policy: Policy, samples: list[Sample], inside: AbstractContextManager[None]
+        self, learner: Learner, samples: list[Sample], inside: AbstractContextManager[None]
     ) -> None:
         trees = [Tree((i,), sample.length - 1) for i, sample in enumerate(samples)]
         batch = collate(samples, trees, layout="padded")
         inputs: list[weakref.ref[Tensor]] = []
-        layers = policy.model.get_base_model().get_decoder().layers
+        layers = learner.policy.model.get_base_model().get_decoder().layers
         handles = [
             layer.register_forward_pre_hook(
                 lambda _, arguments: inputs.append(weakref.ref(arguments[0]))
@@ -37,40 +38,40 @@ class Passes:
             for layer in layers
         ]
         with inside:
-            loss = policy.logprobs(batch).logprobs.sum()
+            loss = learner.policy.logprobs(batch).logprobs.sum()
         for handle in handles:
             handle.remove()
         self.num_layers = len(layers)
         self.num_kept = sum(reference() is not None for reference in inputs)
         loss.backward()
-        parameters = policy.optimizer.parameters
+        parameters = learner.optimizer.parameters
         self.gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        policy.model.zero_grad()
+        learner.policy.model.zero_grad()
 
 
 @pytest.fixture
-def trained(policy: Policy) -> Policy:
+def trained(learner: Learner) -> Learner:
     """B is not zero: every LoRA weight has a gradient."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in policy.optimizer.parameters:
+    for parameter in learner.optimizer.parameters:
         parameter.data.normal_(std=0.02, generator=generator)
-    return policy
+    return learner
 
 
 def test_the_gradient_is_the_same_and_all_inputs_but_the_first_leave(
-    trained: Policy, samples: list[Sample]
+    trained: Learner, samples: list[Sample]
 ) -> None:
     usual = Passes(trained, samples, nullcontext())
-    parked = Passes(trained, samples, inputs_on_host(trained.hidden_size, min_bytes=0))
+    parked = Passes(trained, samples, inputs_on_host(trained.policy.hidden_size, min_bytes=0))
     torch.testing.assert_close(parked.gradient, usual.gradient, atol=0, rtol=0)
     assert usual.num_kept == usual.num_layers
     assert parked.num_kept == 1  # the first layer's, a leaf of the graph
 
 
 def test_what_is_small_or_of_another_width_stays_where_it_is(
-    trained: Policy, samples: list[Sample]
+    trained: Learner, samples: list[Sample]
 ) -> None:
-    width = trained.hidden_size
+    width = trained.policy.hidden_size
     small = Passes(trained, samples, inputs_on_host(width))
     other = Passes(trained, samples, inputs_on_host(width + 1, min_bytes=0))
     assert small.num_kept == other.num_kept == small.num_layers

@@ -19,11 +19,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.trainer.followers import num_processes
+from services.trainer.learner.learner import Learner
 from services.trainer.learner.stats import UpdateRefused
 from services.trainer.policy.logprobs import TokenLogprobs
-from services.trainer.policy.policy import Policy
-from services.trainer.policy.ranks import PeerFailed, Ranks, num_processes
-from services.trainer.policy.samples import Sample, TokenBatch
+from services.trainer.policy.ranks import PeerFailed, Ranks
+from services.trainer.policy.samples import Sample
+from services.trainer.policy.token_batch import TokenBatch
 from services.trainer.run_config import (
     AlgorithmConfig,
     GrpoConfig,
@@ -97,27 +99,29 @@ class Outcome:
     weights: Tensor
 
 
-def start(policy: Policy, algorithm: AlgorithmConfig = PLAIN) -> None:
+def start(learner: Learner, algorithm: AlgorithmConfig = PLAIN) -> None:
     optimizer = OptimizerConfig(learning_rate=LEARNING_RATE, warmup_steps=0)
     lora = LoraConfig(rank=8, alpha=16)
-    policy.start(VERSION_0, lora, optimizer, seed=0, algorithm=algorithm)
+    learner.start(VERSION_0, lora, optimizer, seed=0, algorithm=algorithm)
 
 
-def train(policy: Policy, case: str) -> Outcome:
-    start(policy, CASES[case][0])
-    return Outcome([update(policy, case, k) for k in range(NUM_UPDATES)], weights(policy))
+def train(learner: Learner, case: str) -> Outcome:
+    start(learner, CASES[case][0])
+    return Outcome([update(learner, case, k) for k in range(NUM_UPDATES)], weights(learner))
 
 
-def update(policy: Policy, case: str, index: int) -> tuple[float, ...]:
+def update(learner: Learner, case: str, index: int) -> tuple[float, ...]:
     algorithm, max_tokens = CASES[case]
     batch = batch_of(case, index)
-    stats = policy.update(batch, algorithm, max_tokens_per_micro_batch=max_tokens, guards=NO_GUARDS)
+    stats = learner.update(
+        batch, algorithm, max_tokens_per_micro_batch=max_tokens, guards=NO_GUARDS
+    )
     values = astuple(repeatable(stats))
     return tuple(value for value in values if isinstance(value, int | float))
 
 
-def weights(policy: Policy) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in policy.optimizer.parameters])
+def weights(learner: Learner) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in learner.optimizer.parameters])
 
 
 # --- what runs in two processes -----------------------------------------------------------------
@@ -127,27 +131,27 @@ def main(checkpoint: Path, results: Path) -> None:
     torch.set_num_threads(1)
     configure_logging("trainer")
     ranks = Ranks.join("cpu")
-    policy = float32_policy(checkpoint, ranks)
-    break_when_told(policy, ranks.rank)
+    learner = Learner(float32_policy(checkpoint, ranks))
+    break_when_told(learner, ranks.rank)
     if ranks.rank:
-        while ranks.obey(policy):
+        while ranks.obey(learner):
             pass
         return
-    outcomes: dict[str, Any] = {case: train(policy, case) for case in CASES}
+    outcomes: dict[str, Any] = {case: train(learner, case) for case in CASES}
     for temperature in (FAILS_ON_RANK_0, FAILS_ON_RANK_1):
-        outcomes[f"failure at {temperature}"] = fail(policy, temperature=temperature)
-    outcomes["not finite"] = fail(policy, rewards=(float("inf"),))
-    outcomes["refused"] = refuse(policy)
-    outcomes["resumed"] = resume(policy)
+        outcomes[f"failure at {temperature}"] = fail(learner, temperature=temperature)
+    outcomes["not finite"] = fail(learner, rewards=(float("inf"),))
+    outcomes["refused"] = refuse(learner)
+    outcomes["resumed"] = resume(learner)
     torch.save(outcomes, results)
     told = [replace(s, temperature=DRIFTS_ON_RANK_1) for s in batch_of("", 0)]
-    policy.update(told, PLAIN, max_tokens_per_micro_batch=WHOLE_BATCH)
+    learner.update(told, PLAIN, max_tokens_per_micro_batch=WHOLE_BATCH)
     raise AssertionError("two different policies went on")
 
 
-def break_when_told(policy: Policy, rank: int) -> None:
+def break_when_told(learner: Learner, rank: int) -> None:
     """Let the forward of this rank do what the temperature of a sample says."""
-    logprobs = policy.logprobs
+    logprobs = learner.policy.logprobs
 
     def tempered(batch: TokenBatch) -> TokenLogprobs:
         temperature = float(batch.temperatures[0])
@@ -155,10 +159,10 @@ def break_when_told(policy: Policy, rank: int) -> None:
             raise MemoryError(f"no memory on rank {rank}")
         if temperature == DRIFTS_ON_RANK_1 and rank == 1:
             with torch.no_grad():
-                next(p for p in policy.model.parameters() if p.requires_grad)[0, 0] += 1e-6
+                next(p for p in learner.policy.model.parameters() if p.requires_grad)[0, 0] += 1e-6
         return logprobs(batch)
 
-    policy.logprobs = tempered  # type: ignore[method-assign]
+    learner.policy.logprobs = tempered  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,14 +173,14 @@ class Failure:
     next_update: tuple[float, ...]
 
 
-def fail(policy: Policy, **told: Any) -> Failure:
+def fail(learner: Learner, **told: Any) -> Failure:
     """An update whose second step fails, then one that does not."""
-    start(policy)
-    before = weights(policy)
+    start(learner)
+    before = weights(learner)
     bad = [replace(make_sample(seed, advantage=1.0, num_completion=3), **told) for seed in (6, 7)]
     good = [make_sample(8, advantage=1.0), make_sample(9, advantage=-1.0)]
     try:
-        policy.update(
+        learner.update(
             [*good, *bad],
             PLAIN.model_copy(update={"num_minibatches": 2}),
             max_tokens_per_micro_batch=WHOLE_BATCH,
@@ -184,36 +188,38 @@ def fail(policy: Policy, **told: Any) -> Failure:
     except (PeerFailed, MemoryError, UpdateRefused) as error:
         return Failure(
             error,
-            policy.id.version,
-            not torch.equal(before, weights(policy)),
-            update(policy, "minibatches and epochs", 0),
+            learner.policy.id.version,
+            not torch.equal(before, weights(learner)),
+            update(learner, "minibatches and epochs", 0),
         )
     raise AssertionError("it did not fail")
 
 
-def refuse(policy: Policy) -> tuple[str, tuple[float, ...]]:
+def refuse(learner: Learner) -> tuple[str, tuple[float, ...]]:
     """A run whose config does not fit, then an update of the one before."""
-    start(policy)
+    start(learner)
     try:
-        policy.start(VERSION_0, LoraConfig(target_modules=("qkv_proj",)), OptimizerConfig(), seed=0)
+        learner.start(
+            VERSION_0, LoraConfig(target_modules=("qkv_proj",)), OptimizerConfig(), seed=0
+        )
     except ValueError as error:
-        return str(error), update(policy, "minibatches and epochs", 0)
+        return str(error), update(learner, "minibatches and epochs", 0)
     raise AssertionError("it was not refused")
 
 
-def resume(policy: Policy) -> tuple[Tensor, Tensor]:
+def resume(learner: Learner) -> tuple[Tensor, Tensor]:
     """The weights after three updates, and after two and one from the snapshot between."""
     case = "more micro-batches than ranks"
-    start(policy)
+    start(learner)
     for k in range(2):
-        update(policy, case, k)
-    snapshot = policy.snapshot()
-    update(policy, case, 2)
-    whole = weights(policy)
-    start(policy)
-    policy.restore(PolicyId(run_id="test", incarnation=2, version=2), snapshot)
-    update(policy, case, 2)
-    return whole, weights(policy)
+        update(learner, case, k)
+    snapshot = learner.snapshot()
+    update(learner, case, 2)
+    whole = weights(learner)
+    start(learner)
+    learner.restore(PolicyId(run_id="test", incarnation=2, version=2), snapshot)
+    update(learner, case, 2)
+    return whole, weights(learner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +252,8 @@ def torchrun(module: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_checkpoint: Path) -> Policy:
-    return float32_policy(tiny_checkpoint, Ranks())
+def alone(tiny_checkpoint: Path) -> Learner:
+    return Learner(float32_policy(tiny_checkpoint, Ranks()))
 
 
 # --- the same policy ----------------------------------------------------------------------------
@@ -255,7 +261,7 @@ def alone(tiny_checkpoint: Path) -> Policy:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_the_policy_that_one_trains(
-    two_ranks: TwoRanks, alone: Policy, case: str
+    two_ranks: TwoRanks, alone: Learner, case: str
 ) -> None:
     """But for the order in which float32 gradients are summed: a thousandth of what was learned.
 
@@ -287,7 +293,7 @@ def test_a_restored_run_goes_on_bit_for_bit(two_ranks: TwoRanks) -> None:
     ],
 )
 def test_what_fails_on_one_rank_fails_on_all_and_the_next_update_is_as_ever(
-    two_ranks: TwoRanks, alone: Policy, case: str, error: Exception
+    two_ranks: TwoRanks, alone: Learner, case: str, error: Exception
 ) -> None:
     failure = two_ranks.outcomes[case]
     assert repr(failure.error) == repr(error)
@@ -295,14 +301,14 @@ def test_what_fails_on_one_rank_fails_on_all_and_the_next_update_is_as_ever(
 
 
 def test_a_gradient_that_is_not_finite_is_refused_by_all_ranks(
-    two_ranks: TwoRanks, alone: Policy
+    two_ranks: TwoRanks, alone: Learner
 ) -> None:
     failure = two_ranks.outcomes["not finite"]
     assert isinstance(failure.error, UpdateRefused)
     check_nothing_is_left(failure, alone)
 
 
-def check_nothing_is_left(failure: Failure, alone: Policy) -> None:
+def check_nothing_is_left(failure: Failure, alone: Learner) -> None:
     start(alone)
     assert failure.version == 0
     assert not failure.has_moved
@@ -311,7 +317,7 @@ def check_nothing_is_left(failure: Failure, alone: Policy) -> None:
 
 
 def test_a_run_that_does_not_fit_leaves_the_last_one_on_all_ranks(
-    two_ranks: TwoRanks, alone: Policy
+    two_ranks: TwoRanks, alone: Learner
 ) -> None:
     message, next_update = two_ranks.outcomes["refused"]
     assert "has qkv_proj, this model has no such linear" in message

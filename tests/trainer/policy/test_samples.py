@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from services.trainer.policy.samples import (
+from services.trainer.policy.samples import Sample, group_indices, make_samples
+from services.trainer.policy.token_batch import (
     Layout,
     PackedAttention,
-    Sample,
     Tree,
     collate,
-    group_indices,
-    make_samples,
     make_trees,
     micro_batches,
 )

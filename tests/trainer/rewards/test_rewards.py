@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 
 from services.tokens import PromptEncoder
-from services.trainer.data.datasets import Prompt
+from services.trainer.data.rows import Prompt
 from services.trainer.rewards import scorer
 from services.trainer.rewards.batch import Reward, RewardBatch
+from services.trainer.rewards.built_in import build_reward
 from services.trainer.rewards.process import FunctionFailed, FunctionProcess
 from services.trainer.rewards.scorer import (
     Scorer,
-    build_reward,
     compute,
     overlong_penalty,
     punish_overlong,

@@ -13,14 +13,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from services.trainer.data.datasets import Consumed, RowStream
+from services.trainer.data.rows import Consumed, RowStream
 from services.trainer.fleet.fleet import Fleet
-from services.trainer.policy.policy import Policy
+from services.trainer.learner.learner import Learner
 from services.trainer.policy.samples import Sample
 from services.trainer.rewards.scorer import Scorer
 from services.trainer.run.checkpoints import Checkpoints
 from services.trainer.run.log import RunLog
-from services.trainer.run.loop import Run
+from services.trainer.run.run import Run
 from services.trainer.run_config import (
     CheckpointConfig,
     LoraConfig,
@@ -43,11 +43,11 @@ def checkpoints(run_dir: Path, **config: int) -> Checkpoints:
 
 
 @pytest.fixture
-def run(policy: Policy, tmp_path: Path) -> Iterator[Run]:
+def run(learner: Learner, tmp_path: Path) -> Iterator[Run]:
     """Before its first step, in a folder of its own."""
     run = Run(
         config=RunConfig(managed=False),
-        policy=policy,
+        learner=learner,
         fleet=Fleet((), connect=RolloutClient),
         log=RunLog(tmp_path, TrainerMetrics()),
         prompts=RowStream((), seed=0),
@@ -55,7 +55,7 @@ def run(policy: Policy, tmp_path: Path) -> Iterator[Run]:
         consumed=Consumed(),
         checkpoints=checkpoints(tmp_path, every_steps=2, keep=2),
         first_step=0,
-        scorer=Scorer((), policy.encoder),
+        scorer=Scorer((), learner.policy.encoder),
         held_out=(),
         stop=asyncio.Event(),
     )
@@ -64,11 +64,11 @@ def run(policy: Policy, tmp_path: Path) -> Iterator[Run]:
 
 
 async def take_step(run: Run, samples: list[Sample]) -> None:
-    train_a_little(run.policy, samples)
+    train_a_little(run.learner, samples)
     step = run.policy.id.version
     run.consumed.add([step - 1])
     await run.log.emit(StateRecord(state="running", detail=f"step {step}"))
-    await run.checkpoints.save_if_due(run, step)
+    await run.save_if_due(step)
 
 
 def names(run: Run) -> list[str]:
@@ -79,39 +79,39 @@ async def test_the_step_after_a_resume_is_bit_for_bit_the_one_it_would_have_been
     run: Run, samples: list[Sample], tmp_path: Path
 ) -> None:
     """open-rl#83: no durable checkpoint. AdamW's moments, its step count and the warm-up go on."""
-    policy = run.policy
+    learner = run.learner
     options = OptimizerConfig(learning_rate=1e-3, warmup_steps=5)
-    policy.start(VERSION_0, LoraConfig(rank=8, alpha=16), options, seed=0)
+    learner.start(VERSION_0, LoraConfig(rank=8, alpha=16), options, seed=0)
     for _ in range(2):
         await take_step(run, samples)
     uninterrupted = [
-        (repeatable(train_a_little(policy, samples)), weights(policy)) for _ in range(2)
+        (repeatable(train_a_little(learner, samples)), weights(learner)) for _ in range(2)
     ]
 
     saved = checkpoints(tmp_path).load()
     assert saved
     torch.manual_seed(1234)
-    policy.start(VERSION_0, LoraConfig(rank=8, alpha=16), options, seed=7)
+    learner.start(VERSION_0, LoraConfig(rank=8, alpha=16), options, seed=7)
     second_life = PolicyId(run_id="test", incarnation=2, version=saved.state.policy.version)
-    policy.restore(second_life, saved.snapshot)
-    assert policy.id == second_life
+    learner.restore(second_life, saved.snapshot)
+    assert learner.policy.id == second_life
     for stats, expected in uninterrupted:
-        assert repeatable(train_a_little(policy, samples)) == stats
-        assert torch.equal(weights(policy), expected)
-    assert policy.id == second_life.model_copy(update={"version": 4})
+        assert repeatable(train_a_little(learner, samples)) == stats
+        assert torch.equal(weights(learner), expected)
+    assert learner.policy.id == second_life.model_copy(update={"version": 4})
 
 
 async def test_a_snapshot_does_not_move_with_the_policy(
-    policy: Policy, samples: list[Sample]
+    learner: Learner, samples: list[Sample]
 ) -> None:
-    train_a_little(policy, samples)
-    snapshot = policy.snapshot()
-    train_a_little(policy, samples)
-    expected = weights(policy)
+    train_a_little(learner, samples)
+    snapshot = learner.snapshot()
+    train_a_little(learner, samples)
+    expected = weights(learner)
     for _ in range(2):
-        policy.restore(snapshot.manifest.policy, snapshot)
-        train_a_little(policy, samples)
-        assert torch.equal(weights(policy), expected)
+        learner.restore(snapshot.manifest.policy, snapshot)
+        train_a_little(learner, samples)
+        assert torch.equal(weights(learner), expected)
 
 
 async def test_the_saved_adapter_is_the_master_weights_and_peft_loads_it(
@@ -124,7 +124,7 @@ async def test_the_saved_adapter_is_the_master_weights_and_peft_loads_it(
     base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     loaded = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-    assert torch.equal(loaded, weights(run.policy))
+    assert torch.equal(loaded, weights(run.learner))
 
 
 async def test_a_checkpoint_says_what_was_consumed_and_how_far_the_log_was(
@@ -147,17 +147,17 @@ async def test_the_newest_checkpoints_are_kept(run: Run, samples: list[Sample]) 
     for _ in range(7):
         await take_step(run, samples)
     assert names(run) == ["step-000004", "step-000006"]
-    await run.checkpoints.save(run, 7)
+    await run.save(7)
     assert names(run) == ["step-000006", "step-000007"]
 
 
 async def test_a_step_that_is_kept_is_not_written_again(run: Run, samples: list[Sample]) -> None:
-    await run.checkpoints.save(run, 0)
+    await run.save(0)
     assert not run.checkpoints.dir.exists()  # no step was taken: there is nothing to keep
     for _ in range(2):
         await take_step(run, samples)
     before = (run.checkpoints.dir / "step-000002").stat().st_ino
-    await run.checkpoints.save(run, 2)
+    await run.save(2)
     assert (run.checkpoints.dir / "step-000002").stat().st_ino == before
 
 
@@ -193,10 +193,10 @@ async def test_no_checkpoint_is_saved_while_the_log_lacks_lines(
     await take_step(run, samples)
     with no_file_longer_than(run.log.positions["metrics.jsonl"]):
         await run.log.emit(StateRecord(state="running", detail="a line that waits"))
-        train_a_little(run.policy, samples)
-        await run.checkpoints.save(run, 2)
+        train_a_little(run.learner, samples)
+        await run.save(2)
     assert not run.checkpoints.dir.exists()
-    await run.checkpoints.save(run, 2)
+    await run.save(2)
     assert names(run) == ["step-000002"]
     assert "a line that waits" in (run.log.run_dir / "metrics.jsonl").read_text()
 
@@ -276,15 +276,15 @@ async def test_a_full_disk_is_said_loudly_and_costs_no_checkpoint(
 ) -> None:
     for _ in range(3):
         await take_step(run, samples)
-    train_a_little(run.policy, samples)
+    train_a_little(run.learner, samples)
     with no_file_longer_than(100_000):
-        await run.checkpoints.save_if_due(run, 4)
+        await run.save_if_due(4)
     assert names(run) == ["step-000002"]
     (record,) = caplog.records
     assert record.levelname == "ERROR"
     assert "step 4 could not be saved in" in record.message
     assert "resumes from step 2: free space there" in record.message
-    await run.checkpoints.save(run, 4)
+    await run.save(4)
     assert names(run) == ["step-000002", "step-000004"]
 
 
@@ -295,6 +295,6 @@ async def test_the_weights_of_another_lora_config_are_refused(
         await take_step(run, samples)
     saved = checkpoints(tmp_path).load()
     assert saved
-    run.policy.start(VERSION_0, LoraConfig(rank=4), OptimizerConfig(), seed=0)
+    run.learner.start(VERSION_0, LoraConfig(rank=4), OptimizerConfig(), seed=0)
     with pytest.raises(ValueError, match="do not fit this base"):
-        run.policy.restore(saved.state.policy, saved.snapshot)
+        run.learner.restore(saved.state.policy, saved.snapshot)

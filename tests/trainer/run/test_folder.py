@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from services.trainer.data.datasets import Prompt
+from services.trainer.data.rows import Prompt
 from services.trainer.run.folder import (
     RunFolder,
     dataset_digest,

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 
+from services.trainer.learner.learner import Learner
 from services.trainer.learner.stats import (
     MIN_FRESH_TOKENS,
     UpdateRefused,
@@ -20,10 +21,10 @@ from services.trainer.learner.stats import (
     join,
     update_stats,
 )
-from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import Sample
 from services.trainer.run.guards import GuardWatch, check_handshake, refused
-from services.trainer.run.loop import Clock, Run, learn
+from services.trainer.run.run import Run
+from services.trainer.run.step import Clock, learn
 from services.trainer.run_config import GuardsConfig, RunConfig
 from shared.errors import ConformanceFailed, UnsuitableForTraining
 from shared.schemas import PolicyId, ScoredCompletion, Segment, TrainRequest
@@ -126,8 +127,8 @@ def test_a_handshake_over_few_tokens_says_so_and_one_switched_off_scores_nothing
     assert off.scored == []
 
 
-class Learner(Played):
-    """Takes every update as given."""
+class TakesAll(Played):
+    """A policy and its learner in one, which takes every update as given."""
 
     def update(self, *_: object, **__: object) -> UpdateStats:
         return stats()
@@ -141,9 +142,13 @@ class Begun:
     """A run whose earlier life took two steps."""
 
     config: RunConfig
-    policy: Learner
+    policy: TakesAll
     first_step: int = 2
     watch: GuardWatch = field(default_factory=GuardWatch)
+
+    @property
+    def learner(self) -> TakesAll:
+        return self.policy
 
 
 @pytest.mark.anyio
@@ -153,7 +158,7 @@ class Begun:
 async def test_hands_are_shaken_before_the_first_update_of_a_life_of_a_managed_run(
     config: RunConfig, step: int, num_scored: int
 ) -> None:
-    run = Begun(config, Learner(-1.0))
+    run = Begun(config, TakesAll(-1.0))
     await learn(cast(Run, run), [sampled(0), sampled(1)], step=step, clock=Clock())
     assert len(run.policy.scored) == num_scored
 
@@ -199,9 +204,9 @@ def test_a_batch_that_cannot_be_saved_leaves_the_reason(tmp_path: Path) -> None:
 
 @pytest.mark.anyio
 async def test_a_post_of_samples_from_another_model_is_refused_and_the_run_goes_on(
-    loaded_policy: Policy, tmp_path: Path
+    loaded_learner: Learner, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(loaded_policy, tmp_path)
+    trainer = make_trainer(loaded_learner, tmp_path)
     await join_replica(trainer)
     begin = (await trainer.start_run(external(run_id="own"))).policy
     with pytest.raises(UnsuitableForTraining, match=r"guards\.max_sampler_kl"):

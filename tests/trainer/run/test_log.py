@@ -13,9 +13,10 @@ from tensorboard.backend.event_processing import (  # type: ignore[import-untype
     event_accumulator,
 )
 
-from services.trainer.data.datasets import PairBatch, Prompt
+from services.trainer.data.rows import Prompt
 from services.trainer.run.log import RunLog, last_state
-from services.trainer.run.pacing import AheadGroup, Batch
+from services.trainer.run.pacing import GroupBatch, PendingGroup
+from services.trainer.run.pairs import PairBatch
 from shared.metrics import TrainerMetrics, scalars
 from shared.schemas import (
     Completion,
@@ -268,7 +269,7 @@ async def test_tensorboard_that_died_costs_no_event(
 async def test_groups_and_pairs_of_a_step_are_told_by_their_positions(tmp_path: Path) -> None:
     """A group that was set aside was consumed, but nothing was learned from it."""
 
-    def group(position: int, *rewards: float) -> AheadGroup:
+    def group(position: int, *rewards: float) -> PendingGroup:
         policy, prompt = PolicyId(run_id="r", version=3), Prompt("", (1,), {})
         completion = Completion(
             token_ids=(1, 2),
@@ -281,10 +282,10 @@ async def test_groups_and_pairs_of_a_step_are_told_by_their_positions(tmp_path: 
             sampling=SamplingParams(n=2),
             completions=tuple(ScoredCompletion(completion=completion, reward=r) for r in rewards),
         )
-        return AheadGroup(position, prompt, policy, 0.0, scored=scored)
+        return PendingGroup(position, prompt, policy, 0.0, scored=scored)
 
     run_log = RunLog(tmp_path, TrainerMetrics())
-    batch = Batch(
+    batch = GroupBatch(
         groups=[group(7, 0.0, 1.0)],
         set_aside=[group(6, 1.0, 1.0)],
         num_ready_groups=1,

@@ -8,7 +8,9 @@ from typing import cast
 
 import pytest
 
-from services.trainer.run.loop import Run, needs_eval, unless_stopped
+from services.trainer.run.evaluation import needs_eval
+from services.trainer.run.loop import unless_stopped
+from services.trainer.run.run import Run
 from services.trainer.run_config import RunConfig
 from shared.schemas import EvalRecord, PolicyId
 

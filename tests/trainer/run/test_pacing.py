@@ -9,8 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.trainer.data.datasets import Consumed, ConsumedState, Prompt, RowStream
-from services.trainer.run.pacing import Ahead, Batch
+from services.trainer.data.rows import (
+    Consumed,
+    ConsumedState,
+    Prompt,
+    RowStream,
+)
+from services.trainer.run.pacing import GroupBatch, GroupQueue
 from shared.errors import RewardFailed
 from shared.schemas import (
     Completion,
@@ -47,12 +52,12 @@ class Trainer:
         self.constant = constant
         self.seconds = seconds
         self.update_s = update_s
-        self.steps: list[Batch] = []
+        self.steps: list[GroupBatch] = []
         self.idle_s: list[float] = []
         self.batch_sizes_scored: list[int] = []
         self.fails_at: int | None = None
         self.started: list[int] = []
-        self.ahead = Ahead(
+        self.ahead = GroupQueue(
             prompts=PROMPTS,
             consumed=Consumed(),
             sample=self.sample,

@@ -12,7 +12,7 @@ import pytest
 
 from services.trainer.app import create_app
 from services.trainer.fleet.fleet import Fleet
-from services.trainer.policy.policy import Policy
+from services.trainer.learner.learner import Learner
 from services.trainer.run.stalls import stalls
 from services.trainer.run_config import (
     EvalConfig,
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-async def trainer(loaded_policy: Policy, tmp_path: Path) -> AsyncIterator[Trainer]:
-    trainer = make_trainer(loaded_policy, tmp_path)
+async def trainer(loaded_learner: Learner, tmp_path: Path) -> AsyncIterator[Trainer]:
+    trainer = make_trainer(loaded_learner, tmp_path)
     yield trainer
     await trainer.stop()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from services.trainer.policy.policy import Policy
+from services.trainer.learner.learner import Learner
 from services.trainer.run.log import RunLog
 from services.trainer.run.tracking import TrackedRun, check_tracking
 from services.trainer.run_config import (
@@ -52,8 +52,8 @@ def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-async def trainer(loaded_policy: Policy, tmp_path: Path) -> AsyncIterator[Trainer]:
-    trainer = make_trainer(loaded_policy, tmp_path)
+async def trainer(loaded_learner: Learner, tmp_path: Path) -> AsyncIterator[Trainer]:
+    trainer = make_trainer(loaded_learner, tmp_path)
     yield trainer
     await trainer.stop()
 
