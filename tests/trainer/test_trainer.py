@@ -460,7 +460,7 @@ async def test_a_run_whose_device_breaks_ends_and_leaves_the_trainer_to_the_next
     await trainer.start_run(external(run_id="broken"))
     await take_steps(trainer, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.policy, "snapshot", broken_device)
+        patch.setattr(trainer.learner, "snapshot", broken_device)
         patch.setattr(trainer.policy, "publish", broken_device)
         await trainer.stop_run()
         assert await end_of_run(trainer) == "failed"
@@ -521,7 +521,7 @@ async def test_an_update_is_answered_again_although_its_checkpoint_failed(
     policy = (await trainer.start_run(external(checkpoint={"every_steps": 1, "keep": 1}))).policy
     request = train_request(policy)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.policy, "snapshot", broken_device)
+        patch.setattr(trainer.learner, "snapshot", broken_device)
         with pytest.raises(RuntimeError):
             await trainer.train(request)
     assert (await trainer.train(request)).policy == policy.next()

@@ -207,7 +207,7 @@ def test_kl_that_is_off_computes_no_reference(
     def refuse() -> None:
         raise AssertionError("a reference was computed")
 
-    monkeypatch.setattr(learner, "adapter_disabled", refuse)
+    monkeypatch.setattr(learner.policy, "adapter_disabled", refuse)
     learner.update(groups, GrpoConfig(), max_tokens_per_micro_batch=60, guards=NO_GUARDS)
     assert learner.policy.id.version == 1
 

@@ -250,7 +250,7 @@ def test_an_update_that_fails_in_its_second_micro_batch_leaves_no_gradient(
     def fail_the_second_time(batch: TokenBatch) -> TokenLogprobs:
         return next(logprobs)(batch)
 
-    monkeypatch.setattr(learner, "logprobs", fail_the_second_time)
+    monkeypatch.setattr(learner.policy, "logprobs", fail_the_second_time)
     with pytest.raises(StopIteration):
         learner.update(samples, PLAIN, max_tokens_per_micro_batch=20)
     assert all(p.grad is None for p in learner.policy.model.parameters())
@@ -348,7 +348,7 @@ def test_a_critic_goes_on_from_its_snapshot(learner: Learner, samples: list[Samp
     assert learn() == expected[0]
     assert torch.equal(weights(learner), expected[1])
     learner.start(VERSION_0, LoraConfig(rank=8), options, seed=0)
-    with pytest.raises(ValueError, match="do not fit this base"):
+    with pytest.raises(ValueError, match="has a critic: continue the run with the algorithm"):
         learner.restore(VERSION_0, snapshot)  # a run without a critic
 
 
