@@ -130,7 +130,28 @@ class CorrectionConfig(Config):
 LossName = Literal["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "luspo", "cispo", "sapo", "rloo"]
 
 
-class PolicyGradientConfig(Config):
+class LearningConfig(Config):
+    """What every algorithm says of itself."""
+
+    @property
+    def learns_from_pairs(self) -> bool:
+        """True for pairs of a dataset or of POST /train instead of groups."""
+        return False
+
+    @property
+    def compares_within_groups(self) -> bool:
+        """True when a group of equal rewards teaches nothing but to stay near the reference."""
+        return False
+
+    def is_constant(self, rewards: Sequence[tuple[float, ...]], truncated: Sequence[bool]) -> bool:
+        """True when comparing the completions of a group teaches nothing.
+
+        `rewards` are those of each completion, `truncated` whether it ran into max_tokens.
+        """
+        return len({sum(own) for own in rewards}) == 1
+
+
+class PolicyGradientConfig(LearningConfig):
     """What GRPO, RLOO, REINFORCE++ and PPO share; services/trainer/algorithms/losses.py has the
     losses. None is the value of the loss's paper."""
 
@@ -171,6 +192,10 @@ class GrpoConfig(PolicyGradientConfig):
     # several rewards: weigh and add them before the group is normalized, or after
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
 
+    @property
+    def compares_within_groups(self) -> bool:
+        return True
+
     @model_validator(mode="before")
     @classmethod
     def _takes_its_former_field(cls, value: Any) -> Any:
@@ -179,6 +204,11 @@ class GrpoConfig(PolicyGradientConfig):
             rest = {name: item for name, item in value.items() if name != "importance_clip"}
             return {"correction": {"max_ratio": value["importance_clip"]}, **rest}
         return value
+
+    def is_constant(self, rewards: Sequence[tuple[float, ...]], truncated: Sequence[bool]) -> bool:
+        if self.reward_aggregation == "normalize_then_sum":  # every reward is compared alone
+            return len(set(rewards)) == 1
+        return super().is_constant(rewards, truncated)
 
     @model_validator(mode="after")
     def _has_one_place_for_kl(self) -> GrpoConfig:
@@ -198,6 +228,10 @@ class RlooConfig(PolicyGradientConfig):
     kl: RewardKlConfig = RewardKlConfig()
     whiten_advantages: bool = False  # to mean 0 and deviation 1 over the update
 
+    @property
+    def compares_within_groups(self) -> bool:
+        return True
+
 
 class ReinforceConfig(PolicyGradientConfig):
     """services/trainer/algorithms/reinforce.py; `_baseline` subtracts the mean of the group."""
@@ -207,6 +241,10 @@ class ReinforceConfig(PolicyGradientConfig):
     kl: RewardKlConfig = RewardKlConfig()
     discount: float = Field(gt=0, le=1, default=1.0)  # γ, per token
     whiten_advantages: bool = True  # to mean 0 and deviation 1 over the tokens of the update
+
+    @property
+    def compares_within_groups(self) -> bool:
+        return self.name == "reinforce_pp_baseline"
 
 
 class PpoConfig(PolicyGradientConfig):
@@ -223,7 +261,7 @@ class PpoConfig(PolicyGradientConfig):
     critic_learning_rate: float | None = Field(gt=0, default=None)  # None: the optimizer's
 
 
-class PreferenceConfig(Config):
+class PreferenceConfig(LearningConfig):
     """What online and offline DPO share."""
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # docs/algorithms.md has the formulas
@@ -238,11 +276,26 @@ class OnlineDpoConfig(PreferenceConfig):
     name: Literal["online_dpo"] = "online_dpo"
     missing_eos_penalty: float = Field(ge=0, default=0.0)  # off the reward of truncated ones
 
+    @property
+    def compares_within_groups(self) -> bool:
+        return True
+
+    def is_constant(self, rewards: Sequence[tuple[float, ...]], truncated: Sequence[bool]) -> bool:
+        scores = (
+            sum(own) - self.missing_eos_penalty * cut
+            for own, cut in zip(rewards, truncated, strict=True)
+        )
+        return len(set(scores)) == 1
+
 
 class DpoConfig(PreferenceConfig):
     """services/trainer/algorithms/dpo.py; pairs come from the dataset or POST /train."""
 
     name: Literal["dpo"] = "dpo"
+
+    @property
+    def learns_from_pairs(self) -> bool:
+        return True
 
 
 def _by_name(value: Any) -> Any:
@@ -520,18 +573,9 @@ class RunConfig(Config):
         return self.model_copy(update={"rewards": tuple(rewards)}).model_dump(mode="json")
 
     @property
-    def learns_from_pairs(self) -> bool:
-        return self.algorithm.name == "dpo"
-
-    @property
-    def compares_within_groups(self) -> bool:
-        """True when a group of equal rewards teaches nothing but to stay near the reference."""
-        return self.algorithm.name in ("grpo", "rloo", "reinforce_pp_baseline", "online_dpo")
-
-    @property
     def needs_replicas(self) -> bool:
         """False for a run that samples nothing, or elsewhere."""
-        return self.managed and (not self.learns_from_pairs or self.eval is not None)
+        return self.managed and (not self.algorithm.learns_from_pairs or self.eval is not None)
 
     @property
     def reward_weights(self) -> tuple[float, ...]:
@@ -556,18 +600,6 @@ class RunConfig(Config):
         )
         return (*names, *(("overlong",) if self.overlong else ()))
 
-    def is_constant(self, rewards: Sequence[tuple[float, ...]], truncated: Sequence[bool]) -> bool:
-        """True when comparing the completions of a group teaches nothing, by what the algorithm
-        compares: `rewards` of each, and whether it was `truncated`."""
-        match self.algorithm:
-            case GrpoConfig(reward_aggregation="normalize_then_sum"):
-                return len(set(rewards)) == 1
-            case OnlineDpoConfig(missing_eos_penalty=penalty):
-                pairs = zip(rewards, truncated, strict=True)
-                return len({sum(own) - penalty * cut for own, cut in pairs}) == 1
-            case _:
-                return len({sum(own) for own in rewards}) == 1
-
     @model_validator(mode="after")
     def _has_what_its_loop_needs(self) -> RunConfig:
         loops_own = ("dataset", "rewards", "overlong", "dynamic_sampling", "eval", "num_steps")
@@ -584,9 +616,9 @@ class RunConfig(Config):
         if self.sampling.seed is not None:
             raise ValueError("sampling.seed is derived from the run's seed: leave it out")
         has_pairs = isinstance(self.dataset, PreferenceDataset)
-        if self.learns_from_pairs and not has_pairs:
+        if self.algorithm.learns_from_pairs and not has_pairs:
             raise ValueError("algorithm dpo learns from pairs: set dataset.type to preferences")
-        if has_pairs and not self.learns_from_pairs:
+        if has_pairs and not self.algorithm.learns_from_pairs:
             raise ValueError(
                 f"algorithm {self.algorithm.name} samples completions itself, dataset.type "
                 "preferences has them: choose another type, or algorithm dpo"
@@ -595,7 +627,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _samples_what_it_learns_from(self) -> RunConfig:
-        if self.managed and self.learns_from_pairs:
+        if self.managed and self.algorithm.learns_from_pairs:
             if self.rewards and not self.eval:
                 raise ValueError("rewards without eval are of no use to algorithm dpo: add eval")
             for name in ("overlong", "dynamic_sampling"):
@@ -607,7 +639,9 @@ class RunConfig(Config):
                     f"sampling has {', '.join(obstacles)}: a policy gradient needs logprobs of the "
                     "full softmax, so only the temperature may change"
                 )
-            if self.sampling.n < 2 and (self.compares_within_groups or self.dynamic_sampling):
+            if self.sampling.n < 2 and (
+                self.algorithm.compares_within_groups or self.dynamic_sampling
+            ):
                 raise ValueError("sampling.n is 1: a group needs at least 2 completions to compare")
         return self
 

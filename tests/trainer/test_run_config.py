@@ -53,7 +53,9 @@ def test_an_offline_run_needs_replicas_for_its_evaluations_alone() -> None:
     evaluated = "rewards: [{type: exact_match}]\neval: {dataset: {type: sort_digits}}"
     assert not parse_run_config(OFFLINE).needs_replicas
     assert parse_run_config(OFFLINE + evaluated).needs_replicas
-    assert parse_run_config(OFFLINE + "sampling: {n: 1, temperature: 0}").learns_from_pairs
+    assert parse_run_config(
+        OFFLINE + "sampling: {n: 1, temperature: 0}"
+    ).algorithm.learns_from_pairs
 
 
 def test_a_factor_bounds_the_groups_of_an_update() -> None:
@@ -250,7 +252,7 @@ def test_a_group_is_constant_by_what_its_algorithm_compares(
 ) -> None:
     """Equal sums of different rewards, of which one completion was cut."""
     config = parse_run_config(f"managed: false\nalgorithm: {algorithm}")
-    assert config.is_constant([(1.0, 0.0), (0.0, 1.0)], [True, False]) is is_constant
+    assert config.algorithm.is_constant([(1.0, 0.0), (0.0, 1.0)], [True, False]) is is_constant
 
 
 @pytest.mark.parametrize(("factor", "num_prompts", "expected"), [(1.1, 8, 1), (1.2, 10, 2)])

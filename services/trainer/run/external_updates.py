@@ -111,7 +111,7 @@ class ExternalUpdates:
                 "sample from it and send new groups",
                 extra={"current": run.policy.id.model_dump()},
             )
-        if run.config.learns_from_pairs != bool(request.pairs):
+        if run.config.algorithm.learns_from_pairs != bool(request.pairs):
             wanted, sent = ("pairs", "groups") if request.groups else ("groups", "pairs")
             raise UnsuitableForTraining(
                 f"algorithm {run.config.algorithm.name} learns from {wanted}, the request has "
@@ -144,7 +144,7 @@ def _check_rewards(groups: Sequence[ScoredGroup]) -> None:
 
 def _check_group(index: int, group: ScoredGroup, config: RunConfig, policy: Policy) -> None:
     """Refuse what a gradient cannot use."""
-    if config.compares_within_groups and len(group.completions) < 2:
+    if config.algorithm.compares_within_groups and len(group.completions) < 2:
         raise UnsuitableForTraining(
             f"group {index} has 1 completion, algorithm {config.algorithm.name} compares those of "
             "a group: send 2 or more"

@@ -77,7 +77,7 @@ async def run_steps(run: Run) -> None:
 
 def batches(run: Run) -> AbstractAsyncContextManager[GroupQueue | PairsInOrder]:
     """What the steps to come learn from: pairs of the dataset, or groups that are sampled ahead."""
-    if run.config.learns_from_pairs:
+    if run.config.algorithm.learns_from_pairs:
         return nullcontext(PairsInOrder(run.pairs, run.consumed, run.config.prompts_per_step))
     return groups_ahead(run)
 
@@ -108,7 +108,7 @@ def groups_ahead(run: Run) -> GroupQueue:
         return punish_overlong(scored, config.overlong, max_tokens=config.sampling.max_tokens)
 
     def is_constant(group: ScoredGroup) -> bool:
-        return config.is_constant(
+        return config.algorithm.is_constant(
             [scored.rewards or (scored.reward,) for scored in group.completions],
             [scored.completion.finish_reason == "length" for scored in group.completions],
         )

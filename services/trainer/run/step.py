@@ -42,7 +42,7 @@ async def learn(run: Run, samples: Sequence[Sample], *, step: int, clock: Clock)
     Raises UnsuitableForTraining for an update that the guards refuse: nothing of it was applied.
     """
     policy, config = run.policy, run.config
-    if config.compares_within_groups and all(constant_groups(config, samples)):
+    if config.algorithm.compares_within_groups and all(constant_groups(config, samples)):
         log.warning(
             "step %d: all %d groups have equal rewards (mean %.3f): there is nothing to learn from",
             step,
@@ -78,7 +78,9 @@ def constant_groups(config: RunConfig, samples: Sequence[Sample]) -> list[bool]:
     groups = [[samples[index] for index in group] for group in group_indices(samples)]
     return [
         len(group) > 1
-        and config.is_constant([s.rewards for s in group], [s.is_truncated for s in group])
+        and config.algorithm.is_constant(
+            [s.rewards for s in group], [s.is_truncated for s in group]
+        )
         for group in groups
     ]
 
