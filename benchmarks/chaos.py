@@ -35,7 +35,7 @@ class Outcome:
 
     @property
     def num_continued(self) -> int:
-        return sum(step.num_continued for step in self.history.steps)
+        return sum(step.num_continued or 0 for step in self.history.steps)
 
     @property
     def longest_step_s(self) -> float:

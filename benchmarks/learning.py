@@ -123,7 +123,7 @@ class Outcome:
 
     @property
     def max_sampler_kl(self) -> float:
-        return max(step.sampler_kl for step in self.history.steps)
+        return max(step.sampler_kl or 0.0 for step in self.history.steps)
 
 
 @asynccontextmanager
@@ -234,7 +234,7 @@ def _row(case: str, outcome: Outcome) -> tuple[str, ...]:
         f"{evals[0].greedy_reward:.1%} → {evals[-1].greedy_reward:.1%}",
         str(len(steps)),
         f"{outcome.wall_s:.0f}",
-        f"{statistics.fmean(step.clip_fraction for step in steps):.1%}",
+        f"{statistics.fmean(step.clip_fraction or 0.0 for step in steps):.1%}",
         f"{outcome.max_sampler_kl:.0e}",
         str(len(outcome.complaints)),
         re.sub(r'[{}"]', "", json.dumps(settings)),

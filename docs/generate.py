@@ -43,8 +43,9 @@ from shared.metrics import RolloutMetrics, TrainerMetrics
 
 DOCS = Path(__file__).parent
 _NOTE = "<!-- Made by `python -m docs.generate`: edit the code that it comes from. -->\n"
-_GENERATED_METRICS = "## Prometheus\n"
+_GENERATED_METRICS = "## Step\n"
 _TABLE = "| --- | --- | --- | --- |\n"
+_RECORDS = (schemas.StepRecord, schemas.EvalRecord)
 Model = type[BaseModel]
 
 
@@ -61,7 +62,7 @@ def pages() -> dict[Path, str]:
     return {
         DOCS / "settings.md": settings_page(),
         DOCS / "wire.md": wire_page(),
-        metrics: by_hand + prometheus_section(),
+        metrics: by_hand + records_section() + prometheus_section(),
     }
 
 
@@ -284,7 +285,7 @@ def wire_page() -> str:
         and item.__module__ == module.__name__
         and not item.__name__.startswith("_")
         and item is not schemas.Wire
-        and item is not schemas.StepRecord
+        and item not in (schemas.UpdateStats, *_RECORDS)
     ]
     return (
         f"{_NOTE}# The wire\n\n"
@@ -301,8 +302,11 @@ def wire_page() -> str:
         "`detail` of one\nsentence, `retry_after_s` where another try may help. `type` is "
         f"`{errors.TYPE_PREFIX}` and a name of this table; the\nPython clients raise the class "
         "of that name ([shared/errors.py](../shared/errors.py)).\n\n" + _errors() + "\n## Types\n\n"
-        "`StepRecord`, the numbers of an update, is in [metrics.md](metrics.md#step).\n"
-        + "".join(map(_model_section, models)).replace("(#steprecord)", "(metrics.md#step)")
+        "`StepRecord` and `EvalRecord`, the numbers of a step and of an evaluation, are in "
+        "[metrics.md](metrics.md#step).\n"
+        + "".join(map(_model_section, models))
+        .replace("(#steprecord)", "(metrics.md#step)")
+        .replace("(#evalrecord)", "(metrics.md#evaluation)")
     )
 
 
@@ -368,9 +372,37 @@ def _errors() -> str:
 # --- metrics.md ----------------------------------------------------------------------------------
 
 
-def prometheus_section() -> str:
+def records_section() -> str:
+    """The numbers of a step and of an evaluation, as shared/schemas.py declares them."""
     return (
         f"{_GENERATED_METRICS}\n{_NOTE}\n"
+        f"{_paragraphs(schemas.StepRecord)}\n\n{_paragraphs(schemas.UpdateStats)}\n\n"
+        f"{_statistics(schemas.StepRecord)}\n## Evaluation\n\n"
+        f"{_paragraphs(schemas.EvalRecord)}\n\n{_statistics(schemas.EvalRecord)}\n"
+    )
+
+
+def _paragraphs(model: Model) -> str:
+    return inspect.cleandoc(model.__doc__ or "")
+
+
+def _statistics(model: Model) -> str:
+    """The fields of a record in the order of its own, then those of the update."""
+    own = [name for name in model.model_fields if name in model.__annotations__]
+    names = dict.fromkeys([*own, *model.model_fields])
+    rows = []
+    for name in names:
+        field = model.model_fields[name]
+        extra = field.json_schema_extra
+        unit = extra["unit"] if isinstance(extra, dict) else "–"
+        meaning = field.description or f"`{field.default}`"
+        rows.append(_row(f"`{name}`", str(unit), meaning))
+    return _row("name", "unit", "meaning") + "| --- | --- | --- |\n" + "".join(rows)
+
+
+def prometheus_section() -> str:
+    return (
+        "## Prometheus\n\n"
         "What `GET /metrics` of each service has. The numbers of the latest step and evaluation "
         "are the trainer's\ngauges `tandem_trainer_<name>`, with the names, units and meanings of "
         "above, and `tandem_trainer_policy_version`.\nA replica has vLLM's own besides (`vllm:…`). "

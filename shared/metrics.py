@@ -99,15 +99,6 @@ class RolloutMetrics:
 
 # Of the tokens that the very version being updated has sampled: without any, no number is better
 # than one that reads as healthy.
-_OF_FRESH_TOKENS = {
-    "logprob_gap",
-    "logprob_gap_p99",
-    "logprob_gap_max",
-    "probability_factor",
-    "sampler_kl",
-    "fresh_sequence_ess",
-    "fresh_masked_fraction",
-}
 
 
 class TrainerMetrics:
@@ -240,19 +231,18 @@ class TrainerMetrics:
                 self._steps_without_gradient.inc()
             else:
                 self._steps_without_gradient.set(0)
-        numbers = scalars(record)
-        if isinstance(record, StepRecord) and not record.num_fresh_tokens:
-            numbers = {name: v for name, v in numbers.items() if name not in _OF_FRESH_TOKENS}
-        for name, value in {**numbers, "policy_version": record.policy.version}.items():
+        for name, value in {**scalars(record), "policy_version": record.policy.version}.items():
             if name not in self._gauges:
+                field = type(record).model_fields.get(name)
+                meaning = field.description if field else "Version of the latest record."
                 self._gauges[name] = Gauge(
-                    f"tandem_trainer_{name}", f"Latest {name}", registry=self.registry
+                    f"tandem_trainer_{name}", meaning or name, registry=self.registry
                 )
             self._gauges[name].set(value)
 
 
 def scalars(record: StepRecord | EvalRecord) -> dict[str, float]:
-    """The numbers of a record, by field name."""
+    """The numbers that a record has, by field name."""
     return {
         name: value for name, value in record if isinstance(value, int | float) and name != "step"
     }

@@ -479,92 +479,211 @@ class TrainRequest(Wire):
 
 
 class LagKl(Wire):
-    """k3 estimate of KL(sampler || policy), nats per token, where the sampler was `lag` versions
-    older than the policy."""
+    """KL(sampler ‖ policy) over the tokens of one staleness."""
 
-    lag: int
-    kl: float
+    lag: int  # Versions between the sampler and the policy.
+    kl: float  # Nats per token, k3 estimate.
     num_tokens: int
 
 
-class StepRecord(Wire):
-    """One policy update. Fractions and ESS (effective sample size) are in [0, 1].
+def statistic(unit: str, meaning: str, default: Any = None) -> Any:
+    """A number of a record: declared here once, it is in the log, the curves, the metrics, the page
+    and docs/metrics.md. One that does not apply is None in Python and absent everywhere else;
+    `meaning` says when. `default` is ... for a number that every record has."""
+    return Field(
+        default=default,
+        description=meaning,
+        json_schema_extra={"unit": unit},
+        exclude_if=lambda value: value is None or value == (),
+    )
 
-    From `entropy` to `fresh_masked_fraction` they are over the completion tokens that the update
-    computed, those of samples with a gradient; 0 when there is none, an ESS and a factor 1. Fresh
-    tokens were sampled by the very version that was updated.
+
+_POLICY_GRADIENT = "Policy-gradient algorithms only."
+_FRESH = "Absent without a fresh token."
+_SAMPLED = "Absent when this service sampled no groups."
+
+
+class UpdateStats(Wire):
+    """The numbers of one policy update, NaN in the loss of one that is refused.
+
+    From `entropy` to `fresh_masked_fraction` they cover the completion tokens that the update
+    computed, which are those of samples with a gradient, and are absent when there is none. A token
+    is fresh when the version that is updated sampled it.
     """
 
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    loss: float = statistic("–", "Mean over the optimizer steps of the update.", ...)
+    grad_norm: float = statistic(
+        "–", "Norm of the policy's gradient before clipping, mean over the optimizer steps.", ...
+    )
+    learning_rate: float = statistic("–", "Learning rate of the policy, with warm-up applied.", ...)
+    entropy: float | None = statistic("nats", "Mean entropy of the policy at the sampled tokens.")
+    clip_fraction: float | None = statistic(
+        "fraction",
+        f"Tokens whose ratio left the clip range against their advantage. {_POLICY_GRADIENT}",
+    )
+    importance_weight_mean: float | None = statistic(
+        "–", f"Mean weight old policy / sampler, as applied. {_POLICY_GRADIENT}"
+    )
+    importance_truncated_fraction: float | None = statistic(
+        "fraction", f"Tokens whose importance weight was truncated. {_POLICY_GRADIENT}"
+    )
+    importance_masked_fraction: float | None = statistic(
+        "fraction", f"Tokens whose importance weight was set to 0. {_POLICY_GRADIENT}"
+    )
+    logprob_gap: float | None = statistic(
+        "nats", f"Mean |Δlogprob| between trainer and replica over fresh tokens. {_FRESH}"
+    )
+    logprob_gap_p99: float | None = statistic("nats", f"Its 99th percentile. {_FRESH}")
+    logprob_gap_max: float | None = statistic("nats", f"Its maximum. {_FRESH}")
+    probability_factor: float | None = statistic(
+        "–", f"Mean exp |Δlogprob| over fresh tokens. {_FRESH}"
+    )
+    sampler_kl: float | None = statistic(
+        "nats per token", f"KL(sampler ‖ policy) over fresh tokens, k3 estimate. {_FRESH}"
+    )
+    kl_by_lag: tuple[LagKl, ...] = statistic(
+        "nats per token", "The same for the tokens of each staleness, with their number.", ()
+    )
+    token_ess: float | None = statistic(
+        "ESS",
+        "Effective sample size of the token weights policy / sampler, before truncation. Absent "
+        "when no replica sampled the tokens.",
+    )
+    sequence_ess: float | None = statistic(
+        "ESS", "The same for the product of the weights over each completion."
+    )
+    num_fresh_tokens: int = statistic(
+        "tokens", "Fresh tokens that were computed, once per epoch.", 0
+    )
+    fresh_sequence_ess: float | None = statistic(
+        "ESS", "`sequence_ess` of the completions that consist of fresh tokens. Absent without one."
+    )
+    fresh_masked_fraction: float | None = statistic(
+        "fraction", f"Fresh tokens whose weight was set to 0. {_FRESH} {_POLICY_GRADIENT}"
+    )
+    reference_kl: float | None = statistic(
+        "nats per token",
+        "KL of the policy from the same policy with its adapter off, k3 estimate. Absent when the "
+        "algorithm needs no reference.",
+    )
+    value_loss: float | None = statistic("–", "Mean over tokens. PPO only.")
+    value_clip_fraction: float | None = statistic(
+        "fraction", "Tokens whose value moved too far in one update. PPO only."
+    )
+    explained_variance: float | None = statistic(
+        "–",
+        "1 - squared error of the critic / variance of the returns: 1 is perfect, 0 a constant. "
+        "PPO only; absent when the returns do not vary.",
+    )
+    preference_accuracy: float | None = statistic(
+        "fraction", "Pairs whose chosen answer has the larger implicit reward. DPO only."
+    )
+    preference_margin: float | None = statistic(
+        "nats", "Mean difference β·h of the implicit rewards in a pair. DPO only."
+    )
+    num_forward_tokens: int = statistic(
+        "tokens", "Prompt and completion tokens that the update computed.", 0
+    )
+    update_tokens_per_s: float = statistic(
+        "tokens/s", "`num_forward_tokens` per second of the update.", 0.0
+    )
+    peak_memory_bytes: int = statistic(
+        "bytes", "Peak memory of the process so far: GPU memory, or else host memory.", 0
+    )
+
+
+class StepRecord(UpdateStats):
+    """One policy update: what it learned from, what it did, and how long it took.
+
+    Fractions and effective sample sizes (ESS) are in [0, 1]. What does not apply is absent.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
     kind: Literal["step"] = "step"
-    step: int
-    policy: PolicyId  # the version this step made
-    num_groups: int
-    num_constant_groups: int  # of several completions, all with the same rewards
-    num_constant_groups_set_aside: int = 0  # that others took the place of
-    num_samples: int
-    num_tokens: int  # completion tokens
-    reward_mean: float
-    reward_std: float
-    completion_tokens_mean: float
-    truncated_fraction: float  # completions that ran into max_tokens
-    staleness_mean: float  # versions, over completions; of the oldest segment of each
-    staleness_max: int
-    staleness_histogram: dict[int, int] = {}  # versions -> completions
-    num_continued: int  # completions that another replica, or a newer version, went on with
-    num_ready_groups: int  # scored and waiting when this step took its own: the queue depth
-    num_in_flight_groups: int  # being sampled or scored at that moment
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    entropy: float  # of the policy at the sampled tokens, nats
-    clip_fraction: float  # tokens whose ratio left the clip range against their advantage
-    importance_weight_mean: float  # policy over sampler, as applied
-    importance_truncated_fraction: float
-    importance_masked_fraction: float = 0.0
-    logprob_gap: float  # mean |policy - sampler| over fresh tokens, nats
-    logprob_gap_p99: float = 0.0
-    logprob_gap_max: float = 0.0
-    probability_factor: float = 1.0  # mean exp |policy - sampler| over fresh tokens
-    sampler_kl: float  # k3 estimate of KL(sampler || policy) over fresh tokens
-    kl_by_lag: tuple[LagKl, ...] = ()
-    token_ess: float = 1.0  # of policy over sampler, before truncation
-    sequence_ess: float = 1.0  # of its product over a completion
-    num_fresh_tokens: int = 0
-    fresh_sequence_ess: float = 1.0  # of completions all of whose tokens are fresh
-    fresh_masked_fraction: float = 0.0  # of fresh tokens
-    reference_kl: float = 0.0  # from the policy without its adapter
-    value_loss: float = 0.0  # PPO
-    value_clip_fraction: float = 0.0
-    explained_variance: float = 0.0
-    preference_accuracy: float = 0.0  # DPO
-    preference_margin: float = 0.0
-    wait_s: float = 0.0  # the trainer idled: the groups of this step were not ready
-    generate_s: float = 0.0  # mean over groups, from asking for one to its last token
-    reward_s: float = 0.0  # mean over groups, from its last token to its rewards
-    update_s: float = 0.0
-    publish_s: float = 0.0
-    sync_s: float = 0.0
-    step_s: float = 0.0  # wall time of the step: wait, update, publish and sync
-    tokens_per_s: float = 0.0  # completion tokens over step_s
-    num_forward_tokens: int = 0  # of prompts and completions, that the update computed
-    update_tokens_per_s: float = 0.0  # of those, in update_s
-    peak_memory_bytes: int = 0  # of the process so far: on its GPU, or of the host's
-    trainer_idle_fraction: float = 0.0  # of step_s, waiting for groups
-    rollout_idle_fraction: float = 0.0  # of step_s, replicas without a request; mean of the fleet
-    num_serving_replicas: int = 0  # that hold the version this step made
-    adapter_bytes: int = 0
+    step: int = statistic("–", "Number of the update, from 1.", ...)
+    policy: PolicyId = statistic("–", "The version that this step made.", ...)
+    num_groups: int = statistic("groups", "Groups that the step learned from; pairs, for DPO.", ...)
+    num_constant_groups: int | None = statistic(
+        "groups",
+        "Groups of several completions whose rewards are all equal: comparing them teaches "
+        "nothing. Absent for pairs.",
+    )
+    num_constant_groups_set_aside: int | None = statistic(
+        "groups", "Groups that dynamic sampling replaced. Absent when it is off."
+    )
+    num_samples: int = statistic("completions", "Completions in those groups.", ...)
+    num_tokens: int = statistic("tokens", "Tokens of those completions.", ...)
+    reward_mean: float | None = statistic(
+        "reward", "Mean over completions of the weighted sum of all rewards. Absent for pairs."
+    )
+    reward_std: float | None = statistic(
+        "reward", "Standard deviation of the same. Absent for pairs."
+    )
+    completion_tokens_mean: float = statistic("tokens", "Mean length of a completion.", ...)
+    truncated_fraction: float | None = statistic(
+        "fraction", "Completions that ran into `sampling.max_tokens`. Absent for pairs."
+    )
+    staleness_mean: float | None = statistic(
+        "versions",
+        "Mean over completions of the staleness of their oldest token. Absent for pairs.",
+    )
+    staleness_max: int | None = statistic("versions", "Maximum of the same. Absent for pairs.")
+    staleness_histogram: dict[int, int] | None = statistic(
+        "completions", "Completions by their staleness. Absent for pairs."
+    )
+    num_continued: int | None = statistic(
+        "completions", f"Completions that another replica or a newer version continued. {_SAMPLED}"
+    )
+    num_ready_groups: int | None = statistic(
+        "groups",
+        f"Groups scored and waiting when the step took its own: the queue depth. {_SAMPLED}",
+    )
+    num_in_flight_groups: int | None = statistic(
+        "groups", f"Groups being sampled or scored at that moment. {_SAMPLED}"
+    )
+    wait_s: float | None = statistic(
+        "s", "Time the trainer waited for the groups of this step. Absent for POST /train."
+    )
+    generate_s: float | None = statistic(
+        "s", f"Mean over groups, from the request to the last token. {_SAMPLED}"
+    )
+    reward_s: float | None = statistic(
+        "s", f"Mean over groups, from the last token to the rewards. {_SAMPLED}"
+    )
+    update_s: float = statistic(
+        "s", "Duration of the update, scores before its first optimizer step included.", 0.0
+    )
+    publish_s: float = statistic("s", "Time to make the adapter file.", 0.0)
+    sync_s: float = statistic("s", "Time until the replicas held and had proven the version.", 0.0)
+    step_s: float = statistic("s", "Wall time of the step: wait, update, publish and sync.", 0.0)
+    tokens_per_s: float = statistic("tokens/s", "`num_tokens` per second of `step_s`.", 0.0)
+    trainer_idle_fraction: float | None = statistic(
+        "fraction", "Share of `step_s` that the trainer waited. Absent for POST /train."
+    )
+    rollout_idle_fraction: float | None = statistic(
+        "fraction",
+        "Share of `step_s` that a replica had no request, mean of the fleet. Absent when no "
+        "replica served.",
+    )
+    num_serving_replicas: int = statistic(
+        "replicas", "Replicas that hold the version this step made.", 0
+    )
+    adapter_bytes: int = statistic("bytes", "Size of the adapter file.", 0)
 
 
 class EvalRecord(Wire):
     """Rewards on held-out prompts, one completion each."""
 
     kind: Literal["eval"] = "eval"
-    step: int
-    policy: PolicyId
-    num_prompts: int
-    sampled_reward: float  # mean at the run's temperature
-    greedy_reward: float  # mean at temperature 0
-    eval_s: float
+    step: int = statistic("–", "The step after which it was made; 0 is before the first.", ...)
+    policy: PolicyId = statistic("–", "The version that was evaluated.", ...)
+    num_prompts: int = statistic("prompts", "Prompts evaluated.", ...)
+    sampled_reward: float = statistic("reward", "Mean reward at the run's temperature.", ...)
+    greedy_reward: float = statistic("reward", "Mean reward at temperature 0.", ...)
+    eval_s: float = statistic("s", "Duration of the evaluation.", ...)
 
 
 RunState = Literal[

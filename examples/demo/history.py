@@ -41,11 +41,11 @@ class History:
             ("logprob gap, trainer to rollout", f"mean |Δ| {gap:.4f} nats, KL {kl:.6f} nats"),
         ]
 
-    def _token_mean(self, value: Callable[[StepRecord], float]) -> float:
-        """Over the steps that learned: without an advantage no token is computed again."""
-        steps = [step for step in self.steps if step.num_constant_groups < step.num_groups]
-        num_tokens = sum(step.num_tokens for step in steps)
-        return sum(value(step) * step.num_tokens for step in steps) / max(num_tokens, 1)
+    def _token_mean(self, value: Callable[[StepRecord], float | None]) -> float:
+        """Mean over the tokens of the steps that have the number."""
+        known = [(v, step.num_tokens) for step in self.steps if (v := value(step)) is not None]
+        num_tokens = sum(count for _, count in known)
+        return sum(v * count for v, count in known) / max(num_tokens, 1)
 
 
 def _change(before: float, after: float) -> str:

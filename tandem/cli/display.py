@@ -102,18 +102,21 @@ def progress(console: Console) -> Progress:
 
 def step_cells(step: StepRecord, held_out: EvalRecord | None) -> dict[str, str]:
     """What a step says in short: name -> value."""
-    is_fresh = step.num_fresh_tokens > 0  # else KL and gap are of no token
     return {
         "step": str(step.step),
-        "reward": f"{step.reward_mean:.3f}",
+        "reward": _number(step.reward_mean, ".3f"),
         "held out": "–" if held_out is None else f"{held_out.sampled_reward:.3f}",
-        "KL": f"{step.sampler_kl:.1e}" if is_fresh else "–",
-        "gap": f"{step.logprob_gap:.4f}" if is_fresh else "–",
-        "staleness": str(step.staleness_max),
+        "KL": _number(step.sampler_kl, ".1e"),
+        "gap": _number(step.logprob_gap, ".4f"),
+        "staleness": _number(step.staleness_max, "d"),
         "tokens/s": f"{step.tokens_per_s:,.0f}",
         "sync": milliseconds(step.sync_s) if step.adapter_bytes else "–",
         "serving": str(step.num_serving_replicas),
     }
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _table(rows: Sequence[dict[str, str]]) -> Table:

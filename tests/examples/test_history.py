@@ -16,8 +16,7 @@ def step(**fields: Any) -> StepRecord:
     return StepRecord.model_validate({**numbers, "policy": policy, "num_groups": 2, **fields})
 
 
-def test_a_step_in_which_nothing_was_learned_has_no_logprob_gap() -> None:
-    """None of its tokens was computed by the trainer: its gap of 0 is no measurement."""
+def test_a_step_without_a_logprob_gap_counts_in_no_mean_of_it() -> None:
     learned = step(num_tokens=10, logprob_gap=0.02)
     constant = step(num_tokens=30, num_constant_groups=2)
     history = History(steps=[learned, constant])

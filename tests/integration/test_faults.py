@@ -99,7 +99,7 @@ class Run:
 
     @property
     def num_continued(self) -> int:
-        return sum(step.num_continued for step in self.steps)
+        return sum(step.num_continued or 0 for step in self.steps)
 
 
 class Site:

@@ -200,8 +200,8 @@ async def test_a_run_trains_and_every_version_is_proven(
     assert events[-1] == StateRecord(state="completed")
     steps = [event for event in events if isinstance(event, StepRecord)]
     assert [step.policy.version for step in steps] == [1, 2, 3, 4, 5]
-    assert all(step.staleness_max <= max_staleness for step in steps)
-    assert all(step.logprob_gap < 0.05 for step in steps)
+    assert all((step.staleness_max or 0) <= max_staleness for step in steps)
+    assert all((step.logprob_gap or 0) < 0.05 for step in steps)
     newest = (await merged.client.policies()).newest
     assert (newest.run_id, newest.version) == (status.run_id, 5)
 

@@ -100,8 +100,10 @@ async def test_every_step_samples_from_the_version_the_last_step_made(
         PolicyId(run_id=status.run_id, version=version) for version in (1, 2, 3)
     ]
     assert {step.staleness_max for step in steps} == {0}
-    assert all(step.num_samples == 16 and step.num_constant_groups < 4 for step in steps)
-    assert all(step.logprob_gap < 0.05 and step.sampler_kl < 0.01 for step in steps)
+    assert all(step.num_samples == 16 for step in steps)
+    assert all((step.num_constant_groups or 0) < 4 for step in steps)
+    assert all(0 < (step.logprob_gap or 0) < 0.05 for step in steps)
+    assert all((step.sampler_kl or 0) < 0.01 for step in steps)
     evals = [event for event in events if isinstance(event, EvalRecord)]
     assert [(e.step, e.policy.version) for e in evals] == [(0, 0), (2, 2), (3, 3)]
     assert events[-1] == StateRecord(state="completed")

@@ -89,8 +89,15 @@ def test_the_numbers_of_a_run_leave_with_it_and_come_with_the_next() -> None:
     assert metrics.registry.get_sample_value("tandem_trainer_updates_total") == 2
 
 
-def test_a_step_without_a_fresh_token_shows_no_difference_that_nobody_measured() -> None:
+def test_a_number_that_a_step_does_not_have_is_no_gauge() -> None:
     metrics = TrainerMetrics()
-    metrics.record(step(grad_norm=1.0, num_fresh_tokens=0))
+    metrics.record(step(grad_norm=1.0))
     assert metrics.registry.get_sample_value("tandem_trainer_sampler_kl") is None
-    assert metrics.registry.get_sample_value("tandem_trainer_entropy") is not None
+    assert metrics.registry.get_sample_value("tandem_trainer_num_groups") == 1
+
+
+def test_a_gauge_is_explained_as_the_number_is_declared() -> None:
+    metrics = TrainerMetrics()
+    metrics.record(step(grad_norm=1.0))
+    said = {family.name: family.documentation for family in metrics.registry.collect()}
+    assert said["tandem_trainer_num_samples"] == "Completions in those groups."

@@ -6,7 +6,6 @@ import random
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from transformers import LlamaForCausalLM
 
 from services.tokens import PromptEncoder
 from services.trainer.learner.learner import Learner
-from services.trainer.learner.stats import UpdateStats
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.ranks import Ranks
 from services.trainer.policy.samples import Sample
@@ -26,7 +24,7 @@ from services.trainer.run_config import (
     ReinforceConfig,
 )
 from shared.model_folder import base_identity
-from shared.schemas import PolicyId
+from shared.schemas import PolicyId, UpdateStats
 
 VERSION_0 = PolicyId(run_id="test", version=0)
 
@@ -99,7 +97,7 @@ def float32_policy(checkpoint: Path, ranks: Ranks | None = None) -> Policy:
 
 def repeatable(stats: UpdateStats) -> UpdateStats:
     """Without what depends on the machine."""
-    return replace(stats, update_tokens_per_s=0.0, peak_memory_bytes=0)
+    return stats.model_copy(update={"update_tokens_per_s": 0.0, "peak_memory_bytes": 0})
 
 
 @pytest.fixture

@@ -29,13 +29,6 @@ const STEP_COLUMNS = [
   "preference_accuracy",
   "preference_margin",
 ];
-// Numbers of tokens that the updated version itself sampled: there may be none.
-const OF_FRESH_TOKENS = new Set([
-  "sampler_kl",
-  "logprob_gap",
-  "logprob_gap_p99",
-  "logprob_gap_max",
-]);
 const COLUMNS = [
   ...STEP_COLUMNS,
   "reward_low",
@@ -47,7 +40,7 @@ const COLUMNS = [
 ];
 
 /** KL(sampler || policy) over the tokens of older versions, nats; null when there are none. */
-export function staleKl({ kl_by_lag: byLag }) {
+export function staleKl({ kl_by_lag: byLag = [] }) {
   const stale = byLag.filter(({ lag }) => lag > 0);
   const numTokens = stale.reduce((sum, { num_tokens: n }) => sum + n, 0);
   return numTokens
@@ -86,15 +79,14 @@ export class History {
     this.stepSeconds.push(event.step_s);
     const row = this.#row(event.step);
     for (const name of STEP_COLUMNS) {
-      const hasValue = event.num_fresh_tokens > 0 || !OF_FRESH_TOKENS.has(name);
-      this.columns[name][row] = hasValue ? event[name] : null;
+      this.columns[name][row] = event[name] ?? null; // what does not apply is absent
     }
     this.columns.stale_kl[row] = staleKl(event);
-    this.columns.reward_low[row] = event.reward_mean - event.reward_std;
-    this.columns.reward_high[row] = event.reward_mean + event.reward_std;
-    this.columns.constant_fraction[row] = event.num_groups
-      ? event.num_constant_groups / event.num_groups
-      : null;
+    if (event.reward_mean !== undefined) {
+      this.columns.reward_low[row] = event.reward_mean - event.reward_std;
+      this.columns.reward_high[row] = event.reward_mean + event.reward_std;
+      this.columns.constant_fraction[row] = event.num_constant_groups / event.num_groups;
+    }
   }
 
   #addEval(event) {

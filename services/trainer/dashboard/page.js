@@ -290,10 +290,12 @@ function showFigures(run) {
   const evaluation = history.lastEval;
   $("figures").hidden = !run || !(step || evaluation);
   if ($("figures").hidden) return;
-  const isFresh = step?.num_fresh_tokens > 0; // else KL is that of older versions
+  const isFresh = step?.sampler_kl !== undefined; // else KL is that of older versions
   const kl = isFresh ? step.sampler_kl : step && staleKl(step);
   const figures = [
-    ["Reward", number(step?.reward_mean), step && `± ${number(step.reward_std)}`],
+    ...(step && step.reward_mean === undefined
+      ? []
+      : [["Reward", number(step?.reward_mean), step && `± ${number(step.reward_std)}`]]),
     ...(evaluation
       ? [["Eval, greedy", number(evaluation.greedy_reward), `step ${count(evaluation.step)}`]]
       : []),

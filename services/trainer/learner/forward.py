@@ -39,9 +39,11 @@ class Seen:
         sums = {name: sum(part.sums.get(name, 0.0) for part in parts) for name in names}
         return cls(join([part.columns for part in parts]), sums)
 
-    def mean(self, name: str, count: str) -> float:
-        """One sum over another; 0 over nothing."""
-        return self.sums.get(name, 0.0) / max(self.sums.get(count, 0.0), 1.0)
+    def mean(self, name: str, count: str) -> float | None:
+        """One sum over another; None when nothing was added to it, or over nothing."""
+        if name not in self.sums or not self.sums.get(count):
+            return None
+        return self.sums[name] / self.sums[count]
 
 
 class Forward:

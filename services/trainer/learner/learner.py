@@ -19,7 +19,6 @@ from torch import Tensor
 from services.boot import settle_memory
 from services.trainer.learner.critic import Critic
 from services.trainer.learner.optimizer import Optimizer
-from services.trainer.learner.stats import UpdateStats
 from services.trainer.learner.update import take_update
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.ranks import Ranks, mirrored
@@ -33,7 +32,7 @@ from services.trainer.run_config import (
     PpoConfig,
 )
 from services.trainer.settings import TrainerSettings
-from shared.schemas import AdapterManifest, PolicyId
+from shared.schemas import AdapterManifest, PolicyId, UpdateStats
 
 _GRPO, _GUARDS = GrpoConfig(), GuardsConfig()
 

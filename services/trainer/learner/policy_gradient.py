@@ -63,6 +63,7 @@ class PolicyGradient:
     _lengths: Sequence[int] = ()  # loss tokens by sample
     _num_minibatches: int = 1
     may_split_groups: ClassVar[bool] = True
+    weighs_tokens: ClassVar[bool] = True
 
     def prepare(self, num_steps: int, *, num_minibatches: int) -> None:
         self._num_minibatches = num_minibatches
@@ -306,13 +307,20 @@ class PolicyGradient:
                     squared_errors=(returns - old_values).double().square().sum(),
                 )
 
-    def means(self, seen: Seen) -> dict[str, float]:
-        mean_return = seen.mean("returns", "value_tokens")
-        variance = seen.mean("squared_returns", "value_tokens") - mean_return**2
-        error = seen.mean("squared_errors", "value_tokens")
+    def statistics(self, seen: Seen) -> dict[str, float | None]:
         return {
             "reference_kl": seen.mean("reference_kl", "tokens"),
             "value_loss": seen.mean("value_loss", "value_tokens"),
             "value_clip_fraction": seen.mean("value_clipped", "value_tokens"),
-            "explained_variance": 1 - error / variance if variance > 1e-12 else 0.0,
+            "explained_variance": _explained_variance(seen),
         }
+
+
+def _explained_variance(seen: Seen) -> float | None:
+    mean = seen.mean("returns", "value_tokens")
+    square = seen.mean("squared_returns", "value_tokens")
+    error = seen.mean("squared_errors", "value_tokens")
+    if mean is None or square is None or error is None:
+        return None
+    variance = square - mean**2
+    return 1 - error / variance if variance > 1e-12 else None

@@ -52,6 +52,7 @@ class Preferences:
     )  # empty: nothing to compare with, or no other policy
     _reference: TokenScores = field(default_factory=dict)
     may_split_groups: ClassVar[bool] = False
+    weighs_tokens: ClassVar[bool] = False
 
     def prepare(self, num_steps: int, *, num_minibatches: int) -> None:
         samples = self.forward.samples
@@ -93,7 +94,7 @@ class Preferences:
                 is_clipped=no,
             )
 
-    def means(self, seen: Seen) -> dict[str, float]:
+    def statistics(self, seen: Seen) -> dict[str, float | None]:
         return {
             "reference_kl": seen.mean("reference_kl", "tokens"),
             "preference_accuracy": seen.mean("accurate", "pairs"),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from services.trainer.algorithms.ratios import MAX_LOG_RATIO
 from services.trainer.run_config import GuardsConfig
-from shared.schemas import LagKl
+from shared.schemas import LagKl, UpdateStats
 
 MIN_FRESH_TOKENS = 256  # what guards judge; see num_telling_tokens
 
@@ -112,79 +112,32 @@ class TokenRecords:
         return Columns(**tensors, num_rows=on_device.num_rows)
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateStats:
-    """The numbers of one update, under the names and meanings of StepRecord."""
+def update_stats(columns: Columns, *, weighs_tokens: bool, **measured: float | None) -> UpdateStats:
+    """The numbers of the update whose tokens are `columns`, and `measured` as they are.
 
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    entropy: float
-    clip_fraction: float
-    importance_weight_mean: float
-    importance_truncated_fraction: float
-    importance_masked_fraction: float
-    logprob_gap: float
-    logprob_gap_p99: float
-    logprob_gap_max: float
-    probability_factor: float
-    sampler_kl: float
-    kl_by_lag: tuple[LagKl, ...]
-    token_ess: float
-    sequence_ess: float
-    num_fresh_tokens: int
-    fresh_sequence_ess: float
-    fresh_masked_fraction: float
-    num_forward_tokens: int
-    update_tokens_per_s: float
-    peak_memory_bytes: int
-    reference_kl: float = 0.0
-    value_loss: float = 0.0
-    value_clip_fraction: float = 0.0
-    explained_variance: float = 0.0
-    preference_accuracy: float = 0.0
-    preference_margin: float = 0.0
-
-
-def update_stats(
-    columns: Columns,
-    *,
-    loss: float,
-    grad_norm: float,
-    learning_rate: float,
-    seconds: float,
-    num_forward_tokens: int,
-    peak_memory_bytes: int,
-    reference_kl: float = 0.0,
-    value_loss: float = 0.0,
-    value_clip_fraction: float = 0.0,
-    explained_variance: float = 0.0,
-    preference_accuracy: float = 0.0,
-    preference_margin: float = 0.0,
-) -> UpdateStats:
-    """The numbers of the update whose tokens are `columns`; what is passed in stays as it is.
-
-    All others are finite: means over no token are 0, an ESS of none is 1, and tokens without a
-    finite log ratio count in none of what compares policy and sampler. `seconds` are the update's.
+    `weighs_tokens`: the objective clips, and weighs tokens by importance. Tokens without a finite
+    log ratio count in none of the numbers that compare policy and sampler.
     """
     log_ratios = columns.policy_logprobs.double() - columns.sampler_logprobs.double()
     is_known = log_ratios.isfinite()
     is_fresh = is_known & (columns.staleness == 0)
     gaps = log_ratios[is_fresh].abs()
     sequences, is_fresh_sequence = _sequence_log_ratios(columns, log_ratios, is_known)
+    weighing: dict[str, float | None] = {}
+    if weighs_tokens:
+        weighing = {
+            "clip_fraction": _mean(columns.is_clipped),
+            "importance_weight_mean": _mean(columns.weights),
+            "importance_truncated_fraction": _mean(columns.is_truncated),
+            "importance_masked_fraction": _mean(columns.is_masked),
+            "fresh_masked_fraction": _mean(columns.is_masked[is_fresh]),
+        }
     return UpdateStats(
-        loss=loss,
-        grad_norm=grad_norm,
-        learning_rate=learning_rate,
         entropy=_mean(columns.entropy),
-        clip_fraction=_mean(columns.is_clipped),
-        importance_weight_mean=_mean(columns.weights),
-        importance_truncated_fraction=_mean(columns.is_truncated),
-        importance_masked_fraction=_mean(columns.is_masked),
         logprob_gap=_mean(gaps),
         logprob_gap_p99=_quantile(gaps, 0.99),
         logprob_gap_max=_quantile(gaps, 1.0),
-        probability_factor=_mean(gaps.clamp(max=MAX_LOG_RATIO).exp()) if len(gaps) else 1.0,
+        probability_factor=_mean(gaps.clamp(max=MAX_LOG_RATIO).exp()),
         sampler_kl=mean_kl(log_ratios[is_fresh]),
         kl_by_lag=tuple(
             LagKl(lag=lag, kl=mean_kl(log_ratios[of_lag]), num_tokens=int(of_lag.sum()))
@@ -195,29 +148,21 @@ def update_stats(
         sequence_ess=effective_sample_size(sequences),
         num_fresh_tokens=len(gaps),
         fresh_sequence_ess=effective_sample_size(sequences[is_fresh_sequence]),
-        fresh_masked_fraction=_mean(columns.is_masked[is_fresh]),
-        num_forward_tokens=num_forward_tokens,
-        update_tokens_per_s=num_forward_tokens / seconds if seconds > 0 else 0.0,
-        peak_memory_bytes=peak_memory_bytes,
-        reference_kl=reference_kl,
-        value_loss=value_loss,
-        value_clip_fraction=value_clip_fraction,
-        explained_variance=explained_variance,
-        preference_accuracy=preference_accuracy,
-        preference_margin=preference_margin,
+        **weighing,
+        **measured,
     )
 
 
-def mean_kl(log_ratios: Tensor) -> float:
-    """KL(sampler || policy) per token, nats, from log policy - log sampler [N]; 0 of no token."""
+def mean_kl(log_ratios: Tensor) -> float | None:
+    """KL(sampler ‖ policy) per token, nats, from log policy - log sampler [N]; None of no token."""
     bounded = log_ratios.double().clamp(max=MAX_LOG_RATIO)
     return _mean(bounded.expm1() - bounded)
 
 
-def effective_sample_size(log_ratios: Tensor) -> float:
-    """The share, in (0, 1], of equally weighted samples that tell as much; 1 of no sample."""
+def effective_sample_size(log_ratios: Tensor) -> float | None:
+    """The share, in (0, 1], of equally weighted samples that tell as much; None of no sample."""
     if not len(log_ratios):
-        return 1.0
+        return None
     weights = log_ratios.double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
 
@@ -235,15 +180,15 @@ def _sequence_log_ratios(
     return sums[is_sampled], (num_stale == 0)[is_sampled]
 
 
-def _mean(values: Tensor) -> float:
+def _mean(values: Tensor) -> float | None:
     values = values.double()
     values = values[values.isfinite()]
-    return float(values.mean()) if len(values) else 0.0
+    return float(values.mean()) if len(values) else None
 
 
-def _quantile(values: Tensor, share: float) -> float:
+def _quantile(values: Tensor, share: float) -> float | None:
     """The smallest value that `share` of all are not above; torch.quantile takes no long inputs."""
-    return float(values.kthvalue(math.ceil(share * len(values))).values) if len(values) else 0.0
+    return float(values.kthvalue(math.ceil(share * len(values))).values) if len(values) else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -289,14 +234,16 @@ def check_guards(stats: UpdateStats, guards: GuardsConfig) -> None:
         ("sampler_kl", stats.sampler_kl, "max_sampler_kl"),
         ("fresh_masked_fraction", stats.fresh_masked_fraction, "max_masked_fraction"),
     )
-    for name, value, guard in at_most:
+    for name, measured, guard in at_most:
         bound = getattr(guards, guard)
-        if bound is not None and value > bound:
-            raise _mismatch(f"{name} is {value:.3g}, above guards.{guard} {bound:g}", guard, stats)
-    bound = guards.min_sequence_ess
-    if bound is not None and stats.fresh_sequence_ess < bound:
-        reason = f"fresh_sequence_ess is {stats.fresh_sequence_ess:.3g}, below"
-        raise _mismatch(f"{reason} guards.min_sequence_ess {bound:g}", "min_sequence_ess", stats)
+        if bound is not None and measured is not None and measured > bound:
+            raise _mismatch(
+                f"{name} is {measured:.3g}, above guards.{guard} {bound:g}", guard, stats
+            )
+    least, ess = guards.min_sequence_ess, stats.fresh_sequence_ess
+    if least is not None and ess is not None and ess < least:
+        reason = f"fresh_sequence_ess is {ess:.3g}, below guards.min_sequence_ess {least:g}"
+        raise _mismatch(reason, "min_sequence_ess", stats)
 
 
 def _mismatch(reason: str, guard: str, stats: UpdateStats) -> UpdateRefused:

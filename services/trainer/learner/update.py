@@ -23,7 +23,6 @@ from services.trainer.learner.optimizer import Optimizer
 from services.trainer.learner.policy_gradient import PolicyGradient
 from services.trainer.learner.preferences import Preferences, preference_pairs
 from services.trainer.learner.stats import (
-    UpdateStats,
     check_guards,
     peak_memory_bytes,
     update_stats,
@@ -31,6 +30,7 @@ from services.trainer.learner.stats import (
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import Sample, group_indices
 from services.trainer.run_config import AlgorithmConfig, DpoConfig, GuardsConfig, OnlineDpoConfig
+from shared.schemas import UpdateStats
 
 
 class Objective(Protocol):
@@ -38,6 +38,7 @@ class Objective(Protocol):
     and the gradient of every step."""
 
     may_split_groups: ClassVar[bool]
+    weighs_tokens: ClassVar[bool]  # clips, and weighs tokens by importance
 
     def prepare(self, num_steps: int, *, num_minibatches: int) -> None:
         """`num_steps` optimizer steps are to come, in passes of `num_minibatches`."""
@@ -47,7 +48,7 @@ class Objective(Protocol):
         """Accumulate the gradient of one optimizer step over some samples."""
         ...
 
-    def means(self, seen: Seen) -> dict[str, float]:
+    def statistics(self, seen: Seen) -> dict[str, float | None]:
         """The numbers of UpdateStats that only this objective has."""
         ...
 
@@ -105,15 +106,17 @@ class _Progress:
 
     def stats(self, steps: Sequence[Seen]) -> UpdateStats:
         seen = Seen.of_all(steps)
+        num_forward_tokens = int(seen.sums.get("positions", 0.0))
         return update_stats(
             seen.columns,
-            loss=seen.mean("loss", "steps"),
+            weighs_tokens=self.objective.weighs_tokens,
+            loss=seen.mean("loss", "steps") or 0.0,
             grad_norm=sum(self.grad_norms) / max(len(self.grad_norms), 1),
             learning_rate=self.optimizer.learning_rate,
-            seconds=time.perf_counter() - self.started,
-            num_forward_tokens=int(seen.sums.get("positions", 0.0)),
+            num_forward_tokens=num_forward_tokens,
+            update_tokens_per_s=num_forward_tokens / (time.perf_counter() - self.started),
             peak_memory_bytes=peak_memory_bytes(self.policy.device),
-            **self.objective.means(seen),
+            **self.objective.statistics(seen),
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -21,13 +20,13 @@ from services.trainer.durable import write_file
 from services.trainer.learner.stats import (
     MIN_FRESH_TOKENS,
     UpdateRefused,
-    UpdateStats,
     mean_kl,
     num_telling_tokens,
 )
 from services.trainer.policy.samples import Sample
 from services.trainer.run_config import GuardsConfig
 from shared.errors import ConformanceFailed, UnsuitableForTraining
+from shared.schemas import UpdateStats
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def check_handshake(policy: ScoresSamples, samples: Sequence[Sample], guards: Gu
     policy_logprobs = [value for row in policy.sample_logprobs(fresh) for value in row]
     sampler_logprobs = [value for sample in fresh for value in sample.sampler_logprobs]
     gaps = torch.tensor(policy_logprobs) - torch.tensor(sampler_logprobs)
-    num_tokens, kl = len(gaps), mean_kl(gaps)
+    num_tokens, kl = len(gaps), mean_kl(gaps) or 0.0
     found = (
         f"KL(sampler || trainer) of {len(fresh)} completions ({num_tokens} tokens) before the "
         f"first update is {kl:.2g}"
@@ -82,7 +81,7 @@ def refused(
     folder = run_dir / "refused"
     number = len(list(folder.glob(f"step-{step:06d}*")))
     path = folder / f"step-{step:06d}{f'-{number}' if number else ''}.json"
-    stats = asdict(refusal.stats) if isinstance(refusal, UpdateRefused) else None
+    stats = dict(refusal.stats) if isinstance(refusal, UpdateRefused) else None
     batch = {"step": step, "reason": str(refusal), "stats": stats, "samples": samples}
     where = f"its batch is in {path}"
     try:
@@ -117,6 +116,8 @@ class GuardWatch:
             ("probability_factor", stats.probability_factor, guards.warn_probability_factor),
         ):
             was_beyond = name in self.beyond
+            if value is None:
+                continue
             limit = math.inf if bound is None else bound
             # Back is well below, so that a number about the bound is not said at every step.
             is_beyond = value > (_back_at(limit, name) if was_beyond else limit)

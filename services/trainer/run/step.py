@@ -9,10 +9,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import Any
 
 from services.trainer.fleet.fleet import Fleet
-from services.trainer.learner.stats import UpdateRefused, UpdateStats
+from services.trainer.learner.stats import UpdateRefused
 from services.trainer.policy.adapter import PublishedAdapter
 from services.trainer.policy.samples import Sample, group_indices
 from services.trainer.run.guards import check_handshake, refused
@@ -21,6 +22,7 @@ from services.trainer.run.run import Run
 from services.trainer.run_config import RunConfig
 from shared.schemas import (
     StepRecord,
+    UpdateStats,
 )
 
 log = logging.getLogger(__name__)
@@ -92,42 +94,55 @@ def step_record(
     meter: Meter,
     sampled: GroupBatch | None = None,
 ) -> StepRecord:
-    """What a step did; `sampled` says how its groups came when this service sampled them."""
-    samples, stats = learned.samples, learned.stats
-    is_constant = constant_groups(config, samples)
-    rewards = [sample.reward for sample in samples]
+    """What a step did; `sampled` are its groups when this service sampled them."""
+    samples, step_s = learned.samples, clock.total_s
     num_tokens = sum(sample.num_tokens for sample in samples)
-    staleness = [max(sample.staleness, default=0) for sample in samples]
-    step_s = clock.total_s
+    wait_s = clock.seconds.get("wait_s")
     return StepRecord(
         step=learned.step,
         policy=learned.adapter.policy,
-        num_groups=len(is_constant),
-        num_constant_groups=sum(is_constant),
-        num_constant_groups_set_aside=len(sampled.set_aside) if sampled else 0,
+        num_groups=len(group_indices(samples)),
         num_samples=len(samples),
         num_tokens=num_tokens,
-        reward_mean=statistics.fmean(rewards),
-        reward_std=statistics.pstdev(rewards),
         completion_tokens_mean=num_tokens / len(samples),
-        truncated_fraction=statistics.fmean(sample.is_truncated for sample in samples),
-        staleness_mean=statistics.fmean(staleness),
-        staleness_max=max(staleness),
-        staleness_histogram=dict(sorted(Counter(staleness).items())),
-        num_continued=meter.num_continued,
-        num_ready_groups=sampled.num_ready_groups if sampled else 0,
-        num_in_flight_groups=sampled.num_in_flight_groups if sampled else 0,
-        generate_s=sampled.generate_s if sampled else 0.0,
-        reward_s=sampled.reward_s if sampled else 0.0,
         step_s=step_s,
         tokens_per_s=num_tokens / step_s,
-        trainer_idle_fraction=clock.seconds.get("wait_s", 0.0) / step_s,
+        trainer_idle_fraction=None if wait_s is None else wait_s / step_s,
         rollout_idle_fraction=meter.rollout_idle_fraction,
         num_serving_replicas=meter.fleet.num_serving(learned.adapter.policy),
         adapter_bytes=len(learned.adapter.content),
-        **asdict(stats),
+        **dict(learned.stats),
         **clock.seconds,
+        **({} if config.algorithm.learns_from_pairs else _of_groups(config, samples)),
+        **(_of_sampling(config, sampled, meter) if sampled else {}),
     )
+
+
+def _of_groups(config: RunConfig, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The numbers of completions that somebody sampled and scored."""
+    rewards = [sample.reward for sample in samples]
+    staleness = [max(sample.staleness, default=0) for sample in samples]
+    return {
+        "num_constant_groups": sum(constant_groups(config, samples)),
+        "reward_mean": statistics.fmean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "truncated_fraction": statistics.fmean(sample.is_truncated for sample in samples),
+        "staleness_mean": statistics.fmean(staleness),
+        "staleness_max": max(staleness),
+        "staleness_histogram": dict(sorted(Counter(staleness).items())),
+    }
+
+
+def _of_sampling(config: RunConfig, batch: GroupBatch, meter: Meter) -> dict[str, Any]:
+    """The numbers of groups that this service sampled itself."""
+    return {
+        "num_constant_groups_set_aside": len(batch.set_aside) if config.dynamic_sampling else None,
+        "num_continued": meter.num_continued,
+        "num_ready_groups": batch.num_ready_groups,
+        "num_in_flight_groups": batch.num_in_flight_groups,
+        "generate_s": batch.generate_s,
+        "reward_s": batch.reward_s,
+    }
 
 
 @dataclass(slots=True)
@@ -161,8 +176,9 @@ class Meter:
         return self.fleet.num_continued - self._num_continued
 
     @property
-    def rollout_idle_fraction(self) -> float:
+    def rollout_idle_fraction(self) -> float | None:
+        """None when no replica served."""
         busy_s, serving_s = self.fleet.seconds()
         if serving_s <= self._serving_s:
-            return 0.0
+            return None
         return max(0.0, 1 - (busy_s - self._busy_s) / (serving_s - self._serving_s))

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,7 @@ def update(learner: Learner, case: str, index: int) -> tuple[float, ...]:
     stats = learner.update(
         batch, algorithm, max_tokens_per_micro_batch=max_tokens, guards=NO_GUARDS
     )
-    values = astuple(repeatable(stats))
-    return tuple(value for value in values if isinstance(value, int | float))
+    return tuple(value for _, value in repeatable(stats) if isinstance(value, int | float))
 
 
 def weights(learner: Learner) -> Tensor:

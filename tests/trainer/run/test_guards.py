@@ -16,7 +16,6 @@ from services.trainer.learner.learner import Learner
 from services.trainer.learner.stats import (
     MIN_FRESH_TOKENS,
     UpdateRefused,
-    UpdateStats,
     check_guards,
     join,
     update_stats,
@@ -27,7 +26,7 @@ from services.trainer.run.run import Run
 from services.trainer.run.step import Clock, learn
 from services.trainer.run_config import GuardsConfig, RunConfig
 from shared.errors import ConformanceFailed, UnsuitableForTraining
-from shared.schemas import PolicyId, ScoredCompletion, Segment, TrainRequest
+from shared.schemas import PolicyId, ScoredCompletion, Segment, TrainRequest, UpdateStats
 from tests.trainer.test_trainer import MANAGED, external, make_trainer, train_request
 from tests.trainer.test_trainer import join as join_replica
 
@@ -65,11 +64,9 @@ def stats(**numbers: Any) -> UpdateStats:
         loss=0.1,
         grad_norm=1.0,
         learning_rate=1e-4,
-        seconds=1.0,
-        num_forward_tokens=1,
-        peak_memory_bytes=1,
+        weighs_tokens=True,
     )
-    return replace(measured, num_fresh_tokens=MIN_FRESH_TOKENS, **numbers)
+    return measured.model_copy(update={"num_fresh_tokens": MIN_FRESH_TOKENS, **numbers})
 
 
 def refusal(**numbers: Any) -> UpdateRefused:
@@ -277,6 +274,6 @@ def test_numbers_are_watched_apart(caplog: pytest.LogCaptureFixture) -> None:
 def test_few_tokens_and_bounds_switched_off_warn_of_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    GuardWatch().see(1, replace(stats(sampler_kl=1.0), num_fresh_tokens=10), GUARDS)
+    GuardWatch().see(1, stats(sampler_kl=1.0, num_fresh_tokens=10), GUARDS)
     GuardWatch().see(1, stats(sampler_kl=1.0), GuardsConfig(warn_sampler_kl=None))
     assert not caplog.records

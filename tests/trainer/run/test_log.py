@@ -105,10 +105,20 @@ async def test_a_step_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
     second.close()
 
 
-def test_only_numbers_of_a_step_are_plotted() -> None:
-    numbers = scalars(step_of(staleness_histogram={0: 2}))
+def test_only_numbers_that_a_step_has_are_plotted() -> None:
+    numbers = scalars(step_of(staleness_histogram={0: 2}, sequence_ess=1.0))
     assert numbers["sequence_ess"] == 1.0
     assert not {"staleness_histogram", "kl_by_lag", "policy", "kind"} & numbers.keys()
+    assert not {"value_loss", "preference_margin", "token_ess"} & numbers.keys()
+
+
+async def test_what_does_not_apply_to_a_step_is_absent_from_its_line(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, TrainerMetrics())
+    await log.emit(step_of())
+    log.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["entropy"] == 0.5
+    assert not {"value_loss", "preference_margin", "token_ess", "kl_by_lag"} & line.keys()
 
 
 async def test_subscribers_get_every_event_from_where_they_ask_until_the_end(
