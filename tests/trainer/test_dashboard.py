@@ -13,6 +13,7 @@ from services.trainer import dashboard
 from services.trainer.app import create_app
 from services.trainer.settings import TrainerSettings
 from services.trainer.trainer import Trainer
+from shared.schemas import StepRecord
 
 pytestmark = pytest.mark.anyio
 FOLDER = Path(dashboard.__file__).parent
@@ -67,3 +68,16 @@ async def test_a_file_that_has_not_changed_is_not_sent_again() -> None:
         first = await http.get("/page/style.css")
         again = await http.get("/page/style.css", headers={"If-None-Match": first.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
+
+
+def test_every_module_of_the_page_is_type_checked() -> None:
+    for path in FOLDER.glob("*.js"):
+        assert path.read_text().startswith("// @ts-check\n"), path.name
+
+
+def test_every_number_that_the_page_plots_is_one_of_a_step() -> None:
+    listed = re.search(r"STEP_COLUMNS = \[(.*?)\];", (FOLDER / "history.js").read_text(), re.DOTALL)
+    assert listed
+    names = re.findall(r'"(\w+)"', listed[1])
+    assert len(names) > 20
+    assert set(names) <= StepRecord.model_fields.keys()

@@ -1,3 +1,4 @@
+// @ts-check
 // The trainer's routes, with the key: JSON in and out, problems as sentences, events as a stream.
 
 const STORED = "tandem.key";
@@ -26,6 +27,11 @@ export const key = {
   },
 };
 
+/**
+ * @param {string} path
+ * @param {{method?: string, body?: string, headers?: Record<string, string>, signal?: AbortSignal,
+ *   timeoutMs?: number}} [options]
+ */
 async function request(
   path,
   { method = "GET", body, headers = {}, signal, timeoutMs = 10_000 } = {},
@@ -56,6 +62,11 @@ async function request(
   }
 }
 
+/**
+ * @param {string} path
+ * @param {Parameters<typeof request>[1]} [options]
+ * @returns {Promise<any>}
+ */
 async function json(path, options) {
   const response = await request(path, options);
   try {
@@ -89,6 +100,7 @@ export async function* events(lastId, signal) {
     signal,
     headers: { "Last-Event-ID": String(lastId), Accept: "text/event-stream" },
   });
+  if (!response.body) throw new Away("the stream of events has no body");
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   const stop = () => reader.cancel().catch(() => {});
   signal.addEventListener("abort", stop, { once: true });
@@ -99,8 +111,8 @@ export async function* events(lastId, signal) {
       const { done, value } = await inTime(reader.read());
       if (done) return;
       const blocks = (rest + value).split("\n\n");
-      rest = blocks.pop();
-      const found = blocks.map(parse).filter(Boolean);
+      rest = blocks.pop() ?? "";
+      const found = blocks.flatMap(parse);
       if (found.length) yield found;
     }
   } catch (error) {
@@ -119,11 +131,16 @@ function inTime(read) {
   return Promise.race([read, late]).finally(() => clearTimeout(timer));
 }
 
+/**
+ * @param {string} block
+ * @returns {{id: number, data: any}[]} its event, if it is one
+ */
 function parse(block) {
+  /** @type {Record<string, string>} */
   const fields = {};
   for (const line of block.split("\n")) {
     const end = line.indexOf(":");
     if (end > 0) fields[line.slice(0, end)] = line.slice(end + 1).trimStart();
   }
-  return fields.data ? { id: Number(fields.id), data: JSON.parse(fields.data) } : null;
+  return fields.data ? [{ id: Number(fields.id), data: JSON.parse(fields.data) }] : [];
 }

@@ -1,8 +1,11 @@
+// @ts-check
 // The curves: history in, one uPlot per chart out, drawn once per animation frame and only in view.
 
-import uPlot from "./vendor/uPlot.esm.js";
+import plot from "./vendor/uPlot.esm.js";
 import { $, NONE, count, h, number, percent, seconds, tick } from "./text.js";
 
+/** @type {any} */
+const uPlot = plot; // the vendored file has no types
 const POINTS_PER_PIXEL = 2;
 
 const line = (name, label, colour, more = {}) => ({ name, label, colour, ...more });
@@ -383,6 +386,7 @@ export class Curves {
       (entries) => {
         for (const entry of entries) {
           const chart = byElement.get(entry.target);
+          if (!chart) continue;
           chart.isInView = entry.isIntersecting;
           if (chart.isDue) this.#wake();
         }
@@ -428,7 +432,7 @@ export class Curves {
       this.frame = null;
       const due = this.charts.filter((chart) => chart.isDue && chart.isInView);
       for (const chart of due) chart.draw();
-      this.numDraws += due.length > 0;
+      this.numDraws += Number(due.length > 0);
       this.element.dataset.draws = this.numDraws;
     });
   }

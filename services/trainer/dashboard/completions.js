@@ -1,3 +1,4 @@
+// @ts-check
 // The newest completions, a block per prompt: GET /runs/current/completions in, elements out.
 
 import { count, h, number } from "./text.js";

@@ -1,3 +1,4 @@
+// @ts-check
 // The fleet as a table: GET /replicas in, rows out. Colour says that something is wrong.
 
 import { NONE, count, h, number } from "./text.js";

@@ -1,3 +1,4 @@
+// @ts-check
 // The numbers of a run by step, in columns, and fewer points of them than there are pixels.
 
 /** What a chart reads of a step record; names are those of shared/schemas.py. */
@@ -39,7 +40,19 @@ const COLUMNS = [
   "eval_greedy",
 ];
 
-/** KL(sampler || policy) over the tokens of older versions, nats; null when there are none. */
+/**
+ * A step record of the trainer: shared/schemas.py has every number. What does not apply is absent.
+ * @typedef {{step: number, step_s: number, policy: {version: number}, num_groups: number,
+ *   num_constant_groups?: number, reward_mean?: number, reward_std?: number,
+ *   kl_by_lag?: {lag: number, kl: number, num_tokens: number}[]} & Record<string, any>} Step
+ * @typedef {{step: number, sampled_reward: number, greedy_reward: number}} Evaluation
+ * @typedef {{state: string, detail: string}} State
+ */
+
+/**
+ * KL(sampler ‖ policy) over the tokens of older versions, nats; null when there are none.
+ * @param {Pick<Step, "kl_by_lag">} step
+ */
 export function staleKl({ kl_by_lag: byLag = [] }) {
   const stale = byLag.filter(({ lag }) => lag > 0);
   const numTokens = stale.reduce((sum, { num_tokens: n }) => sum + n, 0);
@@ -50,11 +63,17 @@ export function staleKl({ kl_by_lag: byLag = [] }) {
 
 export class History {
   constructor() {
+    /** @type {number[]} */
     this.steps = [];
+    /** @type {Record<string, (number | null)[]>} */
     this.columns = Object.fromEntries(COLUMNS.map((name) => [name, []]));
+    /** @type {Step | null} */
     this.lastStep = null;
+    /** @type {Evaluation | null} */
     this.lastEval = null;
+    /** @type {State | null} */
     this.state = null;
+    /** @type {number[]} */
     this.stepSeconds = [];
   }
 
@@ -74,6 +93,7 @@ export class History {
     else this.#addStep(event);
   }
 
+  /** @param {Step} event */
   #addStep(event) {
     this.lastStep = event;
     this.stepSeconds.push(event.step_s);
@@ -82,13 +102,19 @@ export class History {
       this.columns[name][row] = event[name] ?? null; // what does not apply is absent
     }
     this.columns.stale_kl[row] = staleKl(event);
-    if (event.reward_mean !== undefined) {
-      this.columns.reward_low[row] = event.reward_mean - event.reward_std;
-      this.columns.reward_high[row] = event.reward_mean + event.reward_std;
-      this.columns.constant_fraction[row] = event.num_constant_groups / event.num_groups;
+    const { reward_mean: mean, reward_std: std, num_constant_groups: numConstant } = event;
+    if (mean !== undefined && std !== undefined) {
+      this.columns.reward_low[row] = mean - std;
+      this.columns.reward_high[row] = mean + std;
+    }
+    if (numConstant !== undefined) {
+      this.columns.constant_fraction[row] = event.num_groups
+        ? numConstant / event.num_groups
+        : null;
     }
   }
 
+  /** @param {Evaluation} event */
   #addEval(event) {
     this.lastEval = event;
     const row = this.#row(event.step);

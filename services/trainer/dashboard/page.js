@@ -1,3 +1,4 @@
+// @ts-check
 // The page from load to close: who is asked for what and when, and where the answers are shown.
 //
 //   GET /status, /replicas   every 2 s, while the page is seen       ─▶ run, banners, fleet
@@ -66,6 +67,10 @@ const completions = new Completions($("completions"), () => follow(false));
 
 // --- time ----------------------------------------------------------------------------------------
 
+/**
+ * @param {number} ms
+ * @returns {Promise<void>}
+ */
 function pause(ms) {
   return new Promise((resolve) => {
     const end = () => {
@@ -96,7 +101,7 @@ async function watch() {
       take();
       await pause(POLL_MS);
     } catch (error) {
-      if (error.status === 401) await askForKey();
+      if (error instanceof api.Problem && error.status === 401) await askForKey();
       else if (error instanceof api.Away || error instanceof api.Problem) await standBy(error);
       else throw error;
     }
@@ -114,6 +119,7 @@ async function standBy(error) {
   clearInterval(ticking);
 }
 
+/** @param {string | null} problem */
 function showLink(problem = null, seconds = 0) {
   document.body.classList.toggle("away", problem !== null);
   $("retry").hidden = problem === null;
@@ -381,12 +387,15 @@ function say(id, sentence) {
   $(id).textContent = sentence ?? "";
 }
 
-/** Resolves once a key has been entered. */
+/**
+ * Resolves once a key has been entered.
+ * @returns {Promise<void>}
+ */
 function askForKey() {
   return new Promise((resolve) => {
     const hadKey = api.key.get() !== null;
     api.key.forget();
-    for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
+    for (const dialog of document.querySelectorAll("dialog")) dialog.close();
     say("key-error", hadKey ? "The trainer refused this key." : null);
     $("key").value = "";
     $("key-dialog").showModal();
@@ -410,7 +419,7 @@ async function submit(button, errorId, work) {
     button.closest("dialog").close();
     lookNow();
   } catch (error) {
-    if (error.status === 401)
+    if (error instanceof api.Problem && error.status === 401)
       lookNow(); // which asks for the key
     else if (error instanceof api.Problem || error instanceof api.Away) say(errorId, error.message);
     else throw error;
@@ -468,8 +477,8 @@ function wire() {
     loadCompletions();
   });
   $("key-dialog").addEventListener("cancel", (event) => event.preventDefault()); // it is needed
-  for (const button of document.querySelectorAll("[data-close]")) {
-    button.onclick = () => button.closest("dialog").close();
+  for (const button of document.querySelectorAll("button")) {
+    if ("close" in button.dataset) button.onclick = () => button.closest("dialog")?.close();
   }
 
   $("start").onclick = () => openStart(false);

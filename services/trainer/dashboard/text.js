@@ -1,3 +1,4 @@
+// @ts-check
 // Numbers and elements: what every part of the page writes with.
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
@@ -81,4 +82,8 @@ export function h(tag, properties = {}, ...children) {
   return element;
 }
 
+/**
+ * The element of the page with this id; inputs, buttons and dialogs have their own properties.
+ * @returns {any}
+ */
 export const $ = (id) => document.getElementById(id);
