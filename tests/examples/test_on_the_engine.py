@@ -20,7 +20,7 @@ from shared.trainer_client import TrainerClient
 from tests.replica_process import ReplicaProcess
 from tests.trainer_in_process import booted_trainer, client_of, until_end
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.engine]
 ROOT = Path(__file__).parents[2]
 
 
