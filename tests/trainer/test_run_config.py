@@ -227,8 +227,8 @@ def test_the_config_of_a_run_of_the_first_version_is_understood() -> None:
     ("correction", "problem"),
     [
         ("min_ratio: 5", "min_ratio 5.0 is not below max_ratio 3.0"),
-        ("geometric_band: [0, 2]", "is no band of ratios above 0"),
-        ("geometric_band: [2, 1]", "is no band of ratios above 0"),
+        ("geometric_band: [0, 2]", "must rise, from above 0"),
+        ("geometric_band: [2, 1]", "must rise, from above 0"),
     ],
 )
 def test_bounds_of_the_correction_that_are_out_of_order_are_refused(
