@@ -46,7 +46,7 @@ def create_app(trainer: Trainer) -> FastAPI:
         api_key=settings.api_key,
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
-        open_paths=frozenset(page),  # which hold no data: the page asks for the key
+        open_paths=frozenset(page),  # The page holds no data and asks for the key.
     )
     serve_page(app, page)
 
@@ -75,7 +75,7 @@ def create_app(trainer: Trainer) -> FastAPI:
     @app.get(
         "/runs/current/events",
         response_class=EventSourceResponse,
-        dependencies=[Depends(trainer.run_status)],  # without a run 404, before the stream begins
+        dependencies=[Depends(trainer.run_status)],  # Answers 404 before the stream begins.
     )
     async def events(
         last_event_id: Annotated[int, Header(ge=-1)] = -1,

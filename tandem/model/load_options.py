@@ -15,7 +15,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-# Name -> the values that ask for nothing, and what to do about any other.
+# Name -> the values that change nothing, and what to do about any other.
 _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "load_in_8bit": ((False, None), "a base is 4-bit, or 16-bit with load_in_4bit=False"),
     "load_in_fp8": ((False, None), "a base is 4-bit, or 16-bit with load_in_4bit=False"),

@@ -63,8 +63,8 @@ from tandem.model.lora_folder import (
 )
 from tandem.model.outputs import LoRARequest, RequestOutput
 
-_MIN_CONTEXT = 16  # tokens; the probe of the replicas needs them
-_MAX_POSITIONS = 8192  # of one forward of `logprobs`
+_MIN_CONTEXT = 16  # Tokens that the probe of the replicas needs.
+_MAX_POSITIONS = 8192  # Positions per forward pass of `logprobs`.
 _SYNC_TIMEOUT_S = 120.0
 
 
@@ -104,10 +104,10 @@ class PolicyModel(torch.nn.Module):
         self._replace_run = replace_run
         self._serving_mode = serving_mode
         self._ready_timeout_s = ready_timeout_s
-        self._runs: set[str] = set()  # that this model began; it may end those
-        self._lock = threading.RLock()  # one push at a time
-        self._before: bool | None = None  # the mode before the last for_*() call
-        self._modes: list[bool] = []  # to go back to, of `with` blocks that are open
+        self._runs: set[str] = set()  # Runs that this model began and may end.
+        self._lock = threading.RLock()  # Serializes pushes.
+        self._before: bool | None = None  # Mode before the last for_*() call.
+        self._modes: list[bool] = []  # Modes to restore when open `with` blocks end.
         if engine:
             self.vllm_engine = engine
         self._start(lora, seed=seed)
@@ -191,7 +191,8 @@ class PolicyModel(torch.nn.Module):
                 )
                 log_name = f"rollout-{os.getpid()}-{secrets.token_hex(2)}.log"
                 engine.start_child(settings, cache / "logs" / log_name)
-                if device == "cuda":  # on one GPU: vLLM counts what is free when it starts
+                # On one GPU, because vLLM measures free memory when it starts.
+                if device == "cuda":
                     engine.wait_until_ready(ready_timeout_s)
             check_fits(
                 f"model_name {name}",
@@ -260,7 +261,8 @@ class PolicyModel(torch.nn.Module):
         self.peft_model = policy.model
         self.train()
         self._num_versions = 0
-        self._loaded: dict[bytes, PolicyId] = {}  # from folders; by the digest of their tensors
+        # Versions loaded from folders, by the digest of their tensors.
+        self._loaded: dict[bytes, PolicyId] = {}
         self._pushed = self._fingerprint()
         if self._engine is None:
             return
@@ -268,7 +270,7 @@ class PolicyModel(torch.nn.Module):
         probe = make_probe(policy, (), config, seed=seed)
         policy.set_probe(probe.sequences)
         self._runs.add(run.run_id)
-        # The engine's thread keeps what this captures: never the model itself.
+        # The engine's thread keeps what the closure captures, which must not be the model.
         replace_run, runs = self._replace_run, self._runs
         self._engine.begin(
             Requirements(

@@ -19,13 +19,13 @@ from services.trainer.policy.policy import Policy
 from services.trainer.run_config import ConformanceConfig
 from shared.schemas import PolicyId
 
-_POOL_PROMPTS = 256  # whose tokens follow the prompts of the probe
+_POOL_PROMPTS = 256  # Prompts whose tokens are drawn to fill the sequences.
 
 
-_EFFECTS = (0.5, 2.0)  # nats, of the synthetic adapter
+_EFFECTS = (0.5, 2.0)  # Wanted effect of the synthetic adapter, in nats.
 
 
-_MAX_STRENGTH = 2.0  # of the adapter's output to its input; effects saturate before
+_MAX_STRENGTH = 2.0  # Largest ratio of the adapter's output to its input; effects saturate before.
 
 
 _MAX_TRIALS = 16

@@ -46,7 +46,7 @@ from shared.model_folder import base_identity
 from shared.schemas import AdapterManifest, BaseIdentity, PolicyId, QuantizationRecipe
 
 log = logging.getLogger(__name__)
-_SCORE_POSITIONS = 8192  # of one forward of `score`
+_SCORE_POSITIONS = 8192  # Positions per forward pass of `score`.
 
 
 class Policy:
@@ -170,7 +170,7 @@ class Policy:
         )
         self.model = get_peft_model(self._base, options)
         use_fused_lora(self.model)
-        self.model.train()  # without it gradient checkpointing is silently off
+        self.model.train()  # Gradient checkpointing is silently off in eval mode.
         self._lora = lora
         self._set_out(policy)
         self._probe = ()
@@ -304,7 +304,7 @@ class Policy:
     def publish(self) -> PublishedAdapter:
         """The adapter of the current version, kept for `adapter`."""
         content = self._adapter_file(self.id)
-        with ThreadPoolExecutor(1) as beside:  # hashing lets the interpreter go
+        with ThreadPoolExecutor(1) as beside:  # Hashing releases the interpreter.
             digest = beside.submit(_digest, content)
             probe_logprobs = self.score(self._probe)
         adapter = PublishedAdapter(self.manifest, content, digest.result(), probe_logprobs)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-_SHOWN_CHARACTERS = 80  # of a prompt, a completion or a value, in a sentence
+_SHOWN_CHARACTERS = 80  # Longest excerpt of a prompt, completion or value in a message.
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class RewardBatch:
             end = min(start + max_completions, len(self))
             while start < end < len(self) and self.prompts[end] == self.prompts[end - 1]:
                 end -= 1
-            if end == start:  # the completions of one prompt alone are more
+            if end == start:  # One prompt alone has more completions than that.
                 end = start + 1
                 while end < len(self) and self.prompts[end] == self.prompts[start]:
                     end += 1

@@ -23,8 +23,8 @@ from shared.auth import authorization
 log = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
 _SAY_EVERY_S = 15.0
-_AWAY = (429, 502, 503, 504)  # not the fault of what was asked
-_MAX_BREAKDOWNS = 3  # other 5xx in a row, which may well be its fault
+_AWAY = (429, 502, 503, 504)  # Statuses that do not blame the request.
+_MAX_BREAKDOWNS = 3  # Other 5xx in a row, after which the request is to blame.
 
 OnStall = Callable[[str], Awaitable[None]]
 
@@ -151,7 +151,8 @@ class ServiceReward:
             raise _Away(f"{type(error).__name__} {error}".strip()) from error
         except httpx.DecodingError as error:
             raise RewardProblem(f"answered what cannot be decoded: {error}") from error
-        except (TypeError, ValueError) as error:  # a column has what JSON has not, as a date
+        # A column holds what JSON cannot express, such as a date.
+        except (TypeError, ValueError) as error:
             raise RewardProblem(
                 f"takes JSON, which the columns of the dataset cannot be: {error}"
             ) from error

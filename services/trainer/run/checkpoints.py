@@ -48,11 +48,11 @@ class CheckpointState(BaseModel):
 
     policy: PolicyId
     step: int = Field(ge=1)
-    num_updates: int = Field(ge=0)  # of the optimizer's schedule
+    num_updates: int = Field(ge=0)  # Updates that the learning rate schedule has seen.
     consumed: ConsumedState
-    log_positions: dict[str, int]  # file of the run log -> bytes that belong to this step
-    digests: dict[str, Digest]  # file of the folder -> SHA-256
-    versions: dict[str, str]  # of the packages that wrote it
+    log_positions: dict[str, int]  # File of the run log -> its length in bytes at this step.
+    digests: dict[str, Digest]  # File of the folder -> its SHA-256.
+    versions: dict[str, str]  # Versions of the packages that wrote it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Checkpoints:
             self._write(step, snapshot, state, positions)
 
         try:
-            run_log.write_waiting()  # a run that resumes has every line up to its step
+            run_log.write_waiting()  # A resumed run must have every line up to its step.
             positions = run_log.positions
             snapshot = await asyncio.to_thread(learner.snapshot)
             await asyncio.to_thread(write)
@@ -135,7 +135,8 @@ class Checkpoints:
         with new_folder(self._folder(step), replace=True) as folder:
             weights = save(dict(snapshot.lora), manifest_metadata(snapshot.manifest))
             digests = write_adapter(folder, weights, snapshot.manifest, self._source)
-            optimizer = io.BytesIO()  # so that a full disk is an OSError, not torch's own
+            # A full disk then raises OSError instead of an error of torch.
+            optimizer = io.BytesIO()
             others = {"optimizer": snapshot.optimizer, "rng": snapshot.rng}
             torch.save({**others, "critic": dict(snapshot.critic)}, optimizer)
             digests[_OPTIMIZER] = write_digested(folder / _OPTIMIZER, optimizer.getvalue())
@@ -224,7 +225,7 @@ def _read(folder: Path) -> Checkpoint:
             optimizer=saved["optimizer"],
             num_updates=state.num_updates,
             rng=saved["rng"],
-            critic=saved.get("critic", {}),  # not there before there was PPO
+            critic=saved.get("critic", {}),  # Checkpoints of older versions have none.
         )
     except (KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"checkpoint {folder} is incomplete: {error}") from error

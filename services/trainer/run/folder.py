@@ -48,7 +48,7 @@ _MAY_CHANGE = frozenset(
         "max_tokens_per_micro_batch",
         "generate_timeout_s",
         "sync_timeout_s",
-        "timeout_s",  # of a reward
+        "timeout_s",  # Of rewards.
     }
 )
 
@@ -57,8 +57,8 @@ class Life(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     incarnation: int = Field(ge=1)
-    base: BaseIdentity  # what the run trains, in every life
-    dataset: Digest | None = None  # of the prompts it trains on; None for an external run
+    base: BaseIdentity  # The same in every incarnation of the run.
+    dataset: Digest | None = None  # Digest of the training prompts; None for an external run.
 
 
 class RunFolder:
@@ -92,7 +92,7 @@ class RunFolder:
         """
         if config.resume == "never":
             raise Conflict(f"run {path.name!r} exists in {path}: choose another run_id")
-        read_config(path)  # else a folder that is no run would get a lock
+        read_config(path)  # Refuses a folder that is no run before it gets a lock.
         try:
             lock = _lock(path)
         except BlockingIOError as error:
