@@ -54,7 +54,7 @@ def create_app(trainer: Trainer) -> FastAPI:
     async def start_run(request: Request) -> RunStatus:
         """The body is a run config, YAML or JSON (services/trainer/run_config.py).
 
-        A `run_id` that exists goes on from its last checkpoint, unless `resume` is `never`.
+        A `run_id` that exists resumes from its last checkpoint, unless `resume` is `never`.
         """
         try:
             config = parse_run_config(await request.body())
@@ -69,7 +69,7 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.post("/runs/current/stop")
     async def stop_run() -> RunStatus:
-        """End the run after its step; posted again, it goes on."""
+        """End the run after its step. Posting its config again resumes it."""
         return await trainer.stop_run()
 
     @app.get(
@@ -86,7 +86,7 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.get("/runs/current/config")
     async def run_config() -> Response:
-        """What the run was started with: posted again, it goes on."""
+        """The config that the run was started with. Posting it again resumes the run."""
         return Response(dump_run_config(trainer.run_config()), media_type="application/yaml")
 
     @app.get("/runs/current/completions")

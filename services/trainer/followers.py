@@ -1,7 +1,7 @@
 """The processes of ranks 1..N-1: rank 0 starts them, watches them, and ends them.
 
 Rank 0 starts its followers itself, with the environment that torchrun would give them: torchrun
-makes 1 of every exit code, also of 0 after a SIGTERM, and kills what has not stopped 30 s after it.
+turns every exit code into 1, even 0 after a SIGTERM, and kills what has not stopped after 30 s.
 `torchrun --standalone --nproc-per-node N -m services.trainer` works too, within these limits.
 """
 
@@ -133,7 +133,7 @@ def _watch(process: subprocess.Popen[bytes], rank: int, leaving: threading.Event
     if code and not leaving.is_set():  # A follower exits with 0 when rank 0 leaves.
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         log.error(
-            "training process %d (pid %d) %s: the trainer exits; its next start goes on from the "
+            "training process %d (pid %d) %s: the trainer exits; the next start resumes from the "
             "checkpoint",
             rank,
             process.pid,

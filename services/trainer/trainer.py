@@ -177,7 +177,7 @@ class Trainer:
             )
 
     def shut_down(self) -> None:
-        """SIGTERM: finish the step that runs, then exit 0. The run goes on in the next process,
+        """SIGTERM: finish the current step, then exit 0. The run continues in the next process,
         unless its config says never."""
         log.info("stopping")
         if current := self._current:
@@ -228,10 +228,10 @@ class Trainer:
     # --- runs -----------------------------------------------------------------------------------
 
     async def start_run(self, config: RunConfig) -> RunStatus:
-        """Begin a run, or go on with the one of that id.
+        """Begin a run, or resume the one with that id.
 
         Raises InvalidRequest for a config that cannot run, RunConflict when one is running, and
-        Conflict for a run of that id that cannot go on.
+        Conflict for a run with that id that cannot be resumed.
         """
         _ = self.learner
         async with self._starting_run:
@@ -272,7 +272,7 @@ class Trainer:
         """The task of a run: whatever ends it is its last event."""
         run = current.run
         try:
-            log.info("run %s goes on from %s", run.log.run_dir, run.policy.id)
+            log.info("run %s continues from %s", run.log.run_dir, run.policy.id)
             requirements = self._requirements(current)
             self.metrics.begin_run(
                 max_staleness=run.config.max_staleness,
@@ -317,7 +317,7 @@ class Trainer:
             log.error("run %s failed", run.config.run_id, exc_info=error)
             detail = (
                 f"{type(error).__name__}: {error}; see the trainer's log, then post the run again: "
-                "it goes on from its last checkpoint."
+                "it resumes from its last checkpoint."
             )
             await self._end(run, StateRecord(state="failed", detail=detail))
         finally:
@@ -396,7 +396,7 @@ class Trainer:
         )
 
     async def stop_run(self) -> RunStatus:
-        """Ask the current run to end after its step; idempotent. Posted again, it goes on."""
+        """Ask the current run to end after its step. Posting its config again resumes it."""
         current = self._run()
         run, current.state_if_stopped = current.run, "stopped"
         if not run.log.has_ended and not run.stop.is_set():
@@ -424,7 +424,7 @@ class Trainer:
     async def train(self, request: TrainRequest) -> TrainResponse:
         """POST /train: one update of an external run."""
         current = self._run()
-        # Whoever waits may leave; the update then goes on, alone, and its answer is kept.
+        # The client may disconnect; the update still completes, and its answer is kept.
         return await asyncio.shield(current.updates.train(request, current.ready))
 
     # --- views ----------------------------------------------------------------------------------

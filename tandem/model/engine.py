@@ -4,7 +4,7 @@
     list[RequestOutput] ◀──────────── groups ◀───────────────────────────────┘
 
 The fleet is the trainer service's (fleet.py): requests are spread, what a dead replica had begun
-goes on elsewhere, and no replica serves a policy that it was not proven to serve. Without a URL the
+continues elsewhere, and no replica serves a policy without proof. Without a URL the
 one replica is a child process of this one.
 """
 

@@ -91,9 +91,9 @@ def read_sampling(given: Any = None, **named: Any) -> SamplingParams:
 
 
 def _values(given: Any) -> dict[str, Any]:
-    """What an object says; of vLLM's own what it has for all names that it could have.
+    """The values that an object holds; for vLLM's own class, the values of its known fields.
 
-    Raises ValueError for a field that is not known here and asks for something.
+    Raises ValueError for an unknown field that is not at its default.
     """
     if given is None:
         return {}
@@ -123,7 +123,7 @@ def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 
 def _not_served(name: str) -> ValueError:
-    return ValueError(f"sampling parameter {name} is not served by a replica: leave it out")
+    return ValueError(f"sampling parameter {name} is not supported by a replica: remove it")
 
 
 def read_prompts(given: Any, *, pad_token_id: int | None = None) -> list[Any]:

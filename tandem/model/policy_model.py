@@ -1,4 +1,4 @@
-"""`PolicyModel`: a QLoRA policy in this process with the replicas that sample from it beside it.
+"""`PolicyModel`: a QLoRA policy in this process, and the replicas that sample from it.
 
     from_pretrained()  base + LoRA (policy.py), and with fast_inference an engine (engine_handle.py)
     for_inference()    the engine serves the weights as they are now; so does every generate()
@@ -149,7 +149,7 @@ class PolicyModel(torch.nn.Module):
 
         `model_name`: a checkpoint folder, a hub id, or a folder with an adapter, which is trained
         on. docs/python_api.md has every parameter. Raises ValueError, TypeError or a ServiceError
-        for what cannot be had, ProcessFailed when the engine does not start.
+        for unsupported options, ProcessFailed when the engine does not start.
         """
         check_load_options(others, cls.from_pretrained)
         check_dtype(dtype)
@@ -360,7 +360,7 @@ class PolicyModel(torch.nn.Module):
                     parameter[is_dead.to(parameter.device)] = fresh[is_dead].to(parameter)
 
     def load_lora(self, folder: str | Path, load_tensors: bool = True) -> LoRARequest:
-        """An adapter of a folder as a `lora_request`: served beside the one that trains. The same
+        """An adapter folder as a `lora_request`, served next to the one that trains. The same
         content is the same version, however often it is loaded."""
         if self._engine is None:
             raise RuntimeError(
@@ -369,9 +369,9 @@ class PolicyModel(torch.nn.Module):
             )
         if self._serving_mode == "merged":
             raise RuntimeError(
-                "load_lora serves an adapter beside the one that trains, serving_mode='merged' one "
-                "at a time: load the model with serving_mode='lora', or train on from the folder "
-                "with restore_lora(folder)"
+                "load_lora serves an adapter next to the trained one, and serving_mode='merged' "
+                "serves one at a time: load the model with serving_mode='lora', or continue "
+                "training from the folder with restore_lora(folder)"
             )
         path = Path(folder)
         tensors = read_lora(path, self.policy.lora_shapes(), self.policy.lora)
@@ -559,7 +559,7 @@ def _lora(**values: Any) -> LoraConfig:
     try:
         return LoraConfig(**values)
     except ValidationError as error:
-        raise ValueError(f"this LoRA cannot be had: {one_line(error)}") from error
+        raise ValueError(f"this LoRA is not supported: {one_line(error)}") from error
 
 
 def _samples(
@@ -567,7 +567,7 @@ def _samples(
     completions: Sequence[Sequence[int]] | None,
     temperature: float,
 ) -> list[Sample]:
-    """One per completion; those of a prompt share it."""
+    """One prompt per completion; completions of a prompt share it."""
     rows: list[tuple[Sequence[int], Sequence[int], Sequence[float], float, int]] = []
     if completions is None:
         for group, output in enumerate(prompts):
@@ -600,7 +600,7 @@ def _samples(
             rows.append((plain, _ids(ids), (), temperature, group))
     for number, (prompt, ids, *_) in enumerate(rows):
         if not len(prompt) or not len(ids):
-            raise ValueError(f"completion {number} or its prompt has no token: leave it out")
+            raise ValueError(f"completion {number} or its prompt has no token: remove it")
     return [
         Sample(tuple(p), tuple(ids), tuple(logprobs), (0,) * len(ids), t, group, (0.0,), False)
         for p, ids, logprobs, t, group in rows

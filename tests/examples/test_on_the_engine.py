@@ -88,7 +88,7 @@ async def test_a_reward_service_that_dies_and_comes_back_costs_time_and_nothing_
             events.append(event)
             if isinstance(event, EvalRecord) and event.step == 0:
                 processes[-1].kill()
-            elif isinstance(event, StateRecord) and "gives no rewards since" in event.detail:
+            elif isinstance(event, StateRecord) and "has been away for" in event.detail:
                 assert away_since(trainer) > 0
                 processes.append(service.start(tmp_path))
     assert len(processes) == 2

@@ -75,7 +75,7 @@ def fault(
 ) -> str | None:
     """What contradicts that the replica serves the policy, or None.
 
-    `others`: the trainer's logprobs under other policies that it may serve in its place.
+    `others`: the trainer's logprobs under policies that it may serve instead.
     """
     gap, base_gap = distance(trainer.policy, replica.policy), distance(trainer.base, replica.base)
     if base_gap > MAX_GAP * floor:
@@ -86,7 +86,7 @@ def fault(
         if distance(logprobs, trainer.policy) > RESOLVABLE * floor
     }
     if gaps and (nearest := min(gaps)) < gap / 2:  # Nearer by far, not merely nearer.
-        return f"it serves {gaps[nearest]} ({nearest:.3g} nats off) in its place ({gap:.3g})"
+        return f"it serves {gaps[nearest]} ({nearest:.3g} nats off) instead ({gap:.3g})"
     size = distance(trainer.policy, trainer.base)
     if size > RESOLVABLE * floor:
         reason = effect_fault(trainer.effect, replica.effect, floor=floor)

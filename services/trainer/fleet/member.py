@@ -90,7 +90,7 @@ class Requirements:
 @dataclass(slots=True)
 class Goal:
     """What every replica has to serve now: the newest version, at its admission those that
-    requests still run under, and whatever else was asked for beside them."""
+    requests still run under, and the adapters that were requested next to them."""
 
     requirements: Requirements
     newest: PolicyId

@@ -58,7 +58,7 @@ def probe_sequences(
     """Prompts, each followed by tokens of other prompts: where a trained adapter acts.
 
     Of a long prompt the first token, without which some models are lost, and the last ones. Where
-    prompts have no ordinary tokens, those of the vocabulary follow. A function of its arguments.
+    prompts have no ordinary tokens, tokens of the vocabulary follow. Deterministic.
     """
     rng, num_last = random.Random(f"probe/{seed}"), num_tokens // 2 - 1
     sample = rng.sample(prompts, min(len(prompts), max(num_sequences, _POOL_PROMPTS)))
@@ -93,7 +93,7 @@ def _synthetic_adapter(
             too_strong, strength = strength, max(strength / 2, math.sqrt(strength * too_weak))
     raise ValueError(
         f"no random adapter moves the logprobs of this base by {low:g} to {high:g} nats (the last "
-        f"one by {effect:.3g}): its weights are of no use, check the model"
+        f"one by {effect:.3g}): its weights cannot be right, check the model"
     )
 
 

@@ -248,7 +248,7 @@ def check_guards(stats: UpdateStats, guards: GuardsConfig) -> None:
 
 def _mismatch(reason: str, guard: str, stats: UpdateStats) -> UpdateRefused:
     remedy = (
-        "the samples are those of another model than the one that trains; serve the trainer's base "
+        "the samples come from another model than the one that trains; serve the trainer's base "
         f"(ROLLOUT_BASE=nf4-exact for a 4-bit one, no FP8 KV cache), or change guards.{guard}"
     )
     return UpdateRefused(reason, remedy, stats)

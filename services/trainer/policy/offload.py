@@ -4,7 +4,7 @@
     backward:  the layer that is next ◀─ device ◀─ host, copied while the one before it computes
 
 With gradient checkpointing they are all that a forward pass keeps, and they grow with its tokens
-times the number of layers. On the device are then those of one or two layers.
+times the number of layers. The device then holds those of one or two layers.
 """
 
 from __future__ import annotations

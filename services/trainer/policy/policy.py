@@ -92,7 +92,7 @@ class Policy:
     ) -> Policy:
         """Load the base from a checkpoint folder or hub id. Raises ValueError for an unfit one.
 
-        With several ranks every one of them calls it, and none goes on when one cannot.
+        Every rank calls it, and none continues when one of them fails.
         """
         from transformers import AutoModelForCausalLM
 
@@ -183,7 +183,7 @@ class Policy:
     def restore(self, policy: PolicyId, lora: Mapping[str, Tensor]) -> None:
         """Go on as `policy` with the LoRA weights of a snapshot, by their names in the file.
 
-        Raises ValueError when they are not those of this base and LoRA config.
+        Raises ValueError when they do not fit this base and LoRA config.
         """
         if {name: tensor.shape for name, tensor in lora.items()} != self.lora_shapes():
             raise ValueError(

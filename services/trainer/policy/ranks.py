@@ -6,8 +6,8 @@
 
 In an update every rank computes a share of each optimizer step and gets the sum of all gradients,
 so that all take the same step. After every call the ranks compare their weights. What fails on one
-rank fails on all, and nothing has changed; when that cannot be had (a process is gone, or weights
-differ) all end, rank 0 with exit code 1, and the run goes on from its last checkpoint.
+rank fails on all, and nothing has changed; when that is impossible (a process is gone, or weights
+differ) all end, rank 0 with exit code 1, and the run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class Ranks:
 
     def _end(self, reason: str) -> NoReturn:
         if self.rank == 0:
-            log.error("%s: the trainer exits; its next start goes on from the checkpoint", reason)
+            log.error("%s: the trainer exits; the next start resumes from the checkpoint", reason)
         else:  # Rank 0 sees it as well.
             time.sleep(_CAUSE_S)
         os._exit(1)

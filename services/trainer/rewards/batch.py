@@ -27,7 +27,7 @@ class RewardBatch:
         return RewardBatch(self.prompts[start:end], self.completions[start:end], columns)
 
     def shares(self, max_completions: int) -> Iterator[RewardBatch]:
-        """Parts of at most so many completions; those of one prompt in a row stay together."""
+        """Parts of at most that many completions; those of one prompt stay together."""
         start = 0
         while start < len(self):
             end = min(start + max_completions, len(self))

@@ -4,7 +4,7 @@
                              ◀──rewards, or what it raised──────
 
 There it can hang, also in C code that never lets another thread run, use up its memory or end the
-interpreter, and the trainer says so and goes on. It runs in the main thread, where signal.alarm
+interpreter, and the trainer says so and continues. It runs in the main thread, where signal.alarm
 works, and never twice at once. What it prints is in the trainer's log. A new run imports it anew.
 """
 

@@ -40,7 +40,7 @@ class _Away(Exception):
 
 class ServiceReward:
     def __init__(self, config: HttpReward, on_stall: OnStall) -> None:
-        """`on_stall` is told why the run waits, and "" once it goes on."""
+        """`on_stall` is called with why the run waits, and with "" once it continues."""
         self._config = config
         self._on_stall = on_stall
         self._api_key: str | None = None
@@ -114,12 +114,12 @@ class ServiceReward:
                 if away_s >= config.max_outage_s:
                     raise RewardProblem(
                         f"gave no rewards for {away_s:.0f} s: {away}; start it, then post the run "
-                        "again: it goes on from its last checkpoint"
+                        "again: it resumes from its last checkpoint"
                     ) from away
                 if not said_at or time.monotonic() - said_at > _SAY_EVERY_S:
                     said_at = time.monotonic()
                     waits = (
-                        f"the {self.name} gives no rewards since {away_s:.0f} s: {away}; the run "
+                        f"the {self.name} has been away for {away_s:.0f} s: {away}; the run "
                         f"waits for it up to {config.max_outage_s:g} s"
                     )
                     log.warning("%s", waits)

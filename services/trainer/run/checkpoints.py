@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to go on after kill -9, one folder per saved step.
+"""Checkpoints: what a run needs to resume after kill -9, one folder per saved step.
 
     <run_dir>/checkpoints/step-000040/
         adapter_model.safetensors   the float32 master weights, as PEFT loads them
@@ -103,8 +103,8 @@ class Checkpoints:
         except OSError as error:
             self._metrics.checkpoints.labels("failed").inc()
             log.error(
-                "step %d could not be saved in %s: %s; the run goes on, and after a crash resumes "
-                "from %s: free space there before the next one is due",
+                "step %d could not be saved in %s: %s; the run continues, and after a crash would "
+                "resume from %s: free space there before the next checkpoint is due",
                 step,
                 self.dir,
                 error.strerror or error,
@@ -152,7 +152,7 @@ class Checkpoints:
             write_digested(folder / _STATE, state.model_dump_json(indent=2).encode())
 
     def _remove_old(self) -> None:
-        """Damaged ones go with those of their age."""
+        """Damaged checkpoints are removed along with whole ones of their age."""
         oldest = _step(self._folders()[: self._config.keep][-1])
         for folder in (*self._folders(), *self._folders(_DAMAGED)):
             if _step(folder) < oldest:

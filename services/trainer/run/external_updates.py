@@ -35,7 +35,7 @@ class ExternalUpdates:
     """The updates of one external run, counted on from its checkpoint.
 
     Answers live in memory: a crash takes those since the last checkpoint, and the updates that they
-    answered. The next request after it gets UnexpectedPolicy, which names the policy to go on from.
+    answered. The next request then gets UnexpectedPolicy, which names the policy to continue from.
     """
 
     def __init__(self, run: Run) -> None:
@@ -105,7 +105,7 @@ class ExternalUpdates:
             state = f"{run.log.state} {run.log.detail}".rstrip()
             raise RunConflict(
                 f"run {run.config.run_id!r} is {state}: POST /train needs a run that was "
-                'started with {"managed": false} and goes on'
+                'started with {"managed": false} and has not ended'
             )
         if request.expected_policy != run.policy.id:
             raise UnexpectedPolicy(
@@ -148,8 +148,8 @@ def _check_group(index: int, group: ScoredGroup, config: RunConfig, policy: Poli
     """Refuse what a gradient cannot use."""
     if config.algorithm.compares_within_groups and len(group.completions) < 2:
         raise UnsuitableForTraining(
-            f"group {index} has 1 completion, algorithm {config.algorithm.name} compares those of "
-            "a group: send 2 or more"
+            f"group {index} has 1 completion, and algorithm {config.algorithm.name} compares "
+            "the completions of a group: send 2 or more"
         )
     if obstacles := group.sampling.gradient_obstacles():
         raise UnsuitableForTraining(

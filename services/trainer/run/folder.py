@@ -85,9 +85,9 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, path: Path, config: RunConfig, base: BaseIdentity) -> RunFolder:
-        """The folder of a run that exists, to go on with `config`.
+        """The folder of an existing run, to resume it with `config`.
 
-        Raises Conflict for a run that cannot go on, RunConflict while a trainer executes it,
+        Raises Conflict for a run that cannot be resumed, RunConflict while a trainer executes it,
         InvalidRequest for a config that would make another run of it.
         """
         if config.resume == "never":
@@ -206,7 +206,7 @@ def _read_life(path: Path) -> Life:
 def _unusable(path: Path, name: str, error: OSError | ValidationError) -> Conflict:
     problem = error.strerror if isinstance(error, OSError) else _first_problem(error)
     return Conflict(
-        f"{path} has no usable {name} ({problem}): it is not a run that can go on; choose another "
+        f"{path} has no usable {name} ({problem}): this run cannot be resumed; choose another "
         "run_id"
     )
 
@@ -254,5 +254,5 @@ def _refuse_completed(path: Path, saved: RunConfig, config: RunConfig) -> None:
     if (config.num_steps or 0) <= (saved.num_steps or 0):
         raise Conflict(
             f"run {path.name!r} has completed its {saved.num_steps} steps: set num_steps to more "
-            "to go on with it, or choose another run_id"
+            "to resume it, or choose another run_id"
         )

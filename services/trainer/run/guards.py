@@ -40,7 +40,7 @@ class ScoresSamples(Protocol):
 def check_handshake(policy: ScoresSamples, samples: Sequence[Sample], guards: GuardsConfig) -> None:
     """Score some completions of the version that trains as an update does, before the first one.
 
-    Raises ConformanceFailed when their sampler logprobs are those of another model.
+    Raises ConformanceFailed when their sampler logprobs come from another model.
     """
     bound = guards.max_handshake_kl
     fresh = [s for s in samples if s.sampler_logprobs and not any(s.staleness)]
@@ -120,7 +120,7 @@ class GuardWatch:
             if value is None:
                 continue
             limit = math.inf if bound is None else bound
-            # It is back only well below the bound, so that a number near it is not logged every step.
+            # Back only well below the bound: a number near it must not be logged at every step.
             is_beyond = value > (_back_at(limit, name) if was_beyond else limit)
             if is_beyond:
                 self.beyond[name] = (

@@ -163,8 +163,8 @@ class RunLog:
             self._metrics.log_failures.inc()
             if not num_waiting:
                 log.error(
-                    "%s takes no more lines: %s; the run goes on, keeps them in memory and saves "
-                    "no checkpoint until they are written: free space there",
+                    "%s cannot be written: %s; the run continues and keeps its lines in memory, "
+                    "without a checkpoint until they are written: free space there",
                     file.path,
                     error.strerror or error,
                 )
@@ -225,7 +225,7 @@ class RunLog:
     async def events(self, start: int = 0) -> AsyncIterator[tuple[int, RunEvent]]:
         """Numbered events from `start` on, as they come, until the run has ended.
 
-        Who has seen more than there is, before the run was cut to its checkpoint, gets what is new.
+        A subscriber that saw events which the checkpoint cut off gets the new ones.
         """
         index = min(start, len(self._events))
         while True:

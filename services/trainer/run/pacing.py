@@ -13,7 +13,7 @@ thrown away.
 Dynamic sampling (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2) is the exception that the
 user asks for: a group of equal rewards gives its place to a new one at the end of the queue. Those
 behind it only move forward, so the bound holds. The paper samples until a batch is full; here at
-most `max_set_aside` groups are set aside per batch, so that a run goes on without groups that vary.
+most `max_set_aside` groups are set aside per batch, so that a run without varied groups continues.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ _MAX_STEPS = 5  # And this many times the last step and evaluation, beyond any h
 
 
 def stalls(run: Run) -> tuple[str, ...]:
-    """A sentence for each; () for a run that goes on, or has ended."""
+    """One sentence per stall; empty for a run that makes progress or has ended."""
     if run.log.state not in ("running", "external"):
         return ()
     found = [*_too_few_replicas(run), *_nothing_to_learn(run), *run.watch.beyond.values()]
