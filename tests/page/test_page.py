@@ -244,7 +244,7 @@ def test_a_failed_run_says_the_sentence_of_the_trainer(
     page = seen.open()
     expect(page.locator(".banner.bad")).to_have_text(f"The run failed {sentence}")
     expect(page.locator("#run-state")).to_have_text("failed")
-    expect(page.get_by_role("button", name="Go on")).to_be_visible()
+    expect(page.get_by_role("button", name="Resume")).to_be_visible()
     seen.shoot("failed")
 
 
@@ -274,7 +274,7 @@ def test_a_run_is_started_from_a_typed_config_and_stopped(
     page.get_by_role("button", name="Stop run").click()
     page.locator("#stop-dialog").get_by_role("button", name="Stop run").click()
     expect(page.locator("#run-state")).to_have_text("stopped")
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Resume").click()
     expect(page.get_by_label("Run config")).to_have_value(re.compile("num_steps: 7"))
 
 
@@ -355,12 +355,12 @@ def test_a_trainer_that_is_away_is_said_and_found_again(
         expect(page.locator("#link")).to_have_text("Live")
     finally:
         served.stop()
-    expect(page.locator("#link")).to_contain_text("The trainer does not answer; next try in")
+    expect(page.locator("#link")).to_contain_text("The trainer does not answer; retrying in")
     expect(page.locator("#progress-text")).to_contain_text("Step 5 of")  # what is known stays
     seen.shoot("away")
     again = Served(trainer, served.port)
     try:
-        page.get_by_role("button", name="Try now").click()
+        page.get_by_role("button", name="Retry now").click()
         expect(page.locator("#link")).to_have_text("Live")
     finally:
         again.stop()
