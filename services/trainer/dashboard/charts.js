@@ -1,5 +1,5 @@
-// The curves: one uPlot per chart, drawn from the history. A chart is drawn only while it is in view,
-// at most once per animation frame.
+// The curves: one uPlot per chart, drawn from the history, only while it is in view and at most
+// once per animation frame.
 
 import uPlot from "./vendor/uPlot.esm.js";
 import { $, NONE, count, h, number, percent, seconds, tick } from "./text.js";
@@ -369,8 +369,8 @@ class Chart {
   }
 
   /**
-   * Show the values under the cursor, else the latest ones. Of the evaluations, show the last one at
-   * or before the cursor.
+   * Show the values under the cursor, else the latest ones. Of the evaluations, show the last one
+   * at or before the cursor.
    */
   #read() {
     const data = this.uplot?.data;

@@ -410,7 +410,8 @@ async function readCompletions() {
   try {
     answer = await api.getCompletions(numGroups);
   } catch (error) {
-    if (error instanceof api.Away || error instanceof api.Problem) return lookNow(); // the poll reports it
+    // The poll reports the problem.
+    if (error instanceof api.Away || error instanceof api.Problem) return lookNow();
     throw error;
   }
   const { groups } = answer;
@@ -535,7 +536,8 @@ function wire() {
     lookNow();
     loadCompletions();
   });
-  $("key-dialog").addEventListener("cancel", (event) => event.preventDefault()); // Escape must not close it
+  // Escape must not close the dialog: the page needs a key.
+  $("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
   for (const button of document.querySelectorAll("button")) {
     if ("close" in button.dataset) button.onclick = () => button.closest("dialog")?.close();
   }
