@@ -152,11 +152,13 @@ def test_a_run_shows_its_numbers_curves_replicas_and_completions(
 def test_a_run_that_samples_ahead_shows_the_kl_of_older_versions(
     trainer: ScriptedTrainer, served: Served, visit: Visitor
 ) -> None:
-    """No token is fresh then: their gap says nothing, and has no chart."""
+    """No token is fresh then: the logprob gap is absent and has no chart."""
     trainer.begin()
     lags = [{"lag": 1, "kl": 0.02, "num_tokens": 300}, {"lag": 2, "kl": 0.06, "num_tokens": 100}]
+    of_fresh_tokens = ("sampler_kl", "logprob_gap", "logprob_gap_p99", "logprob_gap_max")
+    absent: dict[str, Any] = dict.fromkeys(of_fresh_tokens)
     for step in (1, 2, 3):
-        trainer.emit(step_record(step, num_fresh_tokens=0, sampler_kl=0, kl_by_lag=lags))
+        trainer.emit(step_record(step, num_fresh_tokens=0, kl_by_lag=lags, **absent))
     page = visit(served.url).open()
     kl = page.get_by_role("group", name="KL, nats per token")
     expect(kl.locator(".legend span:visible")).to_have_text(["older versions 0.030"])
