@@ -57,7 +57,7 @@ def _leave(code: int) -> None:
     for engine in multiprocessing.active_children():
         engine.kill()
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # has ended by itself
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # It has ended by itself.
             for pid in (task / "children").read_text().split():
                 os.kill(int(pid), signal.SIGTERM)
     os._exit(code)

@@ -18,7 +18,8 @@ from shared.adapters import ELEMENT_BYTES, MAX_HEADER_BYTES, AdapterHeader
 from shared.errors import InvalidAdapter
 from shared.schemas import AdapterManifest
 
-_MAX_WEIGHT_CHANGE = 1e3  # of an element of A, B or scaling · B · A; trained ones stay near 1
+# Largest element of A, B or scaling · B · A; trained adapters stay near 1.
+_MAX_WEIGHT_CHANGE = 1e3
 _BUFFER_BYTES = 1 << 20
 _DIVERGED = (
     "the trainer's step diverged; lower its learning rate, or resume from an earlier version"
@@ -35,7 +36,8 @@ class ValueScan:
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb", buffering=0)
         self._buffer = bytearray(_BUFFER_BYTES)
-        self._position: int | None = None  # of the next byte; None: the header's size is not known
+        # Offset of the next byte; None until the header's size is known.
+        self._position: int | None = None
         self.extremes = _Extremes()
 
     def __enter__(self) -> ValueScan:
@@ -64,7 +66,7 @@ class _Extremes:
     """
 
     def __init__(self) -> None:
-        self._positive = self._negative = -1  # below 0: there is none
+        self._positive = self._negative = -1  # Negative while there is none.
 
     def take(self, unsigned: np.ndarray) -> None:
         size = unsigned.itemsize
@@ -74,7 +76,7 @@ class _Extremes:
     def largest(self, dtype: str) -> float:
         """The largest absolute value of numbers of a `dtype`; NaN or Inf if there is one."""
         bits = max(self._positive, self._negative)
-        if dtype == "BF16":  # the upper half of a float32
+        if dtype == "BF16":  # A bfloat16 is the upper half of a float32.
             bits <<= 16
         width = 2 if dtype == "F16" else 4
         return float(np.array([bits], f"<u{width}").view(f"<f{width}")[0])
@@ -88,13 +90,13 @@ def check_values(file: Path, header: AdapterHeader, scan: ValueScan) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="np"):  # no tensor overlaps another, and no byte is left
+        with safe_open(file, framework="np"):  # Refuses overlapping tensors and left-over bytes.
             pass
     except SafetensorError as error:
         raise InvalidAdapter(f"the body is not a safetensors file: {error}") from error
     dtypes = {info.dtype for info in header.tensors.values()}
     if len(dtypes) == 1 and ELEMENT_BYTES[dtype := dtypes.pop()] == 2:
-        # Even the largest value of all, in A and B at once, is allowed: so it nearly always is.
+        # Cheap bound first: it nearly always holds for the largest value in both A and B.
         largest = scan.extremes.largest(dtype)
         if _change(largest, largest, header.manifest) <= _MAX_WEIGHT_CHANGE:
             return

@@ -44,7 +44,7 @@ from shared.schemas import (
 )
 
 _CHUNK_BYTES = 1 << 20
-_LAST_RECORD_S = 2.0  # after the request timeout, to say so in a stream
+_LAST_RECORD_S = 2.0  # Time after the request timeout in which a stream can still say so.
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "With `stream` NDJSON, one StreamRecord of shared/schemas.py per line",
@@ -155,7 +155,7 @@ def create_app(replica: Replica) -> FastAPI:
     @app.get("/policies/{version}", response_class=StreamingResponse)
     async def policy(version: int) -> StreamingResponse:
         """The adapter file of a version, as it was received."""
-        # Opened before anything is awaited: the version may be retired while its file is sent.
+        # Open the file before the first await: the version may be retired while it is sent.
         file = replica.serving.policies.adapter_file(version).open("rb")
         return StreamingResponse(_chunks(file), media_type="application/octet-stream")
 

@@ -36,7 +36,7 @@ class Base:
 
     path: Path
     identity: BaseIdentity
-    linear_shapes: dict[str, tuple[int, int]]  # module path -> (out, in)
+    linear_shapes: dict[str, tuple[int, int]]  # Module path -> (out, in).
 
 
 def prepare_base(model: str, *, exact: bool, cache_dir: Path, device: str) -> Base:
@@ -56,7 +56,7 @@ def prepare_base(model: str, *, exact: bool, cache_dir: Path, device: str) -> Ba
 
 def _build(source: Path, path: Path, device: str) -> None:
     check_writable("ROLLOUT_CACHE_DIR", path.parent)
-    for abandoned in path.parent.glob(path.name + ".*"):  # by a process that was killed
+    for abandoned in path.parent.glob(path.name + ".*"):  # Left by a process that was killed.
         if time.time() - abandoned.stat().st_mtime > _ABANDONED_S:
             shutil.rmtree(abandoned, ignore_errors=True)
     _check_room(source, path.parent, device)
@@ -70,7 +70,7 @@ def _build(source: Path, path: Path, device: str) -> None:
         try:
             building.rename(path)
         except OSError:
-            if not path.is_dir():  # else another replica was faster
+            if not path.is_dir():  # Otherwise another replica was faster.
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -105,6 +105,6 @@ def _build_failure(
 if __name__ == "__main__":
     try:
         write_dense(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
-    except Exception as error:  # whatever it is: the last line says it, the service passes it on
+    except Exception as error:  # The last line of output is what the service passes on.
         traceback.print_exc()
         sys.exit(one_line(error))

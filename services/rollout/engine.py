@@ -16,7 +16,7 @@ class Adapter:
 
     slot_id: int
     name: str
-    path: Path  # folder with adapter_model.safetensors and adapter_config.json
+    path: Path  # Folder with adapter_model.safetensors and adapter_config.json.
 
 
 FinishReason = Literal["stop", "length", "interrupted"]
@@ -26,11 +26,11 @@ FinishReason = Literal["stop", "length", "interrupted"]
 class SampledDelta:
     """The next tokens of one sequence. Its last delta, and no other, has a finish reason."""
 
-    index: int  # of the sequence, below `sampling.n`
+    index: int  # Index of the sequence, below `sampling.n`.
     token_ids: Sequence[int]
-    logprobs: Sequence[float]  # of the distribution sampled from, natural logarithm
+    logprobs: Sequence[float]  # Natural logarithms, of the distribution that was sampled.
     finish_reason: FinishReason | None
-    text: str | None  # of these tokens
+    text: str | None  # Text of these tokens.
 
 
 class Engine(Protocol):

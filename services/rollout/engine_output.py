@@ -15,7 +15,8 @@ import threading
 from collections.abc import Iterator
 
 _TRACE = re.compile(r"Traceback \(most recent|^Process \S+:|\bERROR\b|terminate called")
-_NO_TRACE = re.compile(r"\b(?:DEBUG|INFO|WARNING)\b|\d%.*\|")  # a log line, or a progress bar
+# Matches a log line or a progress bar.
+_NO_TRACE = re.compile(r"\b(?:DEBUG|INFO|WARNING)\b|\d%.*\|")
 _OURS = re.compile(r"^\d\d:\d\d:\d\d \w+ +rollout ")
 _CAUSE = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception)): (\S.*)$")
 _FOLLOWS = re.compile(r"initialization failed|See root cause|background process|shutting down")

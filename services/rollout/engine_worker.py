@@ -26,16 +26,17 @@ from torch._utils import _unflatten_dense_tensors
 from shared.adapters import ADAPTER_WEIGHTS, LINEAR_MODULES, read_header
 from shared.model_folder import linear_shapes, weight_files
 
-READY, LOADING = "ready", "loading"  # of commit; anything else is what went wrong
+READY, LOADING = "ready", "loading"  # Results of commit; anything else is an error message.
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_Views = tuple[list[torch.Tensor], list[torch.Tensor]]  # of a slot: all of it, and an adapter's
+# Views of a slot: the whole of it, and the part that an adapter fills.
+_Views = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
     """What every adapter file of a run has in common."""
 
-    names: tuple[str, ...]  # of its tensors, with the path in the base, in the order of their bytes
+    names: tuple[str, ...]  # Names of the tensors, with their path in the base, in file order.
     shapes: tuple[tuple[int, ...], ...]
 
 
@@ -46,7 +47,7 @@ class _Staged:
     thread: threading.Thread
     scaling: float = 1.0
     layout: _Layout = _Layout((), ())
-    tensors: list[torch.Tensor] = field(default_factory=list)  # in bfloat16, on the device
+    tensors: list[torch.Tensor] = field(default_factory=list)  # In bfloat16, on the device.
     error: str | None = None
 
 
@@ -57,7 +58,7 @@ class _Stage:
     get it back: so there are few calls, each for all tensors, and what they need is kept.
     """
 
-    device: torch.device  # this and the next are the worker's
+    device: torch.device  # This and the next field belong to the worker.
     model_runner: Any
 
     @cached_property
@@ -71,7 +72,7 @@ class _Stage:
 
     def tandem_stage(self, slot_id: int, folder: str) -> None:
         """Begin to load an adapter; returns at once."""
-        if self.tandem_stream:  # the last step of a version that left may still read its slot
+        if self.tandem_stream:  # The last step of a retired version may still read its slot.
             self.tandem_stream.wait_stream(torch.cuda.current_stream(self.device))
         thread = threading.Thread(target=self.tandem_load, args=(slot_id, Path(folder)))
         thread.daemon = True
@@ -83,7 +84,7 @@ class _Stage:
         try:
             with torch.inference_mode(), self.tandem_beside():
                 self.tandem_place(slot_id, staged, folder / ADAPTER_WEIGHTS)
-        except BaseException as error:  # whoever commits is told; the engine goes on
+        except BaseException as error:  # The commit reports it; the engine keeps running.
             staged.error = f"{type(error).__name__}: {error}"
 
     @contextmanager
@@ -185,9 +186,9 @@ class _Linear:
     """A linear of the engine, which may be several of the base in one."""
 
     module: Any
-    parts: Mapping[str, int]  # path in the base -> rows of the weight, from the first on
-    base: torch.Tensor  # the weight without an adapter
-    is_packed: bool  # by the engine, for its kernels
+    parts: Mapping[str, int]  # Path in the base -> number of rows of the weight, in order.
+    base: torch.Tensor  # The weight without an adapter.
+    is_packed: bool  # Whether the engine repacked the weight for its kernels.
 
 
 class MergedWorker(_Stage):

@@ -70,12 +70,12 @@ from shared.schemas import (
 )
 
 _VERSION = re.compile(r"policy@(\d{1,18})", re.ASCII)
-_HIDDEN_CHARACTER = "\ufffd"  # of which the last tokens are only a part
+_HIDDEN_CHARACTER = "\ufffd"  # Decoded when the last tokens are part of a character.
 _LAST_RECORD_S = 2.0
-_PINNED_PAUSE_S = 0.1  # the sync that interrupts a version looks for more of it a moment longer
+_PINNED_PAUSE_S = 0.1  # A sync that interrupts a version watches for late requests a moment longer.
 
 Body = CompletionRequest | ChatRequest
-Records = list[tuple[Part, StreamStart | StreamTokens]]  # empty: a sign of life
+Records = list[tuple[Part, StreamStart | StreamTokens]]  # An empty list is a sign of life.
 
 
 class OpenAiEndpoint:
@@ -198,7 +198,7 @@ class OpenAiEndpoint:
                 )
             sampler = self._replica.serving.sampler
             attempts = [_attempt(sampler, part) for part in draft.parts(sampler.resolve(pinned))]
-            limit_s = timeout_s + _LAST_RECORD_S  # that of the sampler comes first
+            limit_s = timeout_s + _LAST_RECORD_S  # The sampler's own limit comes first.
             async with aclosing(merged(attempts, pause_s=limit_s, timeout_s=limit_s)) as batches:
                 async for batch in batches:
                     yield list(chain.from_iterable(batch))
@@ -226,7 +226,7 @@ class _Said:
     """Of one choice, so far."""
 
     text: str = ""
-    num_characters: int = 0  # of its tokens
+    num_characters: int = 0  # Characters of its tokens.
 
 
 class _Writer:
@@ -237,7 +237,7 @@ class _Writer:
         self._encoder = encoder
         self._num_per_prompt = body.n
         self._said = [_Said() for _ in range(len(body.prompts()) * body.n)]
-        self._num_prompt_tokens: dict[int, int] = {}  # by prompt
+        self._num_prompt_tokens: dict[int, int] = {}  # Prompt tokens by prompt index.
         kind = "cmpl" if isinstance(body, CompletionRequest) else "chatcmpl"
         self._head: dict[str, Any] = {
             "id": f"{kind}-{secrets.token_hex(12)}",
@@ -257,7 +257,7 @@ class _Writer:
         for group in groups:
             for completion in group.completions:
                 text = completion.text
-                if text is None:  # it was continued
+                if text is None:  # The completion was continued elsewhere.
                     text = self._encoder.decode(completion.token_ids)
                 choices.append(
                     self._choice(
@@ -320,7 +320,7 @@ class _Writer:
     def _new_text(self, index: int, record: StreamTokens, partial: Partial) -> str:
         said, new = self._said[index], record.text
         if partial.was_continued or new is None:
-            # Two streams may split a character: the text is that of all tokens, less what was said.
+            # Two streams may split a character, so decode all tokens and drop what was sent.
             whole = self._encoder.decode(tuple(partial.token_ids))
             if partial.finish_reason is None:
                 whole = whole.rstrip(_HIDDEN_CHARACTER)

@@ -28,7 +28,7 @@ from shared.schemas import (
     Wire,
 )
 
-_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes on up to the context
+_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat may fill the context.
 
 _NO_OTHERS = "only the sampled token's logprob is kept: send 0 for it"
 _NO_TOOLS = (
@@ -62,7 +62,7 @@ class _Nullable(Wire):
 
 class StreamOptions(_Nullable):
     include_usage: bool = False
-    include_obfuscation: bool = False  # of the lengths of chunks: there is none
+    include_obfuscation: bool = False  # Padding of chunks, which is not implemented.
 
 
 def _several_stops(value: object) -> object:
@@ -81,11 +81,12 @@ class SampledRequest(_Nullable, SamplingParams):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = False
-    purpose: Literal["train", "eval"] = "eval"  # `train` refuses what a gradient cannot use
+    # `train` refuses sampling that a gradient cannot use.
+    purpose: Literal["train", "eval"] = "eval"
 
     detokenize: Annotated[bool, _only(True)] = True
     logit_bias: Annotated[object, _only({})] = None
-    # They change nothing that is sampled.
+    # These fields do not change what is sampled.
     user: str = ""
     metadata: object = None
     store: bool = False
@@ -198,11 +199,11 @@ class Usage(Wire):
 
 class _Choice(Wire):
     index: int
-    finish_reason: FinishReason | None  # None: of a chunk, more follows
+    finish_reason: FinishReason | None  # None in a chunk that is not the last.
     segments: tuple[Segment, ...]
     token_ids: tuple[TokenId, ...] | None
-    prompt_token_ids: tuple[TokenId, ...] | None  # of a stream: with the first chunk
-    sampling: SamplingParams | None  # the same
+    prompt_token_ids: tuple[TokenId, ...] | None  # In a stream, with the first chunk.
+    sampling: SamplingParams | None  # In a stream, with the first chunk.
 
 
 class CompletionLogprobs(Wire):
@@ -220,7 +221,7 @@ class CompletionChoice(_Choice):
 class TokenLogprob(Wire):
     token: str
     logprob: float
-    bytes: tuple[int, ...] | None  # None: a part of a character
+    bytes: tuple[int, ...] | None  # None for a part of a character.
     top_logprobs: tuple[()] = ()
 
 
@@ -250,9 +251,9 @@ class ChatChunkChoice(_Choice):
 
 class _Answer(Wire):
     id: str
-    created: int  # Unix seconds
-    model: str  # the version that the answer began with
-    usage: Usage | None  # of a stream: in the last chunk, if asked for
+    created: int  # Unix time in seconds.
+    model: str  # The version that began the answer.
+    usage: Usage | None  # In a stream, with the last chunk, on request.
     boot_id: str
 
 
@@ -276,8 +277,8 @@ class Model(Wire):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["tandem"] = "tandem"
-    root: str  # the checkpoint
-    policy: PolicyId | None  # None: no run has published one here yet
+    root: str  # The checkpoint.
+    policy: PolicyId | None  # None before a run has published one here.
     max_model_len: int
 
 

@@ -36,7 +36,7 @@ class VerifiedAdapter:
     """An adapter file that passed every check and waits in `path` for a slot."""
 
     manifest: AdapterManifest
-    digest: str  # SHA-256 in hex
+    digest: str  # SHA-256 in hex.
     path: Path
     num_bytes: int
 
@@ -52,7 +52,7 @@ class Admission:
 @dataclass(frozen=True, slots=True)
 class Lease:
     policy: PolicyId
-    adapter: Adapter | None  # None: the base
+    adapter: Adapter | None  # None for the base.
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +64,7 @@ class _Resident:
     is_probe: bool
     superseded: bool = False
     num_leases: int = 0
-    interruptible: set[str] = field(default_factory=set)  # request ids
+    interruptible: set[str] = field(default_factory=set)  # Ids of interruptible requests.
 
 
 class PolicyStore:
@@ -73,13 +73,13 @@ class PolicyStore:
     ) -> None:
         """`merges`: the engine holds one version at a time (ROLLOUT_SERVING_MODE=merged)."""
         self.newest: PolicyId = BASE_POLICY
-        self.is_loading = False  # an adapter into the engine
+        self.is_loading = False  # Whether an adapter is being loaded into the engine.
         self._engine = engine
         self._max_live = max_live_policies
         self._num_slots = max_live_policies + 1
         self._wait_s = wait_s
         self._merges = merges
-        self._on_the_base: set[str] = set()  # interruptible request ids
+        self._on_the_base: set[str] = set()  # Ids of interruptible requests on the base.
         self._resident: list[_Resident] = []
         self._slot_ids = itertools.count(1)
         self._admitting = asyncio.Lock()
@@ -278,7 +278,7 @@ class PolicyStore:
         for _ in range(_INTERRUPT_ATTEMPTS):
             others = [item for item in self._resident if item.policy != policy]
             request_ids = [request_id for item in others for request_id in item.interruptible]
-            if self._merges:  # else the base runs beside the adapters
+            if self._merges:  # Otherwise the base runs next to the adapters.
                 request_ids += self._on_the_base
             if not request_ids:
                 return

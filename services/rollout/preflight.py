@@ -53,14 +53,14 @@ def check_start(settings: RolloutSettings) -> tuple[RolloutSettings, Path]:
     source = resolve_checkpoint(settings.model, "ROLLOUT_MODEL")
     stored = weight_bytes(source)
     weights = _served_bytes(settings, stored)
-    kept = stored.linears if is_merged else 0  # the copy from which the base is restored
+    kept = stored.linears if is_merged else 0  # The copy from which the base is restored.
     if on_cpu:
         kv_cache = settings.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES
         parts = {"weights": weights + kept, "KV cache": kv_cache, "vLLM": _VLLM_BYTES}
         check_memory(f"ROLLOUT_MODEL {settings.model}", parts, memory())
     else:
         check_gpus(settings, weights + kept, gpus)
-        if not settings.kv_cache_memory_bytes:  # vLLM does not know of the copy that comes later
+        if not settings.kv_cache_memory_bytes:  # vLLM does not know about the later copy.
             share = settings.gpu_memory_utilization - kept / gpus[0].memory.total_bytes
             settings = settings.model_copy(update={"gpu_memory_utilization": share})
         settings = choose_attention(settings, gpus[: settings.tensor_parallel_size])
@@ -84,7 +84,7 @@ def check_gpus(settings: RolloutSettings, weights: int, gpus: list[Gpu]) -> None
         )
     for gpu in gpus[:num_gpus]:
         total, free = gpu.memory.total_bytes, gpu.memory.free_bytes
-        if settings.kv_cache_memory_bytes:  # vLLM then takes what it needs, whatever its share
+        if settings.kv_cache_memory_bytes:  # vLLM then takes what it needs instead of its share.
             needed = settings.kv_cache_memory_bytes
             parts = {"weights": weights // num_gpus, "KV cache": needed}
             check_memory(f"ROLLOUT_MODEL {settings.model}", parts, gpu.memory)
@@ -111,7 +111,7 @@ def choose_attention(settings: RolloutSettings, gpus: list[Gpu]) -> RolloutSetti
     kv_cache, backend = settings.resolved_kv_cache_dtype, settings.attention_backend
     oldest = min(gpus, key=lambda gpu: gpu.capability)
     is_lacking = kv_cache.startswith("fp8") and oldest.capability < _FP8_CAPABILITY
-    if is_lacking and backend != "FLASHINFER":  # alone not refused it there
+    if is_lacking and backend != "FLASHINFER":  # FLASHINFER is the only one that accepts it there.
         log.warning(
             "ROLLOUT_KV_CACHE_DTYPE=%s needs a GPU of compute capability 8.9, %s has %d.%d: using "
             "auto",
@@ -133,7 +133,7 @@ def _gets_flashinfer(major: int, kv_cache: str) -> bool:
     sizes from 32 on and every GPU. FLASH_ATTN, first elsewhere, comes compiled.
     """
     if kv_cache in ("fp8", "fp8_e4m3"):
-        return major != 9  # FLASH_ATTN reads it on Hopper alone
+        return major != 9  # FLASH_ATTN reads it on Hopper only.
     return kv_cache == "fp8_e5m2" or (major == 10 and kv_cache in ("auto", "bfloat16", "float16"))
 
 
@@ -143,7 +143,7 @@ def warn_of_small_adapter_dir(
     """Log it when the folder cannot hold the adapters of the largest rank a run may have."""
     folder = settings.resolved_adapter_dir
     adapter = adapter_bytes(linear_shapes, settings.max_lora_rank)
-    num_adapters = settings.num_live_policies + 1  # the one that arrives
+    num_adapters = settings.num_live_policies + 1  # One more for the version that arrives.
     free = shutil.disk_usage(folder).free
     if num_adapters * adapter > free:
         log.warning(

@@ -40,7 +40,7 @@ class Registration:
         self._port = port
         self._advertise_url = advertise_url
         self._lease_s = lease_s
-        self._id: str | None = None  # the trainer's name of this replica
+        self._id: str | None = None  # The trainer's id of this replica.
         self._said = ""
 
     async def keep(self, boot_id: str) -> None:
@@ -104,9 +104,10 @@ class Registration:
             found = await loop.getaddrinfo(target.hostname, port, type=socket.SOCK_DGRAM)
             family, _, _, _, address = found[0]
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect(address)  # picks the route; nothing is sent
+                probe.connect(address)  # Picks the route without sending anything.
                 return str(probe.getsockname()[0])
-        except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
+        # UnicodeError means that it cannot be a host name.
+        except (OSError, UnicodeError) as error:
             raise Unavailable(f"no route to {target.hostname}: {error}") from error
 
 

@@ -93,7 +93,7 @@ class Replica:
         self._state: Literal["starting", "ready", "draining", "dead"] = "starting"
         self._detail = "preparing the base"
         self.metrics.watch(lambda: self._state)
-        self._refusing = False  # the second half of draining
+        self._refusing = False  # Set in the second half of draining.
         self._tasks: list[asyncio.Task[None]] = []
         self._renewing: asyncio.Task[None] | None = None
 
@@ -110,10 +110,10 @@ class Replica:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._is_booting:
             self._abandon_boot()
-        self._tasks.clear()  # their tracebacks would keep the engine alive
+        self._tasks.clear()  # Their tracebacks would keep the engine alive.
         if serving := self._serving:
             self._serving = None
-            serving.engine.shutdown()  # not in a thread: vLLM's reader would report a dead engine
+            serving.engine.shutdown()  # In a thread, vLLM's reader would report a dead engine.
             serving.receiver.close()
 
     async def _boot_and_watch(self) -> None:
@@ -121,7 +121,7 @@ class Replica:
         try:
             await self._boot()
             self._is_booting = False
-        except Exception as error:  # whatever it is, the process is of no use: say it and exit
+        except Exception as error:  # The process cannot work, whatever failed: say why and exit.
             self._is_booting = False
             self._end(*report(log, "boot failed", error))
             return
@@ -219,7 +219,8 @@ class Replica:
                 return
             if engine.num_unfinished() == 0:
                 last_progress = last_look = now
-            elif now - last_look > stall_timeout_s / _LOOKS_PER_STALL:  # reading the count costs
+            # Reading the count is not free.
+            elif now - last_look > stall_timeout_s / _LOOKS_PER_STALL:
                 last_look, count = now, engine.num_tokens_processed()
                 if count != last_count:
                     last_progress, last_count = now, count

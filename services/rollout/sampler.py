@@ -48,7 +48,7 @@ from shared.schemas import (
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-_ALIVE_S = 0.5  # between two signs of life of a stream that has nothing else to say
+_ALIVE_S = 0.5  # Interval of the signs of life in an idle stream.
 _INTERRUPT_PAUSE_S = 0.02
 
 
@@ -61,7 +61,7 @@ class _Work:
     lease: Lease
     prompt: tuple[int, ...]
     prefix: tuple[int, ...]
-    sampling: SamplingParams  # as applied
+    sampling: SamplingParams  # As applied.
 
 
 class Sampler:
@@ -91,9 +91,9 @@ class Sampler:
         self._boot_id = boot_id
         self._metrics = metrics
         self._request_ids = itertools.count()
-        self._running: set[str] = set()  # ids of what can be interrupted
+        self._running: set[str] = set()  # Ids of interruptible requests.
         self.num_outstanding = 0
-        self.idle = asyncio.Event()  # set while nothing is outstanding
+        self.idle = asyncio.Event()  # Set while nothing is outstanding.
         self.idle.set()
 
     # --- generate -------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Sampler:
                 if counts_errors:
                     self._metrics.errors.labels("ClientClosed").inc()
                 raise
-            except Exception as error:  # whatever it is: the status is long sent
+            except Exception as error:  # The status was sent long ago, so report it in the stream.
                 problem = self._as_service_error(error)
                 if counts_errors:
                     self._metrics.errors.labels(type(problem).__name__).inc()
@@ -138,7 +138,7 @@ class Sampler:
 
     async def interrupt(self) -> None:
         """End what generates now: it is answered as `interrupted`, with the tokens it has."""
-        while self._running:  # again: a request may still be on its way into the engine
+        while self._running:  # Repeat: a request may still be on its way into the engine.
             await self._engine.interrupt(tuple(self._running))
             await asyncio.sleep(_INTERRUPT_PAUSE_S)
 
@@ -338,7 +338,7 @@ class Sampler:
         finally:
             for task in tasks:
                 task.cancel()
-            # The leases end after this: no cancelled request may still be in the engine then.
+            # Leases end after this, when no cancelled request may still be in the engine.
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _as_service_error(self, error: Exception) -> ServiceError:

@@ -20,8 +20,8 @@ from starlette.types import Receive, Scope, Send
 from shared.schemas import StreamAlive, StreamEnd, Wire
 
 Item = TypeVar("Item")
-_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # by proxies
-_MAX_WAITING = 64  # items; a source that finds no place waits, and the engine merges its deltas
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # Proxies must not buffer.
+_MAX_WAITING = 64  # In items; a source without room waits, and the engine merges its deltas.
 
 
 async def merged(

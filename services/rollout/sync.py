@@ -58,7 +58,7 @@ class SyncOptions:
 class _Upload:
     """A body that has arrived whole, with the digest that was announced."""
 
-    folder: Path  # with the file alone
+    folder: Path  # Holds the adapter file only.
     digest: str
     num_bytes: int
     scan: ValueScan
@@ -101,7 +101,7 @@ class AdapterReceiver:
             shutil.rmtree(path)
             raise
         upload = _Upload(path, announced, num_bytes, scan, time.perf_counter() - started)
-        # From here on the client may leave, but an adapter is never left half loaded.
+        # From here on the client may disconnect, but an adapter is never left half loaded.
         return await asyncio.shield(self._admit(upload, options))
 
     async def _admit(self, upload: _Upload, options: SyncOptions) -> SyncReceipt:
@@ -187,7 +187,7 @@ class AdapterReceiver:
                 keeping = keep()
                 await asyncio.shield(keeping)
             finally:
-                if keeping:  # threads have the file
+                if keeping:  # Threads still use the file.
                     await asyncio.gather(keeping, return_exceptions=True)
         check_digest(announced=announced, received=sha256.hexdigest(), num_bytes=num_bytes)
         return num_bytes, scan
@@ -244,7 +244,7 @@ def _private_dir(root: Path) -> tuple[Path, IO[str]]:
     """
     root.mkdir(parents=True, exist_ok=True)
     for lock_path in root.glob("tandem-adapters-*/lock"):
-        # Gone: another replica that starts now was faster. Blocked: its replica lives.
+        # Gone: another starting replica was faster. Blocked: its replica is alive.
         with contextlib.suppress(FileNotFoundError, BlockingIOError), lock_path.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock_path.parent)

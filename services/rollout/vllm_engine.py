@@ -53,11 +53,11 @@ _STAGE_POLL_S = 0.005
 _LIFE_CHECK_S = 0.5
 
 
-# vLLM's words for its own settings, where those of RolloutSettings are others.
+# vLLM's names of settings that RolloutSettings names differently.
 _SETTING_NAMES = {"cache_dtype": "kv_cache_dtype"} | {
     name: name for name in RolloutSettings.model_fields if "_" in name
 }
-# What vLLM says when memory does not suffice, and what to do about it.
+# vLLM's messages about lacking memory, and what to do about each.
 _MORE_KV_CACHE = (
     "raise ROLLOUT_GPU_MEMORY_UTILIZATION (on a CPU, or where it is set, "
     "ROLLOUT_KV_CACHE_MEMORY_BYTES)"
@@ -79,7 +79,7 @@ class VllmEngine:
     def __init__(self, engine: Any, max_model_len: int) -> None:
         self.async_llm = engine
         self.max_model_len = max_model_len
-        self._loads_beside = True  # not where adapters have to be cut for several GPUs
+        self._loads_beside = True  # Not when adapters must be split over several GPUs.
         self._output: EngineOutput | None = None
 
     @classmethod
@@ -131,7 +131,7 @@ class VllmEngine:
             or (CPU_KV_CACHE_BYTES if on_cpu else None),
             kv_cache_dtype=settings.resolved_kv_cache_dtype,
             tensor_parallel_size=settings.tensor_parallel_size,
-            logprobs_mode="processed_logprobs",  # of the distribution actually sampled
+            logprobs_mode="processed_logprobs",  # Logprobs of the distribution that is sampled.
             stream_interval=settings.stream_interval,
             hf_overrides={"head_dtype": "float32"},
             **({"enforce_eager": settings.enforce_eager} | options),
@@ -141,11 +141,11 @@ class VllmEngine:
             with output.boot():
                 config = args.create_engine_config()
                 if on_cpu:
-                    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # it was set to spawn
+                    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # It had been set to spawn.
                     os.register_at_fork(after_in_child=_become_engine_process)
                 with _ctrl_c_is_not_for_children():
                     engine = AsyncLLM.from_vllm_config(config)
-        except Exception as error:  # of any class: what failed is another process
+        except Exception as error:  # Any class: what failed is another process.
             raise _boot_error(error, output.kept) from error
         kind = MergedVllmEngine if settings.serving_mode == "merged" else cls
         booted = kind(engine, config.model_config.max_model_len)
@@ -178,7 +178,7 @@ class VllmEngine:
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=sampling.ignore_eos,
             detokenize=sampling.detokenize or bool(sampling.stop),
-            logprobs=0,  # the sampled token's alone
+            logprobs=0,  # The sampled token's logprob only.
             flat_logprobs=True,
             output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         )
@@ -276,7 +276,7 @@ class VllmEngine:
     async def unload_adapter(self, adapter: Adapter) -> None:
         async with _vllm_errors():
             await self.async_llm.remove_lora(adapter.slot_id)
-        # Adapter names are label values of this metric: one series per version for ever.
+        # Adapter names are label values of this metric, one series per version without end.
         if collector := REGISTRY._names_to_collectors.get("vllm:lora_requests_info"):
             collector.clear()  # type: ignore[attr-defined]
 
@@ -300,7 +300,7 @@ class VllmEngine:
 
     def shutdown(self) -> None:
         self.async_llm.shutdown()
-        del self.async_llm  # its __del__ fails when the interpreter is already gone
+        del self.async_llm  # Its __del__ fails once the interpreter is gone.
         if self._output:
             self._output.close()
 
@@ -411,7 +411,7 @@ def _boot_error(error: Exception, lines: list[str]) -> Exception:
     sentence = "; ".join(filter(None, ["vLLM does not start: " + sentence, remedy]))
     is_foreseen = is_refusal or remedy
     log.log(logging.DEBUG if is_foreseen else logging.ERROR, "vLLM printed:\n%s", "".join(lines))
-    if "Free memory on device" in message:  # another process has it, and may end
+    if "Free memory on device" in message:  # Another process holds it, and may end.
         return MemoryError(sentence)
     return ValueError(sentence) if is_refusal else ChildProcessError(sentence)
 
@@ -423,7 +423,7 @@ def _delta(sequence: Any, *, with_text: bool) -> SampledDelta:
     return SampledDelta(
         index=sequence.index,
         token_ids=list(sequence.token_ids),
-        # The last ones: with a delta of no token, older ones send those of all tokens again.
+        # The last ones only: for an empty delta, older vLLM sends the logprobs of all tokens.
         logprobs=sequence.logprobs.logprobs[-num_tokens:] if num_tokens else [],
         finish_reason=_FINISH_REASONS[reason] if reason else None,
         text=sequence.text if with_text else None,
@@ -450,7 +450,7 @@ def _ctrl_c_is_not_for_children() -> Iterator[None]:
 
     They inherit what this thread blocks. Whoever starts them ends them by SIGTERM.
     """
-    resource_tracker.ensure_running()  # which would unblock it, when the first of them starts
+    resource_tracker.ensure_running()  # The first child to start would otherwise unblock it.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -462,4 +462,5 @@ def _become_engine_process() -> None:
     """In the forked engine core (Linux): die with the service, and keep its own signals."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    signal.set_wakeup_fd(-1)  # shared with the service's event loop, which would see our SIGTERM
+    # It is shared with the service's event loop, which would see our SIGTERM.
+    signal.set_wakeup_fd(-1)

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Ticket:
-    adapter: Adapter | None  # None: the base
-    left: asyncio.Future[None]  # done when nobody waits for it any more
+    adapter: Adapter | None  # None for the base.
+    left: asyncio.Future[None]  # Done when nobody waits for it any more.
     is_in: bool = False
 
     def leave(self) -> None:
@@ -37,10 +37,10 @@ class WeightsGate:
         """`switch` changes the weights while nothing runs; one that failed is repeated."""
         self._switch = switch
         self._current: Adapter | None = None
-        self._is_known = False  # that the weights are those of `_current`
+        self._is_known = False  # Whether the weights are known to be those of `_current`.
         self._num_running = 0
-        self._woken = asyncio.Event()  # the one whose turn it is: something has ended
-        self._turn = asyncio.Lock()  # fair; held by the first of those that wait
+        self._woken = asyncio.Event()  # Wakes the waiter whose turn it is.
+        self._turn = asyncio.Lock()  # Fair; held by the first waiter.
         self._waiting: dict[str, _Ticket] = {}
 
     @property

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 Model = TypeVar("Model", bound=BaseModel)
-_MAX_PLACES = 2  # elsewhere in a config where a misplaced key may belong
+_MAX_PLACES = 2  # Suggested places for a misplaced key, at most.
 
 
 def parse_config(text: str | bytes, model: type[Model], *, name: str) -> Model:
@@ -38,7 +38,7 @@ def parse_config(text: str | bytes, model: type[Model], *, name: str) -> Model:
 def _read(text: str | bytes, name: str) -> tuple[yaml.Node | None, Any]:
     """The tree of the text, and its value."""
     try:
-        value = json.loads(text)  # JSON may be indented with tabs, YAML may not
+        value = json.loads(text)  # JSON may be indented with tabs, which YAML forbids.
         text = (text.decode() if isinstance(text, bytes) else text).replace("\t", " ")
         is_json = True
     except (ValueError, RecursionError):
@@ -58,7 +58,7 @@ def _refuse_twice(root: yaml.Node | None) -> None:
     seen: set[int] = set()
     while waiting:
         node = waiting.pop()
-        if node is None or id(node) in seen:  # an alias may close a circle
+        if node is None or id(node) in seen:  # An alias may close a circle.
             continue
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
@@ -81,9 +81,9 @@ def _refuse_twice(root: yaml.Node | None) -> None:
 class _Place:
     """Where pydantic found a mistake, as the writer of the config sees it."""
 
-    path: tuple[str | int, ...]  # keys and indices, without the tags of unions
-    owner: type[BaseModel] | None  # the model that the last of them is a field of
-    tag: str | None  # of that model, when it is one of several
+    path: tuple[str | int, ...]  # Keys and indices, without the tags of unions.
+    owner: type[BaseModel] | None  # Model that has the last of them as a field.
+    tag: str | None  # Tag of that model when it is one of several.
 
     @classmethod
     def of(cls, location: Sequence[str | int], root: type[BaseModel]) -> _Place:
@@ -159,7 +159,8 @@ def _unknown_key(place: _Place, root: type[BaseModel]) -> str:
     """The complaint about the last key of a path, which its model has not."""
     key, valid = str(place.path[-1]), list(place.owner.model_fields) if place.owner else []
     found = dict.fromkeys(path for path in _paths(root) if path.rpartition(".")[2] == key)
-    elsewhere = [path for path in found if path != str(place)]  # there for others of its union
+    # Places where other members of its union have it.
+    elsewhere = [path for path in found if path != str(place)]
     kind = f" of {place.tag}" if place.tag else ""
     if near := difflib.get_close_matches(key, valid, n=1):
         hint = f"did you mean {near[0]!r}?"

@@ -42,7 +42,7 @@ def check_fits(
     """Raises MemoryError or ValueError where a base cannot be loaded; `gpu` None: on the CPU."""
     weights = weight_bytes(source)
     parts = {"weights": weights.nf4 if load_in_4bit else weights.stored}
-    if gpu is None:  # where all processes share the memory
+    if gpu is None:  # All processes share the host's memory.
         parts["libraries"] = _LIBRARY_BYTES
         parts = {name: num_processes * size for name, size in parts.items()}
     check_memory(what, parts, gpu.memory if gpu else memory())

@@ -64,7 +64,7 @@ def _normalized(weighted: Sequence[float], weight: float) -> list[float]:
 
 
 def _centred(group: Sequence[float]) -> list[float]:
-    if len(set(group)) == 1:  # their mean, rounded, may be another number
+    if len(set(group)) == 1:  # Their rounded mean may differ from them.
         return [0.0] * len(group)
     mean = statistics.fmean(group)
     return [reward - mean for reward in group]

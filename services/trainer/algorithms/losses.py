@@ -49,8 +49,8 @@ class Loss:
     objective: Objective
     ratio: RatioLevel
     normalization: Normalization
-    clip_low: float = 1.0  # the lower bound of the ratio is 1 - clip_low
-    clip_high: float = math.inf  # the upper one is 1 + clip_high; for cispo it is clip_high
+    clip_low: float = 1.0  # The ratio's lower bound is 1 - clip_low.
+    clip_high: float = math.inf  # The upper bound is 1 + clip_high; for cispo clip_high.
 
 
 LOSSES: Mapping[LossName, Loss] = MappingProxyType(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from services.trainer.algorithms.rows import row_means, row_sums
 
-MAX_LOG_RATIO = 20.0  # nats
+MAX_LOG_RATIO = 20.0  # Nats.
 RatioLevel = Literal["token", "sequence", "sequence_product"]
 
 

@@ -25,27 +25,28 @@ from services.trainer.plan.memory import (
 from services.trainer.run_config import RunConfig
 from shared.schemas import ServingMode
 
-UTILIZATION = 0.85  # the default of rollout/settings.py
+UTILIZATION = 0.85  # Default in rollout/settings.py.
 _MAX_TOKENS: int = RunConfig.model_fields["max_tokens_per_micro_batch"].default
-# Micro-batches of fewer positions are slower, as each of them dequantizes the base anew.
+# Smaller micro-batches are slower, because each dequantizes the base again.
 _SENSIBLE_TOKENS = 4096
-_KEPT = 0.75  # of the completions at once, when a micro-batch takes memory from the KV cache
-_STEP = 256  # tokens, to which proposals are rounded
+# Share of running completions to keep when a micro-batch takes memory from the KV cache.
+_KEPT = 0.75
+_STEP = 256  # Proposals are rounded to multiples of this many tokens.
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     model: Model
     gpu: Gpu
-    batch: Batch  # of an update
+    batch: Batch  # One update.
     lora_rank: int
     optimizer: Optimizer
     load_in_4bit: bool
-    offload: bool  # layer inputs to host memory
+    offload: bool  # Whether layer inputs go to host memory.
     kv_cache_dtype: KvCacheDtype
     max_num_seqs: int
     serving_mode: ServingMode
-    max_tokens: int | None  # of a micro-batch; None: chosen
+    max_tokens: int | None  # Tokens per micro-batch; None lets the planner choose.
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,8 @@ class Placement:
     """The settings of one arrangement, and whether there is memory for it."""
 
     request: Request
-    num_gpus: int  # 1: both share it
-    max_tokens: int  # of a micro-batch
+    num_gpus: int  # With 1 both services share the GPU.
+    max_tokens: int  # Tokens per micro-batch.
     trainer: TrainerMemory
     replica: ReplicaMemory
 
@@ -172,8 +173,9 @@ def _placement(request: Request, num_gpus: int, max_tokens: int) -> Placement:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    placement: Placement  # on one GPU or two: the first that fits, or that of two
-    verdict: str  # a sentence
+    # The first placement on one or two GPUs that fits, or else the one on two.
+    placement: Placement
+    verdict: str  # One sentence.
 
     @property
     def fits(self) -> bool:

@@ -30,7 +30,7 @@ from services.trainer.run_config import LoraConfig, OptimizerConfig, RunConfig
 from services.trainer.settings import TrainerSettings
 from shared.schemas import SamplingParams, ServingMode
 
-MAX_NUM_SEQS = 256  # the default of rollout/settings.py
+MAX_NUM_SEQS = 256  # Default in rollout/settings.py.
 _SAMPLING: SamplingParams = RunConfig.model_fields["sampling"].default
 
 

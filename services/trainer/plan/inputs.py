@@ -18,7 +18,7 @@ GIB = 1 << 30
 # Decoders of full attention and gated MLPs, whose linears are LINEAR_MODULES and for which the
 # trainer has fused kernels: what others allocate was not looked at.
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-_SCALES_PER_GROUP = 256  # of bitsandbytes' double quantization: scales that share a float32
+_SCALES_PER_GROUP = 256  # Scales that share a float32 in bitsandbytes' double quantization.
 # The GiB that torch's `total_memory` has, the least of what was seen, and whether it converts to
 # FP8 (compute capability 8.9).
 _GPUS: Mapping[str, tuple[float, bool]] = {
@@ -52,9 +52,9 @@ class Model:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    is_tied: bool  # the head is the embeddings
+    is_tied: bool  # Whether the head shares the embeddings' weight.
     max_context: int
-    files: WeightBytes | None  # of 16-bit weights that are there
+    files: WeightBytes | None  # Sizes of the 16-bit weights, if they are present.
 
     @property
     def query_width(self) -> int:
@@ -128,7 +128,7 @@ def read_model(model: str) -> Model:
         return value
 
     hidden, heads = count("hidden_size"), count("num_attention_heads")
-    # What is 4-bit already says less by its headers than by its shape.
+    # The headers of a 4-bit checkpoint say less than its shape.
     has_16_bits = folder is not None and "quantization_config" not in config
     return Model(
         name=name,
@@ -167,7 +167,7 @@ def _refuse_unknown(model: str, config: Mapping[str, Any]) -> None:
 class Gpu:
     name: str
     usable_bytes: int
-    has_fp8: bool | None  # None: unknown
+    has_fp8: bool | None  # None when unknown.
 
 
 def find_gpu(text: str) -> Gpu:

@@ -22,30 +22,30 @@ from shared.schemas import ServingMode
 
 Optimizer = Literal["adamw", "adamw_8bit"]
 KvCacheDtype = Literal["fp8", "auto"]
-_HALF, _FLOAT = 2, 4  # bytes
+_HALF, _FLOAT = 2, 4  # Bytes.
 
 # --- figures that do not follow from the shape
 # cuBLAS keeps 32 MiB on Hopper, cuBLASLt as much (torch's defaults).
 _CUBLAS_BYTES = 64 << 20
-# A CUDA context with the code of torch's and Triton's kernels. Not measured: an allowance.
+# A CUDA context with the kernels of torch and Triton; an allowance, not measured.
 CONTEXT_BYTES = 640 << 20
-# Of the activations: what torch's allocator holds and cannot use. Not measured: an allowance.
+# Share of activations that torch's allocator wastes; an allowance, not measured.
 _FRAGMENTS = 0.1
 # What vLLM 0.26 counts in its share besides weights, adapters, activations and KV cache (kernels,
 # NCCL, buffers): 1.17e9 bytes were left over on an H200, see tests/trainer/plan/test_plan.py.
 _ENGINE_BYTES = 1_170_000_000
-# CUDA graphs, which vLLM 0.26 captures on top of its share. Not measured: an allowance.
+# CUDA graphs on top of vLLM 0.26's share; an allowance, not measured.
 _GRAPH_BYTES = 1 << 30
 
 # --- figures of other files, which import what the planner must not: tests hold them equal
-CHUNK_LOGITS = 1 << 27  # trainer/logprobs.py
-SCORE_POSITIONS = 8192  # trainer/policy.py
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # rollout/settings.py
-MAX_LIVE_POLICIES = 2  # rollout/settings.py
-OFFLOADED_LEFT = 3  # inputs of layers on the device, all but one on their way: trainer/offload.py
-_BATCHED_TOKENS = 2048  # vLLM's default for an engine without a server of its own
-BLOCK_TOKENS = 16  # of vLLM's KV cache
-_ATTENTION_ROWS = 128  # by which flash attention pads every segment in the backward pass
+CHUNK_LOGITS = 1 << 27  # As in trainer/policy/logprobs.py.
+SCORE_POSITIONS = 8192  # As in trainer/policy/policy.py.
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # As in rollout/settings.py.
+MAX_LIVE_POLICIES = 2  # As in rollout/settings.py.
+OFFLOADED_LEFT = 3  # Layer inputs still on the device; see trainer/policy/offload.py.
+_BATCHED_TOKENS = 2048  # vLLM's default for an engine without a server.
+BLOCK_TOKENS = 16  # Block size of vLLM's KV cache.
+_ATTENTION_ROWS = 128  # Rows to which flash attention pads every segment in the backward pass.
 
 
 # --- the trainer --------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ class Batch:
 
     num_groups: int
     group_size: int
-    prompt: int  # tokens
+    prompt: int  # In tokens.
     completion: int
 
     @property
@@ -74,7 +74,7 @@ class MicroBatch:
     """Trees of one size in a packed row (samples.py)."""
 
     num_trees: int
-    tree_size: int  # completions
+    tree_size: int  # In completions.
     prompt: int
     completion: int
 
@@ -130,18 +130,18 @@ def _trees(batch: Batch, num_completions: int, max_tokens: int) -> list[int]:
 
 
 def _positions(prompt: int, completion: int, num_completions: int) -> int:
-    return prompt + num_completions * (completion - 1)  # the last token of each predicts nothing
+    return prompt + num_completions * (completion - 1)  # The last token of each predicts nothing.
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
     """Of a micro-batch."""
 
-    layer_inputs: int  # that the device keeps for the backward pass
-    host_inputs: int  # that are in host memory then
-    last_inputs: int  # that it still has at the first layer, the last one to be done
-    head: int  # the logits of a chunk, and the final states
-    layer: int  # the last one, computed again, with its gradients
+    layer_inputs: int  # Inputs that the device keeps for the backward pass.
+    host_inputs: int  # Inputs in host memory at that time.
+    last_inputs: int  # Inputs still there at the first layer, which is computed last.
+    head: int  # Logits of a chunk, and the final states.
+    layer: int  # The last layer, recomputed, with its gradients.
 
     @property
     def peak(self) -> int:
@@ -190,14 +190,14 @@ def _head(model: Model, positions: int, tokens: int, *, has_gradients: bool) -> 
 @dataclass(frozen=True, slots=True)
 class TrainerMemory:
     weights: int
-    lora: int  # float32
+    lora: int  # In float32.
     gradients: int
     optimizer: int
     cublas: int
     activations: Activations
-    step: int  # temporaries of the optimizer
-    is_cut: bool  # into micro-batches, of which the second one finds gradients
-    other_lengths: int  # by which the peak grows where samples are not as long as planned for
+    step: int  # Temporaries of the optimizer step.
+    is_cut: bool  # Whether several micro-batches accumulate gradients.
+    other_lengths: int  # Growth of the peak when samples have other lengths than planned.
 
     @property
     def peak(self) -> int:
@@ -245,18 +245,18 @@ def trainer_memory(
 
     first, *others = micro_batches(batch, max_tokens)
     lora, (planned, filled) = _FLOAT * model.num_lora(lora_rank), largest(batch.completion)
-    # Shorter completions have more copies of their prompt's keys.
+    # Shorter completions need more copies of their prompt's keys.
     shorter = [largest(max(batch.completion // divisor, 1))[1] for divisor in (2, 4)]
     scores = _head(model, SCORE_POSITIONS, SCORE_POSITIONS, has_gradients=False) - lora
     return TrainerMemory(
         weights=model.nf4_bytes if load_in_4bit else model.weights.bf16,
         lora=lora,
         gradients=lora,
-        # Two moments; of those in 8 bits 256 have a float32 in common.
+        # Two moments; in 8 bits, 256 values share a float32.
         optimizer=2 * lora if optimizer == "adamw" else round(lora / 2 * (1 + 4 / 256)),
         cublas=_CUBLAS_BYTES,
         activations=planned,
-        step=lora if optimizer == "adamw" else 0,  # roots of the second moments
+        step=lora if optimizer == "adamw" else 0,  # Square roots of the second moments.
         is_cut=bool(others) or first.num_completions < batch.num_groups * batch.group_size,
         other_lengths=round(max(filled, *shorter, scores)) - planned.peak,
     )
@@ -267,12 +267,12 @@ def trainer_memory(
 
 @dataclass(frozen=True, slots=True)
 class ReplicaMemory:
-    weights: int  # bf16
-    copy: int  # of the linears, which merged adapters are taken out by
-    slots: int  # of adapters
+    weights: int  # In bfloat16.
+    copy: int  # Copy of the linears, from which merged adapters are removed.
+    slots: int  # Adapter slots.
     engine: int
-    token: Mapping[KvCacheDtype, int]  # of the KV cache
-    beside: int  # on top of vLLM's share: CUDA context and graphs, an adapter on its way in
+    token: Mapping[KvCacheDtype, int]  # KV cache per token.
+    beside: int  # On top of vLLM's share: CUDA context, graphs, an adapter being loaded.
 
     @property
     def fixed(self) -> int:
