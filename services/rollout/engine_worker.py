@@ -1,8 +1,8 @@
 """What the engine's own processes do with adapters: vLLM mixes one of these into its worker.
 
 vLLM's add_lora reads, scales, pins and copies an adapter on the thread that steps the model, which
-stands still meanwhile. Here a thread beside it moves the file to the device, to where no running
-request reads; the stepping thread then only makes it known, between two steps.
+stalls meanwhile. Here another thread moves the file to the device, where no running request reads
+it; the stepping thread then only registers it, between two steps.
 
     stage(slot_id, folder) ─▶ a thread ─▶ commit(slot_id): loading, ready, or what went wrong
 
@@ -52,10 +52,10 @@ class _Staged:
 
 
 class _Stage:
-    """Moves adapters to the device beside the engine's work.
+    """Moves adapters to the device while the engine works.
 
-    Whatever torch does lets the interpreter go, and beside a busy engine it takes milliseconds to
-    get it back: so there are few calls, each for all tensors, and what they need is kept.
+    Every call of torch releases the interpreter, and next to a busy engine it takes milliseconds to
+    get it back: hence few calls, each for all tensors, with their buffers kept.
     """
 
     device: torch.device  # This and the next field belong to the worker.
@@ -251,7 +251,7 @@ class MergedWorker(_Stage):
         del self.tandem_staged[slot_id]
 
     def tandem_merge(self, slot_id: int | None) -> None:
-        """Make the weights those of the base with this adapter, or with None of the base alone.
+        """Set the weights to the base with this adapter merged in, or to the base for None.
 
         Nothing may run meanwhile. base + scaling · B · A is rounded to bfloat16 once.
         """

@@ -1,10 +1,10 @@
 """OpenAI's API on the path of /generate: request -> GenerateRequest -> StreamRecords -> answer.
 
-Nobody continues an interrupted completion for a client of OpenAI's API, so it is done here: what a
-sync with in_flight=continue stops goes on from its tokens, under the version that is newest then or
-the one that the request pins. Where that would not be exact (stop strings, penalties) it begins
-again; in a stream, whose text is sent already, that is an error. So is what cannot go on, in a
-replica that drains: half a completion is never answered as a whole one.
+Clients of OpenAI's API cannot continue an interrupted completion, so the replica does: a completion
+that a sync with in_flight=continue stops is continued from its tokens, under the version that is
+then newest or that the request pins. Where this would not be exact (stop strings, penalties), it is
+sampled again from the start; in a stream, whose text has been sent, that is an error. A draining
+replica answers an error as well: half a completion is never answered as a whole one.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class OpenAiEndpoint:
             if draft.begins_again and not may_begin_again:
                 raise Unavailable(
                     "new weights interrupted this stream, and with stop strings or penalties it "
-                    "cannot go on exactly: send the request again",
+                    "cannot be continued exactly: send the request again",
                     retry_after_s=1.0,
                 )
             if time.monotonic() > deadline:
@@ -275,7 +275,7 @@ class _Writer:
         return kind(choices=tuple(choices), usage=self._usage(draft), **self._head)
 
     def opening_chunks(self, part: Part, start: StreamStart) -> Iterator[Wire]:
-        """One per completion of a prompt, without a token; none when it goes on."""
+        """One empty part per completion of a prompt; none when it is a continuation."""
         group = part.group + start.group
         if group in self._num_prompt_tokens:
             return

@@ -37,7 +37,7 @@ _NO_TOOLS = (
 )
 
 
-def _only(*values: object, why: str = "not served here: leave it out") -> AfterValidator:
+def _only(*values: object, why: str = "not supported here: remove it") -> AfterValidator:
     """Refuse every value that would change the answer in a way that is not served."""
 
     def check(value: object) -> object:

@@ -160,7 +160,7 @@ class PolicyStore:
         return item
 
     def _current(self, policy: PolicyId) -> _Resident | None:
-        """The one of that id that is not superseded; superseded ones may leave beside it."""
+        """The one with that id that is not superseded; superseded ones may still be retiring."""
         found = [i for i in self._resident if i.policy == policy and not i.superseded]
         return found[0] if found else None
 
@@ -342,7 +342,7 @@ def _check_merge(
     """Refuse what a replica cannot do whose weights hold one version at a time."""
     if not activate:
         raise NoFreeSlot(
-            f"policy {policy} cannot be installed beside the newest: this replica merges adapters "
+            f"policy {policy} cannot be installed next to the newest: this replica merges adapters "
             "into its weights and serves one version at a time"
         )
     if in_flight == "finish":

@@ -2,7 +2,7 @@
 
     sources ─▶ merged() ─▶ batches ─▶ NdjsonResponse ─▶ one JSON line per record
 
-Whatever ends a stream, the sources are closed before anything else goes on: a client that leaves,
+Whatever ends a stream, its sources are closed before anything else happens: a client that leaves,
 one that does not read, an error of one source, the end.
 """
 

@@ -93,7 +93,7 @@ class VllmEngine:
         if on_cpu:
             _check_libnuma()
         # vLLM's CPU kernels index a request of the base as adapter -1, the last slot, when adapters
-        # run beside it: that slot stays empty, all zeros.
+        # run next to it: that slot stays empty, all zeros.
         num_slots = settings.num_live_policies + (2 if on_cpu else 1)
         options: dict[str, Any] = {"worker_extension_cls": _qualified_name(MergedWorker)}
         if settings.serving_mode == "lora":
@@ -236,7 +236,7 @@ class VllmEngine:
             reason = await self._stage(adapter) if self._loads_beside else None
             if reason:
                 log.warning(
-                    "an adapter cannot be loaded beside the engine's work (%s): vLLM loads it, and "
+                    "an adapter cannot be loaded while the engine works (%s): vLLM loads it, and "
                     "pauses for that",
                     reason,
                 )
@@ -251,7 +251,7 @@ class VllmEngine:
             raise InvalidAdapter(f"vLLM refused the adapter: {error}") from error
 
     async def _stage(self, adapter: Adapter) -> str | None:
-        """Load an adapter beside the engine's work. Why not, when that failed."""
+        """Load an adapter while the engine works; the reason when that failed."""
         await self._call("tandem_stage", adapter.slot_id, str(adapter.path))
         state = LOADING
         while state == LOADING:
@@ -366,7 +366,7 @@ class MergedVllmEngine(VllmEngine):
         async with _vllm_errors():
             await self._call("tandem_merge", adapter.slot_id if adapter else None)
         name, elapsed_s = adapter.name if adapter else "the base", time.perf_counter() - started
-        log.info("the weights are those of %s after %.3f s", name, elapsed_s)
+        log.info("the weights were set to %s in %.3f s", name, elapsed_s)
 
     async def load_adapter(self, adapter: Adapter) -> None:
         async with _vllm_errors():

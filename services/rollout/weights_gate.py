@@ -49,7 +49,7 @@ class WeightsGate:
 
     @asynccontextmanager
     async def under(self, request_id: str, adapter: Adapter | None) -> AsyncGenerator[bool]:
-        """Inside, the weights are those of `adapter`; False when it was interrupted before that."""
+        """Inside, the weights include `adapter`; yields False when interrupted before that."""
         ticket = _Ticket(adapter, asyncio.get_running_loop().create_future())
         entering = asyncio.ensure_future(self._enter(ticket))
         self._waiting[request_id] = ticket

@@ -318,10 +318,10 @@ async def test_in_a_fleet_the_model_policy_is_503_until_a_run_has_published_one(
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"echo": True}, "echo is True: not served here: leave it out"),
-        ({"best_of": 3}, "best_of is 3: not served here: leave it out"),
-        ({"suffix": "x"}, "suffix is 'x': not served here"),
-        ({"logit_bias": {"5": 1}}, "logit_bias is {'5': 1}: not served here"),
+        ({"echo": True}, "echo is True: not supported here: remove it"),
+        ({"best_of": 3}, "best_of is 3: not supported here: remove it"),
+        ({"suffix": "x"}, "suffix is 'x': not supported here"),
+        ({"logit_bias": {"5": 1}}, "logit_bias is {'5': 1}: not supported here"),
         ({"logprobs": 5}, "logprobs is 5: only the sampled token's logprob is kept: send 0"),
         ({"temperatur": 1}, "unknown field 'temperatur'"),
         ({"prompt": [1, "5"]}, "prompt is [1, '5']: write a text, a list of token ids"),
