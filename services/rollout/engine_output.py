@@ -1,7 +1,7 @@
 """Filters what vLLM and its processes print, so that a failed boot is a sentence and not a trace.
 
-The engine runs in a process of its own and reports only that it failed; its trace has the reason. So
-stdout and stderr pass through a pipe while it starts, and the engine's own as long as it lives.
+The engine runs in a process of its own and reports only that it failed; its trace has the reason.
+So stdout and stderr pass through a pipe while it starts, and the engine's own as long as it lives.
 """
 
 from __future__ import annotations
