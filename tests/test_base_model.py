@@ -76,7 +76,7 @@ def name_a_second_shard(folder: Path) -> None:
         (remove("config.json"), "the folder has no config.json"),
         (cut_config, "config.json cannot be read"),
         (remove("model.safetensors"), "the folder has no \\*.safetensors"),
-        (name_a_second_shard, "1 of its 2 weight files are missing, model-00002.safetensors"),
+        (name_a_second_shard, "1 of its 2 weight files are missing, for example model-00002.safetensors"),
         (remove("tokenizer.json", "tokenizer_config.json"), "the folder has no tokenizer"),
     ],
 )
@@ -103,12 +103,12 @@ def answered(cls: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
 @pytest.mark.parametrize(
     ("error", "raised", "sentence"),
     [
-        (answered(RepositoryNotFoundError, 404), ValueError, "neither a folder here nor a model"),
-        (answered(GatedRepoError, 401), ValueError, "it is gated; set HF_TOKEN"),
-        (answered(HfHubHTTPError, 401), ValueError, "refuses HF_TOKEN"),
+        (answered(RepositoryNotFoundError, 404), ValueError, "neither a local folder nor a model"),
+        (answered(GatedRepoError, 401), ValueError, "is gated; accept .* and set HF_TOKEN"),
+        (answered(HfHubHTTPError, 401), ValueError, "rejected HF_TOKEN"),
         (answered(HfHubHTTPError, 429), ConnectionError, "two$"),
         (LocalEntryNotFoundError("no"), ConnectionError, "does not answer"),
-        (OSError(30, "Read-only file system"), ValueError, "HF_HOME=.* cannot be written"),
+        (OSError(30, "Read-only file system"), ValueError, "HF_HOME=.* is not writable"),
         (OSError(28, "No space left on device"), ValueError, "HF_HOME=.* is full"),
     ],
 )
@@ -132,7 +132,7 @@ def test_who_has_a_token_is_told_to_ask_for_access(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
-    with pytest.raises(ValueError, match=r"the owner of HF_TOKEN has to be granted access"):
+    with pytest.raises(ValueError, match=r"request access for the HF_TOKEN account"):
         resolve_checkpoint("owner/model")
 
 
@@ -144,7 +144,7 @@ def test_a_revision_that_the_hub_does_not_have_is_named(monkeypatch: pytest.Monk
         raise answered(RevisionNotFoundError, 404)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ValueError, match=r"owner/model has no revision 'v9'; name a branch, a tag"):
+    with pytest.raises(ValueError, match=r"owner/model has no revision 'v9'; name a branch, tag"):
         resolve_checkpoint("owner/model", revision="v9", token="hf_own")
     assert (asked["revision"], asked["token"]) == ("v9", "hf_own")
 

@@ -159,7 +159,7 @@ def test_records_out_of_place_are_refused() -> None:
     draft = Draft(request(n=1))
     (whole,) = draft.parts(policy_at(1))
     early = tokens(policy_at(1), 0, 0, 0, whole.request.sampling)
-    with pytest.raises(ServiceError, match="out of place"):
+    with pytest.raises(ServiceError, match="whose group has not started"):
         draft.add(whole, early)
     other = StreamStart(
         group=0,
@@ -168,8 +168,8 @@ def test_records_out_of_place_are_refused() -> None:
         policy=policy_at(2),
         boot_id="boot",
     )
-    with pytest.raises(ServiceError, match=r"asked for .*@1, served .*@2"):
+    with pytest.raises(ServiceError, match=r"@1 was requested, but a stream is served by .*@2"):
         draft.add(whole, other)
     serve(draft, whole, MAX_TOKENS)
-    with pytest.raises(ServiceError, match="was complete"):
+    with pytest.raises(ServiceError, match="already complete"):
         draft.add(whole, early)

@@ -76,7 +76,7 @@ async def test_a_name_that_leads_to_loopback_is_not_the_service(host: str) -> No
     """A page of that name has the right Origin: DNS rebinding."""
     refused = await answer({"Host": host, "Origin": f"http://{host}"})
     assert refused.status_code == 403
-    assert f"listens on 127.0.0.1, and was asked as {host}" in refused.json()["detail"]
+    assert f"listens on 127.0.0.1, but the request names the host {host}" in refused.json()["detail"]
 
 
 async def test_a_service_with_a_key_is_behind_any_name() -> None:

@@ -168,8 +168,8 @@ def test_what_can_never_fit_is_a_wrong_setting() -> None:
         )
     assert str(raised.value) == (
         "ROLLOUT_MODEL big needs at least 10.0 GiB of memory (weights 9.0 GiB, KV cache 1.0 GiB), "
-        "and 7.0 GiB of 8.0 GiB are free in this container (its limit is 8.0 GiB): give it more "
-        "memory, or choose a smaller model"
+        "but only 7.0 GiB of 8.0 GiB are free in this container (its limit is 8.0 GiB): give it "
+        "more memory, or choose a smaller model"
     )
 
 
@@ -192,13 +192,13 @@ def test_weights_are_counted_from_the_headers(tiny_checkpoint: Path) -> None:
 def test_files_that_are_not_whole_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     content = (tiny_checkpoint / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model.safetensors is not a complete safetensors file"):
         weight_bytes(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_its_setting(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"^TRAINER_RUNS_DIR: .*/file/runs cannot be written"):
+    with pytest.raises(ValueError, match=r"^TRAINER_RUNS_DIR: .*/file/runs is not writable"):
         check_writable("TRAINER_RUNS_DIR", tmp_path / "file" / "runs")
 
 

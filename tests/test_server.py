@@ -94,7 +94,7 @@ def test_a_second_ctrl_c_ends_it_at_once_with_one_sentence() -> None:
         service.send_signal(signal.SIGINT)
         _, errors = service.communicate(timeout=20)
     assert service.returncode == 1
-    assert errors == "told to stop once more: not waiting for what still runs\n"
+    assert errors == "second stop signal: exiting without waiting for running requests\n"
 
 
 def httpx_error(url: str) -> Exception:

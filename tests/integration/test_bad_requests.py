@@ -52,7 +52,7 @@ REFUSALS = [
     generate("an empty text", "prompts.0.text is ''", prompts=[""]),
     generate(
         "an id out of vocabulary",
-        "token id 16 is out of vocabulary: ids go up to 15",
+        "token id 16 is out of vocabulary: the largest id is 15",
         prompts=[[1, 16]],
     ),
     generate("a negative id", "is -1", prompts=[[1, -1]]),

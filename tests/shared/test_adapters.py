@@ -144,7 +144,7 @@ def test_a_file_that_is_no_safetensors_file_is_refused(
         ({"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}, "'t' is malformed"),
         ({"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 4]}, "'t' is malformed"),
         ({"dtype": "F32", "shape": [float("nan")], "data_offsets": [0, 4]}, "'t' is malformed"),
-        (entry(2, 6, dtype="F64"), "dtype F64, expected one of BF16, F16, F32"),
+        (entry(2, 6, dtype="F64"), "dtype F64: write it as one of BF16, F16, F32"),
         (entry(2, 6, end=47), r"shape \[2, 6\] and dtype F32 spans 47 bytes"),
         (entry(2, 6, dtype="BF16"), "dtype BF16 spans 48 bytes"),
         (entry(-2, 6, end=48), "spans 48 bytes"),
@@ -185,7 +185,7 @@ def test_a_tensor_that_lies_across_its_elements_is_refused(
     entry = {"dtype": dtype, "shape": [2, 6], "data_offsets": [0, size]}
     header = json.dumps({"__metadata__": manifest_metadata(manifest()), name: entry}).encode()
     path = write(tmp_path / "a", header + b" " * (-len(header) % 8 + padding), bytes(size))
-    with pytest.raises(InvalidAdapter, match=f"no multiple of {ELEMENT_BYTES[dtype]}"):
+    with pytest.raises(InvalidAdapter, match=f"not a multiple of {ELEMENT_BYTES[dtype]}"):
         read_header(path)
 
 

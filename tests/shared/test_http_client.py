@@ -107,7 +107,7 @@ async def test_silence_ends_at_the_deadline() -> None:
 @pytest.mark.parametrize("body", ["<html>Welcome</html>", "{}", ""])
 async def test_an_answer_of_another_service_names_the_url(body: str) -> None:
     async with client(lambda _: httpx.Response(200, text=body)) as replica:
-        with pytest.raises(ServiceError, match="GET http://replica/policies answered something"):
+        with pytest.raises(ServiceError, match="GET http://replica/policies did not answer with"):
             await replica.policies()
 
 

@@ -144,7 +144,7 @@ async def test_a_line_that_is_no_record_names_the_service(content: bytes) -> Non
 
 async def test_silence_and_the_deadline_are_told_apart() -> None:
     body = Body(line(START), hangs=True)
-    with pytest.raises(Unavailable, match=r"no sign of life for 0\.05 s"):
+    with pytest.raises(Unavailable, match=r"sent nothing for 0\.05 s"):
         await records(body, silence_s=0.05)
     assert body.is_closed
     with pytest.raises(DeadlineExceeded, match=r"did not end its stream within 0\.05 s"):
