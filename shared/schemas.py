@@ -244,7 +244,7 @@ class Completion(Wire):
     token_ids: tuple[TokenId, ...]  # Sampled tokens, including the stop token.
     logprobs: tuple[Logprob, ...]  # One per token, under the distribution it was sampled from.
     segments: tuple[Segment, ...]  # Which version sampled which tokens, in order.
-    # stop: by a stop token or text; length: at the token limit; interrupted: by a sync or drain.
+    # `stop`: a stop token or text; `length`: the token limit; `interrupted`: a sync or drain.
     finish_reason: Literal["stop", "length", "interrupted"]
     text: str | None = None  # Detokenized completion; None if it was not requested.
 
@@ -437,7 +437,7 @@ class RolloutStatus(Wire):
     model: str  # Checkpoint folder or hub id, as configured.
     vllm_version: str  # Version of vLLM that it runs.
     kv_cache_dtype: str  # Data type of the KV cache, in vLLM's terms.
-    # lora: adapters next to the base, several at once; merged: one, added to the base's weights.
+    # `lora`: several adapters next to the base; `merged`: one, added to the weights of the base.
     serving_mode: ServingMode = "lora"
     base: BaseIdentity | None  # Identity of its base; None while it starts.
     limits: RolloutLimits  # What it accepts.
@@ -793,7 +793,7 @@ class RunStatus(Wire):
     """State and progress of a run."""
 
     run_id: RunId  # Name of the run.
-    # external: the caller's own loop updates the policy; suspended: resumes with the trainer.
+    # `external`: the caller runs the loop; `suspended`: it resumes when the trainer restarts.
     state: RunState
     detail: str  # Why it is in this state, in words.
     stalls: tuple[str, ...] = ()  # What currently keeps it from learning, one sentence each.
@@ -812,7 +812,7 @@ class RecentCompletion(Wire):
     reward: float  # How good the completion is: the sum of `rewards` if there are any.
     rewards: tuple[float, ...]  # Weighted rewards, in the order of `reward_names`.
     segments: tuple[Segment, ...]  # Which version sampled which tokens, in order.
-    # stop: by a stop token or text; length: at the token limit; interrupted: by a sync or drain.
+    # `stop`: a stop token or text; `length`: the token limit; `interrupted`: a sync or drain.
     finish_reason: Literal["stop", "length", "interrupted"]
     num_tokens: int  # Tokens of the completion.
 

@@ -52,7 +52,7 @@ def test_records_are_frozen_and_refuse_unknown_fields() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.009, 101.0])
-def test_a_temperature_is_finite_and_one_that_is_sampled_at_as_asked(value: float) -> None:
+def test_a_temperature_is_finite_and_one_that_vllm_does_not_change(value: float) -> None:
     with pytest.raises(ValidationError):
         SamplingParams(temperature=value)
 
