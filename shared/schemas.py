@@ -123,7 +123,7 @@ class SamplingParams(Wire):
     frequency_penalty: float = Field(ge=-2, le=2, default=0.0)
     # Scales down the logits of tokens in the prompt or completion; 1 turns it off.
     repetition_penalty: float = Field(gt=0, le=10, default=1.0)
-    # Seed of the sampling noise: completion k of the request uses seed + k. None: no fixed seed.
+    # Completion k of the request uses seed + k; None leaves the noise to the replica's ROLLOUT_SEED.
     seed: Seed | None = None
     # Texts that end a completion.
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
@@ -183,7 +183,7 @@ class ToolCall(Wire):
 
     id: str | None = None  # Name by which a tool's message refers to this call.
     type: Literal["function"] = "function"
-    function: ToolFunction
+    function: ToolFunction  # What the assistant calls, and with which arguments.
 
 
 class ChatMessage(Wire):
@@ -431,8 +431,9 @@ ServingMode = Literal["lora", "merged"]
 class RolloutStatus(Wire):
     """State, limits and load of one replica."""
 
-    state: Literal["starting", "ready", "draining", "dead"]  # Only a ready replica takes requests.
-    detail: str  # What it is doing, or why it is dead; empty once it is ready.
+    # `draining`: it finishes its requests, then exits; `dead`: it is about to exit.
+    state: Literal["starting", "ready", "draining", "dead"]
+    detail: str  # What it is doing, or why it is dead; empty while it is ready.
     boot_id: str  # Random id of the replica's process; it changes with every restart.
     model: str  # Checkpoint folder or hub id, as configured.
     vllm_version: str  # Version of vLLM that it runs.
@@ -452,7 +453,7 @@ class RolloutStatus(Wire):
 class ScoredCompletion(Wire):
     """A completion and its reward."""
 
-    completion: Completion
+    completion: Completion  # The completion that was scored.
     reward: float  # How good the completion is: the sum of `rewards` if there are any.
     # Weighted rewards, in the same order for all completions; may be empty.
     rewards: tuple[float, ...] = ()
@@ -473,7 +474,7 @@ class ScoredGroup(Wire):
 
     prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the prompt.
     sampling: SamplingParams  # Settings that produced the completions.
-    completions: tuple[ScoredCompletion, ...] = Field(min_length=1)
+    completions: tuple[ScoredCompletion, ...] = Field(min_length=1)  # Each with its reward.
 
 
 class PreferencePair(Wire):
@@ -768,7 +769,7 @@ class ReplicaStatus(Wire):
     id: str  # Its host:port.
     url: str  # Where the trainer reaches it.
     source: Literal["configured", "registered"]  # How the trainer learned of it.
-    state: ReplicaState
+    state: ReplicaState  # See above.
     detail: str  # Why it is in this state, in words.
     boot_id: str | None  # Id of its process, which changes with every restart; None until known.
     policy: PolicyId | None  # The newest version that it is proven to serve; None without one.
@@ -820,11 +821,11 @@ class RecentCompletion(Wire):
 class RecentGroup(Wire):
     """The completions of one prompt in the batch of a step."""
 
-    step: int  # The step that got it to learn from.
+    step: int  # The step that learns from it.
     group: int  # Index of the group in the batch of the step, from 0.
     prompt: str  # The prompt without special tokens.
     num_prompt_tokens: int  # Tokens of the prompt.
-    completions: tuple[RecentCompletion, ...]
+    completions: tuple[RecentCompletion, ...]  # Each with its reward.
 
 
 class CompletionsResponse(Wire):

@@ -172,7 +172,7 @@ def test_what_does_not_exist_is_a_404_problem(path: str, replica: ReplicaProcess
 
 
 def test_a_method_that_a_route_does_not_have_is_named(replica: ReplicaProcess) -> None:
-    assert "there is no GET /generate" in replica.get("/generate").json()["detail"]
+    assert "there is no route GET /generate" in replica.get("/generate").json()["detail"]
 
 
 async def test_an_unresident_version_names_the_resident_ones(publisher: Publisher) -> None:
