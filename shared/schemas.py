@@ -123,7 +123,7 @@ class SamplingParams(Wire):
     frequency_penalty: float = Field(ge=-2, le=2, default=0.0)
     # Scales down the logits of tokens in the prompt or completion; 1 turns it off.
     repetition_penalty: float = Field(gt=0, le=10, default=1.0)
-    # Completion k of the request uses seed + k; None leaves the noise to the replica's ROLLOUT_SEED.
+    # Completion k of the request uses seed + k; None leaves it to the replica's ROLLOUT_SEED.
     seed: Seed | None = None
     # Texts that end a completion.
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
