@@ -11,7 +11,7 @@ LONG_SUITES := gpu or faults or learning or compose
 TWO_FILES_AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-learning test-compose test-gpu up check format docs rollout trainer requirements clean
+.PHONY: help setup demo test test-fast test-faults test-learning test-compose test-gpu up check format docs rollout trainer requirements clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ demo: $(INSTALLED) ## Train the demo policy on this machine (ARGS="--replicas 2 
 
 test: $(INSTALLED) ## Run the test suite, with the real engine (ARGS="-k sync" picks tests)
 	@$(BIN)/python -m pytest $(TWO_FILES_AT_ONCE) -m "not ($(LONG_SUITES))" $(ARGS)
+
+test-fast: $(INSTALLED) ## Run what needs neither the engine nor a browser: at most 3.5 minutes
+	@$(BIN)/python -m pytest $(TWO_FILES_AT_ONCE) -m "not (engine or browser or $(LONG_SUITES))" $(ARGS)
 
 test-faults: $(INSTALLED) ## Kill, freeze, cut and fill what can be: the fault tests, minutes long
 	@$(BIN)/python -m pytest -m faults $(ARGS)

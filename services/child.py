@@ -13,6 +13,12 @@ import sys
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
+def command(module: str) -> list[str]:
+    """What runs `module` until this process ends. The thread that starts it must last as long: the
+    kernel ends the child with that thread."""
+    return [sys.executable, "-m", "services.child", str(os.getpid()), module]
+
+
 def main() -> None:
     parent_pid, module = int(sys.argv[1]), sys.argv[2]
     libc = ctypes.CDLL(None, use_errno=True)

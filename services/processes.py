@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Literal
 
 import httpx
 
+from services import child
 from shared.auth import authorization
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ class ChildService:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "services.child", str(os.getpid()), module],
+                child.command(module),
                 cwd=ROOT,
                 env=inherited | dict(settings) | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,

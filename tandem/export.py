@@ -32,14 +32,14 @@ from shared.model_folder import base_identity, recipe_digest
 from shared.schemas import AdapterManifest, BaseIdentity, QuantizationRecipe
 
 ExportedBase = Literal["exact", "original"]
-_LIBRARY_BYTES = 256 << 20  # private memory with torch, transformers and bitsandbytes
+_LIBRARY_BYTES = 256 << 20  # Private memory of torch, transformers and bitsandbytes.
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedPolicy:
     manifest: AdapterManifest
-    adapter: bytes  # the adapter file
-    model: str  # the checkpoint that it was trained on: a folder or a hub id
+    adapter: bytes  # The adapter file.
+    model: str  # Checkpoint folder or hub id of the base.
 
 
 # --- read ---------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def read_policy(folder: Path) -> TrainedPolicy:
         )
     newest = max(candidates, key=lambda f: _manifest(f).policy.age_key)
     adapter = (newest / ADAPTER_WEIGHTS).read_bytes()
-    if (newest / "state.json").is_file():  # of a checkpoint, which can tell that it is whole
+    if (newest / "state.json").is_file():  # A checkpoint can tell whether it is whole.
         adapter = saved_adapter(newest)
     return TrainedPolicy(_manifest(newest), adapter, _model_name(newest))
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 from shared.model_folder import linear_shapes
 from shared.rollout_client import RolloutClient
-from tests.publisher import Publisher
 from tests.replica_process import ReplicaProcess, start_replica, wait_until_ready
 
+if TYPE_CHECKING:  # it imports torch, which tests of the wire need not wait for
+    from tests.publisher import Publisher
+
 WEIGHT_FACTOR = 3.0  # default init gives flat logprobs, on which no adapter has an effect
+
+
+def pytest_configure() -> None:
+    """Before torch is imported: its two threads would spin against the engine's."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -29,14 +37,11 @@ def _ctrl_c() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _small_torch() -> None:
-    torch.set_num_threads(1)  # two threads spin against the engine's
-
-
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 4 layers, 16 tokens and a context of 512."""
+    import torch
+
     from examples.demo import model as demo
 
     path = tmp_path_factory.mktemp("checkpoint") / "tiny"
@@ -88,6 +93,8 @@ async def client(replica: ReplicaProcess) -> AsyncIterator[RolloutClient]:
 
 @pytest.fixture
 async def publisher(client: RolloutClient, tiny_checkpoint: Path) -> Publisher:
+    from tests.publisher import Publisher
+
     status = await client.status()
     assert status.base
     return Publisher(client, status.base, linear_shapes(tiny_checkpoint))

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import httpx
 
+from services import child
 from shared.schemas import PoliciesResponse, PolicyId, RolloutStatus
 
 _BOOT_TIMEOUT_S = 120.0
@@ -105,7 +105,7 @@ def start_replica(
     log = root / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            child.command(module),  # a test run that is killed leaves nothing behind
             stdout=output,
             stderr=output,
             env=environment | {"HF_HUB_OFFLINE": "1"},

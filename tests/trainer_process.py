@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from services import child
 from shared.schemas import RunStatus
 from tests.replica_process import eventually, free_port
 
@@ -111,7 +111,7 @@ def start_trainer(
     log = root / "log"
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "services.trainer"],
+            child.command("services.trainer"),
             stdout=output,
             stderr=output,
             # One thread: sums have one order, so that two runs can be compared.

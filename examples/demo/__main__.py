@@ -87,6 +87,7 @@ async def run_demo(options: argparse.Namespace, config: RunConfig, console: Cons
         try:
             with WaitDisplay(console) as waiting:
                 await services.wait_until_ready(timeout_s=READY_TIMEOUT_S, on_wait=waiting.show)
+            tell_where_the_page_is(services, console)
             chaos = Chaos(services, seed=config.seed) if options.chaos else None
             finished = await train(services, config, console, chaos=chaos, as_json=options.json)
             succeeded = report(finished, config, chaos, options.min_rise, console)
@@ -129,6 +130,10 @@ def report(
         logs = (WORK_DIR / "logs").relative_to(ROOT)
         print(f"The demo failed: {'; '.join(complaints)} (logs: {logs}).", file=sys.stderr)
     return not complaints
+
+
+def tell_where_the_page_is(services: DemoServices, console: Console) -> None:
+    console.print(f"Live page: {services.trainer.url} (its key: {services.api_key})", markup=False)
 
 
 def tell_how_to_call(services: DemoServices, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Self
 
 from rich.console import Console
@@ -9,25 +10,36 @@ from rich.markup import escape
 
 
 class WaitDisplay:
-    """What the services still do before they are ready. Use as a context manager."""
+    """What each service is doing until it is ready. Use as a context manager.
+
+    A stage that is done stays as a line with the time it took, so that the wait can be followed.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._status = console.status("")
         self._shown = ""
+        self._began = time.monotonic()
 
     def __enter__(self) -> Self:
-        self.show("the services start")
+        self.show("starting the services")
         self._status.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._finish_stage()
         self._status.stop()
 
-    def show(self, missing: str) -> None:
-        if missing == self._shown:
+    def show(self, stage: str) -> None:
+        if stage == self._shown:
             return
-        self._shown = missing
-        self._status.update(escape(f"Waiting: {missing}"))
+        self._finish_stage()
+        self._shown, self._began = stage, time.monotonic()
+        self._status.update(escape(f"{stage} ..."))
         if not self._console.is_terminal:
-            self._console.print(f"Waiting: {missing}", markup=False, soft_wrap=True)
+            self._console.print(f"{stage} ...", markup=False, soft_wrap=True)
+
+    def _finish_stage(self) -> None:
+        if self._shown and self._console.is_terminal:
+            took_s = time.monotonic() - self._began
+            self._console.print(f"{self._shown}: {took_s:.1f} s", markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from shared.http_client import ROLLOUT_PORT
 from shared.logs import LogLevel
 from shared.schemas import RolloutLimits, ServingMode
 
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM has slots for
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # Ranks of vLLM's adapter slots.
 AttentionBackend = Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION"]  # vLLM's
 _SHARED_MEMORY = Path("/dev/shm")
 _SERVICE_URL = re.compile(r"https?://[^/?#\s]{1,280}/?")
@@ -27,61 +27,69 @@ class RolloutSettings(BaseSettings):
         env_prefix="ROLLOUT_", extra="forbid", frozen=True, env_ignore_empty=True
     )
 
-    model: str  # checkpoint folder or hub id: the model that the trainer trains
-    host: str = "127.0.0.1"  # to listen on; another than loopback needs a key
-    port: int = Field(default=ROLLOUT_PORT, ge=0, le=65535)  # 0: any free one
-    # of both services; every route but /healthz wants it
+    model: str  # Checkpoint folder or hub id of the model that the trainer trains.
+    host: str = "127.0.0.1"  # Address to listen on; any but loopback requires a key.
+    port: int = Field(
+        default=ROLLOUT_PORT, ge=0, le=65535
+    )  # Port to listen on; 0 takes a free one.
+    # Key of both services; every route but /healthz requires it.
     api_key: ApiKey | None = Field(default=None, validation_alias="TANDEM_API_KEY", repr=False)
-    log_level: LogLevel = "INFO"  # what is logged
+    log_level: LogLevel = "INFO"  # Least severe messages to log.
 
-    trainer_url: str | None = None  # registers itself there, and renews
-    advertise_url: str | None = Field(  # where that trainer reaches it; default: its own address
+    trainer_url: str | None = (
+        None  # Trainer to register with; None: the trainer knows this replica.
+    )
+    advertise_url: str | None = Field(  # URL that the trainer is to use; default: the own address.
         default=None, validate_default=True
     )
-    lease_s: float = Field(gt=0, default=15.0)  # the registration's; renewed three times as often
+    lease_s: float = Field(
+        gt=0, default=15.0
+    )  # Lease of a registration, renewed every third of it.
 
-    # nf4-exact: what a 4-bit trainer computes with; original: the 16-bit weights
+    # nf4-exact: the dequantized weights of a 4-bit trainer. original: the 16-bit weights.
     base: Literal["nf4-exact", "original"] = "nf4-exact"
-    cache_dir: Path = Path("~/.cache/tandem")  # the exact bases, by fingerprint
-    adapter_dir: Path | None = None  # resident adapter files; default: shared memory
+    cache_dir: Path = Path("~/.cache/tandem")  # Where exact bases are kept, by fingerprint.
+    adapter_dir: Path | None = None  # Where adapter files are kept; None: shared memory.
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
-    kv_cache_dtype: str = "default"  # default: fp8 on a GPU that has it, else auto
-    kv_cache_memory_bytes: int | None = Field(  # default: 256 MiB on CPU, the rest of a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # `auto` takes a GPU if there is one.
+    kv_cache_dtype: str = "default"  # vLLM's dtypes; `default` is fp8 on a GPU that has it.
+    kv_cache_memory_bytes: int | None = Field(  # None: 256 MiB on a CPU, what is left on a GPU.
         default=None, ge=1
     )
-    attention_backend: AttentionBackend | None = None  # on a GPU; default: one that needs no nvcc
-    # the share of a GPU that vLLM takes
+    attention_backend: AttentionBackend | None = None  # None: on a GPU, one that needs no nvcc.
+    # Share of the GPU's memory that vLLM takes.
     gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1)
-    tensor_parallel_size: int = Field(default=1, ge=1)  # GPUs of one replica
-    max_model_len: int | None = Field(  # prompt + completion tokens; default: the model's
+    tensor_parallel_size: int = Field(default=1, ge=1)  # GPUs per replica.
+    max_model_len: int | None = Field(  # Prompt and completion tokens; None: the model's limit.
         default=None, ge=1
     )
-    max_num_seqs: int = Field(default=256, ge=1)  # sequences that run at once
-    # of one engine step; default: vLLM's
+    max_num_seqs: int = Field(default=256, ge=1)  # Sequences that run at the same time.
+    # Tokens of one engine step; None: vLLM's choice.
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
-    enforce_eager: bool = False  # without CUDA graphs: boots sooner, samples slower
-    seed: int = Field(default=0, ge=0, lt=1 << 32)  # of requests without one
+    enforce_eager: bool = False  # Skip CUDA graphs, which boots sooner and samples slower.
+    seed: int = Field(default=0, ge=0, lt=1 << 32)  # Seed of requests without one.
 
-    # lora: adapters beside the base, several at once. merged: one at a time, in the base's weights.
+    # lora: several adapters next to the base. merged: one adapter, merged into the base's weights.
     serving_mode: ServingMode = "lora"
-    max_lora_rank: int = Field(default=32, ge=1, le=512)  # the largest rank a run may have
-    max_live_policies: int = Field(default=2, ge=1, le=16)  # one more slot receives the next one
+    max_lora_rank: int = Field(default=32, ge=1, le=512)  # Largest LoRA rank of a run.
+    # Policy versions served at the same time; the engine gets one more slot for the next one.
+    max_live_policies: int = Field(default=2, ge=1, le=16)
 
-    max_completions: int = Field(default=4096, ge=1)  # per request, and queued or running in all
-    max_adapter_bytes: int = Field(default=1 << 30, ge=1)  # of one adapter file
-    max_body_bytes: int = Field(default=32 << 20, ge=1)  # of a JSON request
-    body_timeout_s: float = Field(gt=0, default=300.0)  # for the whole body of a request to arrive
-    request_timeout_s: float = Field(gt=0, default=600.0)  # for a request to be answered
-    stream_interval: int = Field(default=8, ge=1)  # tokens of a completion per record of a stream
-    sync_wait_s: float = Field(ge=0, default=30.0)  # a sync, for a version to be released
-    stall_timeout_s: float = Field(  # no token for this long while requests run: the engine hangs
-        gt=0, default=120.0
-    )
-    drain_delay_s: float = Field(  # not ready but serving, until every client has noticed
-        ge=0, default=3.0
-    )
-    drain_timeout_s: float = Field(ge=0, default=120.0)  # for running requests to finish
+    # Limit on the completions of one request, and on all that are queued or running.
+    max_completions: int = Field(default=4096, ge=1)
+    max_adapter_bytes: int = Field(default=1 << 30, ge=1)  # Largest adapter file.
+    max_body_bytes: int = Field(default=32 << 20, ge=1)  # Largest JSON body of a request.
+    body_timeout_s: float = Field(gt=0, default=300.0)  # Time limit for a request body to arrive.
+    request_timeout_s: float = Field(gt=0, default=600.0)  # Time limit for the answer to a request.
+    stream_interval: int = Field(default=8, ge=1)  # Tokens per completion in one stream record.
+    sync_wait_s: float = Field(ge=0, default=30.0)  # How long a sync waits for a free adapter slot.
+    # An engine that runs requests without a token for this long is taken to hang.
+    stall_timeout_s: float = Field(gt=0, default=120.0)
+    # How long a draining replica still takes requests, while clients notice that it is not ready.
+    drain_delay_s: float = Field(ge=0, default=3.0)
+    drain_timeout_s: float = Field(
+        ge=0, default=120.0
+    )  # Time limit for running requests to finish.
 
     @field_validator("trainer_url", "advertise_url")
     @classmethod

@@ -33,7 +33,7 @@ def _serve() -> int:
     settings = read_settings(TrainerSettings)
     rank = own_rank()
     configure_logging(f"trainer-{rank}" if rank else "trainer", settings.log_level)
-    # It would fetch optional kernels from a hub, and warns at every start that it could not.
+    # Silence its warning that optional kernels could not be fetched from a hub.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         check_bind(settings.host, settings.api_key)
@@ -47,7 +47,7 @@ def _serve() -> int:
     trainer = Trainer(
         settings,
         on_exit=lambda code: server.exit(code),
-        on_stuck=lambda: os._exit(1),  # followers end with this process
+        on_stuck=lambda: os._exit(1),  # Followers end with this process.
         abandon_boot=lambda: _leave(server.exit_code, processes),
     )
     server = Server(

@@ -46,7 +46,7 @@ def create_app(trainer: Trainer) -> FastAPI:
         api_key=settings.api_key,
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
-        open_paths=frozenset(page),  # which hold no data: the page asks for the key
+        open_paths=frozenset(page),  # The page holds no data and asks for the key.
     )
     serve_page(app, page)
 
@@ -54,7 +54,7 @@ def create_app(trainer: Trainer) -> FastAPI:
     async def start_run(request: Request) -> RunStatus:
         """The body is a run config, YAML or JSON (services/trainer/run_config.py).
 
-        A `run_id` that exists goes on from its last checkpoint, unless `resume` is `never`.
+        A `run_id` that exists resumes from its last checkpoint, unless `resume` is `never`.
         """
         try:
             config = parse_run_config(await request.body())
@@ -69,13 +69,13 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.post("/runs/current/stop")
     async def stop_run() -> RunStatus:
-        """End the run after its step; posted again, it goes on."""
+        """End the run after its step. Posting its config again resumes it."""
         return await trainer.stop_run()
 
     @app.get(
         "/runs/current/events",
         response_class=EventSourceResponse,
-        dependencies=[Depends(trainer.run_status)],  # without a run 404, before the stream begins
+        dependencies=[Depends(trainer.run_status)],  # Answers 404 before the stream begins.
     )
     async def events(
         last_event_id: Annotated[int, Header(ge=-1)] = -1,
@@ -86,7 +86,7 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.get("/runs/current/config")
     async def run_config() -> Response:
-        """What the run was started with: posted again, it goes on."""
+        """The config that the run was started with. Posting it again resumes the run."""
         return Response(dump_run_config(trainer.run_config()), media_type="application/yaml")
 
     @app.get("/runs/current/completions")

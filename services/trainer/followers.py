@@ -1,7 +1,7 @@
 """The processes of ranks 1..N-1: rank 0 starts them, watches them, and ends them.
 
 Rank 0 starts its followers itself, with the environment that torchrun would give them: torchrun
-makes 1 of every exit code, also of 0 after a SIGTERM, and kills what has not stopped 30 s after it.
+turns every exit code into 1, even 0 after a SIGTERM, and kills what has not stopped after 30 s.
 `torchrun --standalone --nproc-per-node N -m services.trainer` works too, within these limits.
 """
 
@@ -70,7 +70,7 @@ def followers(size: int) -> Iterator[None]:
     processes: list[subprocess.Popen[bytes]] = []
     leaving = threading.Event()
     if size > 1 and not is_launched():
-        _store = _serve_rendezvous(size)  # it lives as long as this name
+        _store = _serve_rendezvous(size)  # Keeps the store alive.
         for rank in range(1, size):
             processes.append(_start_follower(rank))
             watch = (processes[-1], rank, leaving)
@@ -81,14 +81,15 @@ def followers(size: int) -> Iterator[None]:
         leaving.set()
         timeout_s = 0.0
         if dist.is_initialized():
-            with contextlib.suppress(RuntimeError):  # they left when the base could not be loaded
+            # Followers leave by themselves when the base cannot be loaded.
+            with contextlib.suppress(RuntimeError):
                 dismiss_followers()
             dist.destroy_process_group()
             timeout_s = _LEAVE_TIMEOUT_S
         for process in processes:
             try:
                 process.wait(timeout_s)
-            except subprocess.TimeoutExpired:  # it has nothing to save
+            except subprocess.TimeoutExpired:  # It has nothing to save.
                 process.kill()
                 process.wait()
 
@@ -107,7 +108,7 @@ def _serve_rendezvous(size: int) -> Store:
         LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",  # rank 0 joins the store that is there
+        TORCHELASTIC_USE_AGENT_STORE="True",  # Rank 0 joins the existing store.
     )
     return TCPStore(
         "127.0.0.1",
@@ -123,16 +124,16 @@ def _start_follower(rank: int) -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "services.trainer"],
         env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for rank 0
+        start_new_session=True,  # Ctrl-C is for rank 0 alone.
     )
 
 
 def _watch(process: subprocess.Popen[bytes], rank: int, leaving: threading.Event) -> None:
     code = process.wait()
-    if code and not leaving.is_set():  # with 0 it leaves when rank 0 does
+    if code and not leaving.is_set():  # A follower exits with 0 when rank 0 leaves.
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         log.error(
-            "training process %d (pid %d) %s: the trainer exits; its next start goes on from the "
+            "training process %d (pid %d) %s: the trainer exits; the next start resumes from the "
             "checkpoint",
             rank,
             process.pid,
@@ -143,12 +144,13 @@ def _watch(process: subprocess.Popen[bytes], rank: int, leaving: threading.Event
 
 def follow(load: Callable[[], Mirrored]) -> int:
     """The life of a follower: load the policy, do what rank 0 does until it leaves; exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT):  # rank 0 stops in order, and needs this process
+    # Rank 0 needs this process until it has stopped in good order.
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         policy = load()
-    except Exception as error:  # rank 0 has heard of it, and ends
+    except Exception as error:  # Rank 0 has been told, and ends.
         log.debug("loading failed", exc_info=error)
     else:
         while policy.ranks.obey(policy):

@@ -1,7 +1,7 @@
-"""The config of a run: YAML or JSON in, one frozen record out; its resolved form is kept.
+"""The config of a run: YAML or JSON in, one frozen record out.
 
-Defaults are those of LoRA reinforcement learning on models of some billion parameters; what a run
-must name is a dataset, its rewards and `num_steps`.
+The defaults suit LoRA reinforcement learning on models of some billion parameters. A run must name
+a dataset, its rewards and `num_steps`.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-# Options of PEFT that an adapter on a replica cannot have.
+# PEFT options that a replica cannot serve, and why.
 _UNSERVABLE = {
-    "use_dora": "rescales every row of a weight, which the rollout engine does not",
-    "modules_to_save": "trains whole modules, which an adapter file does not carry",
-    "rank_pattern": "gives modules ranks of their own, the engine has one for all",
-    "alpha_pattern": "gives modules factors of their own, the engine has one for all",
-    "bias": "trains biases, which an adapter file does not carry",
-    "lora_dropout": "makes the policy that trains another one than the policy that sampled",
+    "use_dora": "rescales every row of a weight, which the rollout engine does not support",
+    "modules_to_save": "trains whole modules, which an adapter file cannot hold",
+    "rank_pattern": "sets ranks per module, and the engine supports one rank for all",
+    "alpha_pattern": "sets factors per module, and the engine supports one factor for all",
+    "bias": "trains biases, which an adapter file cannot hold",
+    "lora_dropout": "makes the trained policy differ from the policy that sampled",
 }
 
 
 class LoraConfig(Config):
-    rank: int = Field(ge=1, le=512, default=32)  # of every linear
-    alpha: float = Field(gt=0, default=32.0)  # the factor on B·A is alpha / rank
-    use_rslora: bool = False  # the factor is alpha / √rank (arXiv:2312.03732)
-    # names of the linears that have an adapter
+    rank: int = Field(ge=1, le=512, default=32)  # Rank of the adapter on every linear.
+    alpha: float = Field(gt=0, default=32.0)  # B·A is multiplied by alpha / rank.
+    use_rslora: bool = False  # Multiply by alpha / √rank instead (arXiv:2312.03732).
+    # Names of the linear layers that get an adapter.
     target_modules: tuple[str, ...] = Field(min_length=1, default=LINEAR_MODULES)
 
     @property
@@ -59,31 +59,34 @@ class LoraConfig(Config):
     def _is_servable(cls, value: Any) -> Any:
         for name, reason in _UNSERVABLE.items():
             if isinstance(value, Mapping) and value.get(name):
-                raise ValueError(f"{name} {reason}: leave it out")
+                raise ValueError(f"{name} {reason}: remove it")
         return value
 
 
 class OptimizerConfig(Config):
     """AdamW. The learning rate rises linearly over `warmup_steps` updates, then stays."""
 
-    name: Literal["adamw", "adamw_8bit"] = "adamw"  # 8 bits: a quarter of its memory
-    learning_rate: float = Field(gt=0, default=5e-5)  # after warm-up
-    betas: tuple[float, float] = (0.9, 0.99)  # decay of the two moments
-    weight_decay: float = Field(ge=0, default=0.0)  # of the LoRA weights
-    max_grad_norm: float = Field(gt=0, default=1.0)  # gradients above are scaled down to it
-    warmup_steps: int = Field(ge=0, default=10)  # updates, from 0 on
+    name: Literal["adamw", "adamw_8bit"] = "adamw"  # The 8-bit one takes a quarter of the memory.
+    learning_rate: float = Field(gt=0, default=5e-5)  # The rate after warm-up.
+    betas: tuple[float, float] = (0.9, 0.99)  # Decay rates of the two moments.
+    weight_decay: float = Field(ge=0, default=0.0)  # Decay of the LoRA weights.
+    max_grad_norm: float = Field(
+        gt=0, default=1.0
+    )  # Larger gradients are scaled down to this norm.
+    warmup_steps: int = Field(ge=0, default=10)  # Length of the warm-up, in updates.
 
 
 class KlConfig(Config):
     """KL of the policy from the reference, which is the policy with its adapter off.
 
-    services/trainer/algorithms/kl.py; a coefficient of 0 computes no reference and costs nothing.
+    See services/trainer/algorithms/kl.py. With a coefficient of 0 no reference is computed.
     """
 
-    coefficient: float = Field(ge=0, default=0.0)  # times the KL; 0 is off
-    estimator: Literal["k1", "k2", "k3"] = "k3"  # docs/algorithms.md has the formulas
-    place: Literal["loss", "reward"] = "loss"  # added to the loss, or taken off the reward
-    importance_weighted: bool = True  # in the loss: times policy / old, unbiased after the 1st step
+    coefficient: float = Field(ge=0, default=0.0)  # Weight of the KL; 0 switches it off.
+    estimator: Literal["k1", "k2", "k3"] = "k3"  # Formulas are in docs/algorithms.md.
+    place: Literal["loss", "reward"] = "loss"  # Added to the loss, or subtracted from the reward.
+    # Multiply the KL in the loss by policy / old, which keeps it unbiased after the first step.
+    importance_weighted: bool = True
 
     @property
     def in_loss(self) -> bool:
@@ -95,26 +98,27 @@ class KlConfig(Config):
 
 
 class RewardKlConfig(KlConfig):
-    """The same with the defaults of algorithms that take KL off the reward."""
+    """The same, with the defaults of algorithms that subtract KL from the reward."""
 
     estimator: Literal["k1", "k2", "k3"] = "k1"
     place: Literal["loss", "reward"] = "reward"
 
 
 class CorrectionConfig(Config):
-    """Importance weights old / sampler against the mismatch of trainer and rollout engine.
+    """Importance weights old / sampler, which correct the mismatch of trainer and rollout engine.
 
-    services/trainer/algorithms/mismatch.py. `truncate` bounds a weight, `mask` makes one out of
-    bounds 0; at sequence level a weight is the product over the tokens of a completion.
+    See services/trainer/algorithms/mismatch.py.
     """
 
-    level: Literal["token", "sequence", "none"] = "token"  # what one weight is of
-    mode: Literal["truncate", "mask"] = "truncate"  # of weights out of bounds
-    max_ratio: float = Field(gt=0, default=3.0)  # the upper bound
-    min_ratio: float | None = Field(ge=0, default=None)  # the lower bound
-    # Completions whose geometric mean ratio is outside are masked, as (0.99, 1.001).
+    # One weight per token, or per completion: the product over its tokens.
+    level: Literal["token", "sequence", "none"] = "token"
+    # Weights out of bounds are set to the bound (truncate) or to 0 (mask).
+    mode: Literal["truncate", "mask"] = "truncate"
+    max_ratio: float = Field(gt=0, default=3.0)  # Upper bound of a weight.
+    min_ratio: float | None = Field(ge=0, default=None)  # Lower bound of a weight.
+    # Mask completions whose geometric mean ratio is outside, for example [0.99, 1.001].
     geometric_band: tuple[float, float] | None = None
-    # Completions with a token whose ratio is below are masked, as 1e-4.
+    # Mask completions that have a token with a smaller ratio, for example 1e-4.
     veto_ratio: float | None = Field(gt=0, default=None)
 
     @model_validator(mode="after")
@@ -123,7 +127,7 @@ class CorrectionConfig(Config):
             raise ValueError(f"min_ratio {self.min_ratio} is not below max_ratio {self.max_ratio}")
         low, high = self.geometric_band or (1.0, 2.0)
         if not 0 < low < high:
-            raise ValueError(f"geometric_band [{low}, {high}] is no band of ratios above 0")
+            raise ValueError(f"geometric_band [{low}, {high}] must rise, from above 0")
         return self
 
 
@@ -131,7 +135,7 @@ LossName = Literal["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "luspo", "cispo", 
 
 
 class LearningConfig(Config):
-    """What every algorithm says of itself."""
+    """What the rest of the trainer asks of every algorithm."""
 
     @property
     def learns_from_pairs(self) -> bool:
@@ -152,34 +156,44 @@ class LearningConfig(Config):
 
 
 class PolicyGradientConfig(LearningConfig):
-    """What GRPO, RLOO, REINFORCE++ and PPO share; services/trainer/algorithms/losses.py has the
-    losses. None is the value of the loss's paper."""
+    """What GRPO, RLOO, REINFORCE++ and PPO share.
 
-    loss: LossName = "dapo"  # docs/algorithms.md has the formulas
-    # what the loss clips: of a token, or of a completion
+    The losses are in services/trainer/algorithms/losses.py; None takes the value of a loss's paper.
+    """
+
+    loss: LossName = "dapo"  # Formulas are in docs/algorithms.md.
+    # The ratio that the loss clips: of a token, or of a completion.
     ratio: Literal["token", "sequence", "sequence_product"] | None = None
-    clip_low: float | None = Field(ge=0, lt=1, default=None)  # a ratio below 1 - this is clipped
-    clip_high: float | None = Field(ge=0, default=None)  # cispo: the largest ratio itself
-    delta: float | None = Field(gt=1, default=None)  # bounds the ratio of bad tokens, too
-    sapo_temperature_positive: float = Field(gt=0, default=1.0)  # sapo: τ of good tokens
-    sapo_temperature_negative: float = Field(gt=0, default=1.05)  # sapo: τ of bad ones
-    kl: KlConfig = KlConfig()  # to the policy without its adapter
-    # for what trainer and replica compute differently
+    clip_low: float | None = Field(
+        ge=0, lt=1, default=None
+    )  # Ratios below 1 - clip_low are clipped.
+    # Ratios above 1 + clip_high are clipped; for cispo it is the largest ratio itself.
+    clip_high: float | None = Field(ge=0, default=None)
+    delta: float | None = Field(
+        gt=1, default=None
+    )  # Upper bound of the ratio of tokens with a negative advantage.
+    sapo_temperature_positive: float = Field(
+        gt=0, default=1.0
+    )  # τ of tokens with a positive advantage (sapo).
+    sapo_temperature_negative: float = Field(gt=0, default=1.05)  # τ of the other tokens (sapo).
+    kl: KlConfig = KlConfig()  # KL from the policy with its adapter off.
+    # Correction of what trainer and replica compute differently.
     correction: CorrectionConfig = CorrectionConfig()
-    # times the mean entropy, added to what is maximized
+    # Weight of the mean entropy in the objective that is maximized.
     entropy_bonus: float = Field(ge=0, default=0.0)
-    top_entropy_fraction: float = Field(gt=0, le=1, default=1.0)  # of tokens, that are trained on
-    off_policy_mask: float | None = Field(ge=0, default=None)  # nats; drops bad, unlikely ones
-    mask_truncated: bool = False  # completions that ran into max_tokens have no loss
-    num_epochs: int = Field(ge=1, default=1)  # passes over the groups of one update
-    num_minibatches: int = Field(ge=1, default=1)  # optimizer steps per pass
+    top_entropy_fraction: float = Field(gt=0, le=1, default=1.0)  # Share of tokens to train on.
+    # Drop completions with a negative advantage that became this unlikely, in nats per token.
+    off_policy_mask: float | None = Field(ge=0, default=None)
+    mask_truncated: bool = False  # Take no loss of completions that ran into max_tokens.
+    num_epochs: int = Field(ge=1, default=1)  # Passes over the groups of one update.
+    num_minibatches: int = Field(ge=1, default=1)  # Optimizer steps per pass.
 
     @model_validator(mode="after")
     def _has_only_what_its_loss_uses(self) -> PolicyGradientConfig:
         unused = {"cispo": ("clip_low", "delta"), "sapo": ("clip_low", "clip_high", "delta")}
         for name in unused.get(self.loss, ()):
             if getattr(self, name) is not None:
-                raise ValueError(f"loss {self.loss} has no {name}: leave it out")
+                raise ValueError(f"loss {self.loss} has no {name}: remove it")
         return self
 
 
@@ -187,9 +201,9 @@ class GrpoConfig(PolicyGradientConfig):
     """services/trainer/algorithms/grpo.py"""
 
     name: Literal["grpo"] = "grpo"
-    # by whose deviation advantages are divided
+    # Divide advantages by the standard deviation of the group or of the batch.
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    # several rewards: weigh and add them before the group is normalized, or after
+    # With several rewards: add them up before the group is normalized, or after.
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
 
     @property
@@ -199,7 +213,7 @@ class GrpoConfig(PolicyGradientConfig):
     @model_validator(mode="before")
     @classmethod
     def _takes_its_former_field(cls, value: Any) -> Any:
-        """`importance_clip`, of runs begun before there were other corrections."""
+        """`importance_clip`, in the configs of runs that began with an older version."""
         if isinstance(value, Mapping) and "importance_clip" in value:
             rest = {name: item for name, item in value.items() if name != "importance_clip"}
             return {"correction": {"max_ratio": value["importance_clip"]}, **rest}
@@ -214,7 +228,7 @@ class GrpoConfig(PolicyGradientConfig):
     def _has_one_place_for_kl(self) -> GrpoConfig:
         if self.reward_aggregation == "normalize_then_sum" and self.kl.in_reward:
             raise ValueError(
-                "kl.place reward is one reward, which normalize_then_sum has no weight for: set "
+                "kl.place reward adds a reward for which normalize_then_sum has no weight: set "
                 "kl.place to loss"
             )
         return self
@@ -226,7 +240,7 @@ class RlooConfig(PolicyGradientConfig):
     name: Literal["rloo"] = "rloo"
     loss: LossName = "rloo"
     kl: RewardKlConfig = RewardKlConfig()
-    whiten_advantages: bool = False  # to mean 0 and deviation 1 over the update
+    whiten_advantages: bool = False  # Scale to mean 0 and deviation 1 over the update.
 
     @property
     def compares_within_groups(self) -> bool:
@@ -239,8 +253,8 @@ class ReinforceConfig(PolicyGradientConfig):
     name: Literal["reinforce_pp", "reinforce_pp_baseline"] = "reinforce_pp"
     loss: LossName = "bnpo"
     kl: RewardKlConfig = RewardKlConfig()
-    discount: float = Field(gt=0, le=1, default=1.0)  # γ, per token
-    whiten_advantages: bool = True  # to mean 0 and deviation 1 over the tokens of the update
+    discount: float = Field(gt=0, le=1, default=1.0)  # γ per token.
+    whiten_advantages: bool = True  # Scale to mean 0 and deviation 1 over the update's tokens.
 
     @property
     def compares_within_groups(self) -> bool:
@@ -254,27 +268,29 @@ class PpoConfig(PolicyGradientConfig):
     loss: LossName = "bnpo"
     kl: RewardKlConfig = RewardKlConfig()
     num_epochs: int = Field(ge=1, default=4)
-    discount: float = Field(gt=0, le=1, default=1.0)  # γ, per token
-    gae_lambda: float = Field(ge=0, le=1, default=0.95)  # λ of generalized advantage estimation
-    whiten_advantages: bool = True  # to mean 0 and deviation 1 over the tokens of the update
-    value_clip: float | None = Field(gt=0, default=0.2)  # how far a value may move in one update
-    critic_learning_rate: float | None = Field(gt=0, default=None)  # None: the optimizer's
+    discount: float = Field(gt=0, le=1, default=1.0)  # γ per token.
+    gae_lambda: float = Field(ge=0, le=1, default=0.95)  # λ of generalized advantage estimation.
+    whiten_advantages: bool = True  # Scale to mean 0 and deviation 1 over the update's tokens.
+    value_clip: float | None = Field(gt=0, default=0.2)  # How far a value may move in one update.
+    critic_learning_rate: float | None = Field(gt=0, default=None)  # None: the optimizer's rate.
 
 
 class PreferenceConfig(LearningConfig):
     """What online and offline DPO share."""
 
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # docs/algorithms.md has the formulas
-    beta: float = Field(gt=0, default=0.1)  # how strongly the reference holds
-    num_epochs: int = Field(ge=1, default=1)  # passes over the pairs of one update
-    num_minibatches: int = Field(ge=1, default=1)  # optimizer steps per pass
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # Formulas are in docs/algorithms.md.
+    beta: float = Field(gt=0, default=0.1)  # Strength of the pull towards the reference.
+    num_epochs: int = Field(ge=1, default=1)  # Passes over the pairs of one update.
+    num_minibatches: int = Field(ge=1, default=1)  # Optimizer steps per pass.
 
 
 class OnlineDpoConfig(PreferenceConfig):
     """services/trainer/algorithms/dpo.py; a pair is the best and the worst of a group."""
 
     name: Literal["online_dpo"] = "online_dpo"
-    missing_eos_penalty: float = Field(ge=0, default=0.0)  # off the reward of truncated ones
+    missing_eos_penalty: float = Field(
+        ge=0, default=0.0
+    )  # Subtracted from the reward of truncated completions.
 
     @property
     def compares_within_groups(self) -> bool:
@@ -309,21 +325,21 @@ AlgorithmConfig = Annotated[
 
 
 class ExactMatchReward(Config):
-    """1 when the completion, stripped, equals the `column` of its prompt; else 0."""
+    """1 when the completion, stripped of white space, equals the prompt's `column`; else 0."""
 
     type: Literal["exact_match"] = "exact_match"
-    column: str = "answer"  # holds the right answer
-    weight: float = 1.0  # times the reward, in the sum
+    column: str = "answer"  # The column with the right answer.
+    weight: float = 1.0  # Factor of this reward in the sum.
 
 
 class RegexReward(Config):
     """1 when `pattern` matches the whole completion (`full`) or occurs in it; else 0."""
 
     type: Literal["regex"] = "regex"
-    pattern: str  # of Python's re; a dot matches newlines, too
-    full: bool = True  # False: it may occur anywhere
-    timeout_s: float = Field(gt=0, default=60.0)  # for all completions that wait
-    weight: float = 1.0  # times the reward, in the sum
+    pattern: str  # Syntax of Python's `re`; a dot matches newlines as well.
+    full: bool = True  # False: the pattern may occur anywhere.
+    timeout_s: float = Field(gt=0, default=60.0)  # Time limit for all waiting completions.
+    weight: float = 1.0  # Factor of this reward in the sum.
 
 
 class FunctionReward(Config):
@@ -332,9 +348,9 @@ class FunctionReward(Config):
     (services/trainer/rewards/process.py)."""
 
     type: Literal["function"] = "function"
-    path: str = Field(pattern=r"^[\w.]+:\w+$")  # module:name, on the trainer's PYTHONPATH
-    timeout_s: float = Field(gt=0, default=120.0)  # for its import, and for every call
-    weight: float = 1.0  # times the reward, in the sum
+    path: str = Field(pattern=r"^[\w.]+:\w+$")  # `module:name`, on the trainer's PYTHONPATH.
+    timeout_s: float = Field(gt=0, default=120.0)  # Time limit of the import, and of each call.
+    weight: float = 1.0  # Factor of this reward in the sum.
 
 
 class HttpReward(Config):
@@ -342,18 +358,21 @@ class HttpReward(Config):
     (services/trainer/rewards/service.py)."""
 
     type: Literal["http"] = "http"
-    url: str = Field(pattern=r"^https?://[^/\s]")  # of the service that scores
-    # the trainer's environment variable with its bearer token; its name begins with REWARD_
+    url: str = Field(pattern=r"^https?://[^/\s]")  # Address of the reward service.
+    # Environment variable of the trainer with the bearer token; its name must begin with REWARD_.
     api_key_env: str | None = None
-    timeout_s: float = Field(gt=0, default=60.0)  # for one answer
-    max_outage_s: float = Field(ge=0, default=300.0)  # how long the run waits while it is away
-    max_completions_per_request: int | None = Field(ge=1, default=None)  # None: all that wait
-    max_concurrent_requests: int = Field(ge=1, default=4)  # when there are several
-    weight: float = 1.0  # times the reward, in the sum
+    timeout_s: float = Field(gt=0, default=60.0)  # Time limit of one answer.
+    max_outage_s: float = Field(
+        ge=0, default=300.0
+    )  # How long the run waits for a service that is away.
+    # None sends all waiting completions at once.
+    max_completions_per_request: int | None = Field(ge=1, default=None)
+    max_concurrent_requests: int = Field(ge=1, default=4)  # Applies when completions are split.
+    weight: float = 1.0  # Factor of this reward in the sum.
 
     @property
     def public_url(self) -> str:
-        """Without its query, which may hold a secret."""
+        """The URL without its query, which may hold a secret."""
         return urlsplit(self.url)._replace(query="", fragment="").geturl()
 
     @field_validator("url")
@@ -361,7 +380,7 @@ class HttpReward(Config):
     def _has_no_password(cls, url: str) -> str:
         if "@" in urlsplit(url).netloc:
             raise ValueError(
-                "has a user or password in it, which logs would show: leave it out, and name the "
+                "has a user or password in it, which logs would show: remove it, and name the "
                 "variable with the service's key in api_key_env"
             )
         return url
@@ -371,8 +390,8 @@ class HttpReward(Config):
     def _is_for_rewards(cls, name: str | None) -> str | None:
         if name is not None and not re.fullmatch(r"REWARD_\w+", name, re.ASCII):
             raise ValueError(
-                "must begin with REWARD_, so that no config sends another secret of the trainer's: "
-                "put the key of the reward service in such a variable"
+                "must begin with REWARD_, so that no config can send another secret of the "
+                "trainer: put the key of the reward service in such a variable"
             )
         return name
 
@@ -383,33 +402,32 @@ RewardConfig = Annotated[
 
 
 class SortDigitsDataset(Config):
-    """The demo task (services/trainer/data/sort_digits.py); generated, no files."""
+    """The demo task (services/trainer/data/sort_digits.py), which is generated."""
 
     type: Literal["sort_digits"] = "sort_digits"
-    num_prompts: int = Field(ge=1, default=4096)  # how many are generated
+    num_prompts: int = Field(ge=1, default=4096)  # Prompts to generate.
 
 
 class FileDataset(Config):
-    """JSONL or Parquet. `prompt_column` holds a text or a list of chat messages; the other columns
-    go to the rewards."""
+    """A JSONL or Parquet file. Rewards get the columns other than `prompt_column`."""
 
     type: Literal["jsonl", "parquet"]
-    path: str  # on the trainer's machine
-    prompt_column: str = "prompt"  # its name
+    path: str  # Path on the trainer's machine.
+    prompt_column: str = "prompt"  # The column with a text or a list of chat messages.
 
 
 class PreferenceDataset(Config):
     """Pairs for `dpo`, from .jsonl or .parquet: a prompt as in `FileDataset`, and two answers.
 
-    An answer is a text, or chat messages of which the last is the assistant's; the tokenizer's EOS
-    is appended to one that does not end with it.
+    An answer is a text, or chat messages of which the last is the assistant's. The tokenizer's EOS
+    is appended unless the answer ends with it.
     """
 
     type: Literal["preferences"]
-    path: str  # on the trainer's machine
-    prompt_column: str = "prompt"  # its name
-    chosen_column: str = "chosen"  # the better answer
-    rejected_column: str = "rejected"  # the worse one
+    path: str  # Path on the trainer's machine.
+    prompt_column: str = "prompt"  # The column with a text or a list of chat messages.
+    chosen_column: str = "chosen"  # The column with the better answer.
+    rejected_column: str = "rejected"  # The column with the worse answer.
 
     @field_validator("path")
     @classmethod
@@ -426,27 +444,31 @@ DatasetConfig = Annotated[
 
 
 class OverlongConfig(Config):
-    """One more reward, for training: down to -`penalty` over the last `buffer_tokens` before
-    `sampling.max_tokens` (services/trainer/rewards/scorer.py)."""
+    """A penalty for long completions, added to the reward in training.
 
-    buffer_tokens: int = Field(ge=1)  # before max_tokens, in which it grows
-    penalty: float = Field(gt=0, default=1.0)  # of a completion of max_tokens
+    It grows linearly over the last `buffer_tokens` before `sampling.max_tokens`: see
+    overlong_penalty in services/trainer/rewards/scorer.py.
+    """
+
+    buffer_tokens: int = Field(ge=1)  # Length of the stretch in which the penalty grows.
+    penalty: float = Field(gt=0, default=1.0)  # Penalty at `max_tokens`.
 
 
 class DynamicSamplingConfig(Config):
-    """Groups of equal rewards are set aside and others sampled in their place, until an update has
-    seen `max_groups_factor` times `prompts_per_step` groups (services/trainer/run/pacing.py)."""
+    """Replace groups of equal rewards by new ones (services/trainer/run/pacing.py)."""
 
-    # bounds the groups of an update, set aside ones included
+    # An update samples at most this many times `prompts_per_step` groups, replaced ones included.
     max_groups_factor: float = Field(gt=1, le=1000, default=4.0)
 
 
 class EvalConfig(Config):
     """Rewards on held-out prompts: before the first step, every `every_steps`, and at the end."""
 
-    dataset: PromptDatasetConfig  # of held-out prompts
-    num_prompts: int = Field(ge=1, default=256)  # the first ones
-    every_steps: int = Field(ge=1, default=10)  # updates between two evaluations
+    dataset: PromptDatasetConfig  # The held-out prompts.
+    num_prompts: int = Field(
+        ge=1, default=256
+    )  # Evaluate the first prompts of the dataset, at most this many.
+    every_steps: int = Field(ge=1, default=10)  # Updates between two evaluations.
 
 
 class ConformanceConfig(Config):
@@ -455,16 +477,18 @@ class ConformanceConfig(Config):
     A gap is the mean |Δlogprob| over the tokens of the probe, in nats.
     """
 
-    num_sequences: int = Field(ge=1, le=64, default=8)  # of the probe
-    num_tokens: int = Field(ge=8, le=512, default=48)  # of each, at most
-    max_base_gap: float = Field(gt=0, default=0.5)  # replica to trainer, without an adapter
+    num_sequences: int = Field(ge=1, le=64, default=8)  # Sequences in the probe.
+    num_tokens: int = Field(ge=8, le=512, default=48)  # Tokens per sequence, at most.
+    max_base_gap: float = Field(
+        gt=0, default=0.5
+    )  # Largest gap between replica and trainer without an adapter.
 
     @model_validator(mode="after")
     def _is_long_enough_to_judge(self) -> ConformanceConfig:
         if self.num_sequences * self.num_tokens < 96:
             raise ValueError(
                 f"{self.num_sequences} sequences of {self.num_tokens} tokens are too few to tell "
-                "noise from a wrong policy: make them 96 tokens or more"
+                "noise from a wrong policy: choose 96 tokens or more in total"
             )
         return self
 
@@ -477,16 +501,20 @@ class GuardsConfig(Config):
     `warn_` only logs; None switches a guard off.
     """
 
-    warn_sampler_kl: float | None = Field(gt=0, default=1e-3)  # nats per token
-    max_sampler_kl: float | None = Field(gt=0, default=0.02)  # nats per token
-    warn_probability_factor: float | None = Field(gt=1, default=1.03)  # mean exp |Δlogprob|
-    # The least effective sample size of completions; off, because it shrinks as they get longer:
-    # about e^(-2 · KL · tokens).
+    warn_sampler_kl: float | None = Field(gt=0, default=1e-3)  # Nats per token.
+    max_sampler_kl: float | None = Field(gt=0, default=0.02)  # Nats per token.
+    warn_probability_factor: float | None = Field(gt=1, default=1.03)  # Mean exp |Δlogprob|.
+    # Smallest effective sample size of completions. Off by default, because it shrinks with their
+    # length: about e^(-2 · KL · tokens).
     min_sequence_ess: float | None = Field(gt=0, le=1, default=None)
-    max_masked_fraction: float | None = Field(ge=0, le=1, default=0.2)  # of the tokens
-    # Completions of the first batch are scored by the trainer before it learns from them.
+    max_masked_fraction: float | None = Field(
+        ge=0, le=1, default=0.2
+    )  # Share of tokens whose weight is 0.
+    # Bound on the KL that the trainer measures on the first batch, before it learns from it.
     max_handshake_kl: float | None = Field(gt=0, default=5e-3)
-    num_handshake_completions: int = Field(ge=1, default=32)  # how many of them
+    num_handshake_completions: int = Field(
+        ge=1, default=32
+    )  # Completions of the first batch to score for it.
 
 
 ProjectName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,127}$")]
@@ -497,73 +525,80 @@ class WandbTracking(Config):
     `wandb sync`."""
 
     type: Literal["wandb"]
-    project: ProjectName  # at W&B
-    entity: str | None = None  # the team or user; default: that of the login
-    mode: Literal["online", "offline"] = "online"  # offline needs no login
+    project: ProjectName  # Project at W&B.
+    entity: str | None = None  # Team or user; None: the one of the login.
+    mode: Literal["online", "offline"] = "online"  # `offline` needs no login.
 
 
 class TrackioTracking(Config):
     """Trackio (services/trainer/run/tracking.py)."""
 
     type: Literal["trackio"]
-    project: ProjectName  # in Trackio
-    space_id: str | None = None  # a Hugging Face Space; default: TRACKIO_DIR on this machine
+    project: ProjectName  # Project in Trackio.
+    space_id: str | None = None  # Hugging Face Space; None: TRACKIO_DIR on this machine.
 
 
 TrackingConfig = Annotated[WandbTracking | TrackioTracking, Field(discriminator="type")]
 
 
 class CheckpointConfig(Config):
-    """What `<run_dir>/checkpoints` holds; a run resumes from the newest one."""
+    """The checkpoints in `<run_dir>/checkpoints`; a run resumes from the newest one."""
 
-    every_steps: int = Field(ge=1, default=10)  # updates between two checkpoints
-    keep: int = Field(ge=1, default=2)  # the newest ones
+    every_steps: int = Field(ge=1, default=10)  # Updates between two checkpoints.
+    keep: int = Field(ge=1, default=2)  # Checkpoints to keep.
 
 
 class RunConfig(Config):
-    run_id: RunId | None = None  # default: a new one
-    managed: bool = True  # False: the loop is yours, through POST /train
-    replace_run: bool = False  # take replicas over from a run of another trainer
-    resume: Literal["auto", "never"] = "auto"  # auto: a run_id that exists goes on where it was
-    # of prompts' order, sampling and LoRA's first weights
+    run_id: RunId | None = None  # None: a new id.
+    managed: bool = True  # False: your own loop calls POST /train.
+    replace_run: bool = False  # Take replicas over from the run of another trainer.
+    resume: Literal["auto", "never"] = "auto"  # `auto` resumes a run_id that exists.
+    # Seed of the order of prompts, of sampling and of the initial LoRA weights.
     seed: int = Field(ge=0, lt=2**31, default=0)
 
-    num_steps: int | None = Field(ge=1, default=None)  # policy updates in all
-    prompts_per_step: int = Field(ge=1, default=32)  # groups of one update; pairs, for dpo
-    sampling: SamplingParams = SamplingParams(n=8, max_tokens=512)  # of the completions
-    dataset: DatasetConfig | None = None  # the prompts, or pairs
-    rewards: tuple[RewardConfig, ...] = ()  # added up by their weights
-    overlong: OverlongConfig | None = None  # off without it
-    dynamic_sampling: DynamicSamplingConfig | None = None  # off without it
-    eval: EvalConfig | None = None  # off without it
+    num_steps: int | None = Field(ge=1, default=None)  # Policy updates of the whole run.
+    prompts_per_step: int = Field(ge=1, default=32)  # Groups per update; pairs, for dpo.
+    sampling: SamplingParams = SamplingParams(n=8, max_tokens=512)  # How completions are sampled.
+    dataset: DatasetConfig | None = None  # The prompts, or pairs.
+    rewards: tuple[RewardConfig, ...] = ()  # Rewards, added up by their weights.
+    overlong: OverlongConfig | None = None  # None: no penalty.
+    dynamic_sampling: DynamicSamplingConfig | None = None  # None: keep all groups.
+    eval: EvalConfig | None = None  # None: no evaluation.
 
-    lora: LoraConfig = LoraConfig()  # the adapter that is trained
-    optimizer: OptimizerConfig = OptimizerConfig()  # of the LoRA weights
-    algorithm: Annotated[AlgorithmConfig, BeforeValidator(_by_name)] = GrpoConfig()  # or its name
-    max_tokens_per_micro_batch: int = Field(ge=1, default=16384)  # prompts + completions
+    lora: LoraConfig = LoraConfig()  # The adapter to train.
+    optimizer: OptimizerConfig = OptimizerConfig()  # Optimizer of the LoRA weights.
+    algorithm: Annotated[AlgorithmConfig, BeforeValidator(_by_name)] = (
+        GrpoConfig()
+    )  # A name, or fields.
+    max_tokens_per_micro_batch: int = Field(ge=1, default=16384)  # Prompt and completion tokens.
 
-    max_staleness: int = Field(ge=0, le=64, default=0)  # versions; 0 is on-policy
-    in_flight: Literal["finish", "continue"] = "finish"  # completions that run when a version comes
-    min_ready_replicas: int = Field(ge=1, default=1)  # that must hold a version to go on
+    max_staleness: int = Field(
+        ge=0, le=64, default=0
+    )  # Versions that a sample may lag; 0 is on-policy.
+    # Whether running completions finish under their version or continue under a new one.
+    in_flight: Literal["finish", "continue"] = "finish"
+    min_ready_replicas: int = Field(
+        ge=1, default=1
+    )  # Replicas that must hold a version before the run continues.
 
-    conformance: ConformanceConfig = ConformanceConfig()  # of replicas
-    guards: GuardsConfig = GuardsConfig()  # of updates
-    checkpoint: CheckpointConfig = CheckpointConfig()  # when, and how many
-    tracking: tuple[TrackingConfig, ...] = ()  # beside TensorBoard and metrics.jsonl
+    conformance: ConformanceConfig = ConformanceConfig()  # What replicas must prove.
+    guards: GuardsConfig = GuardsConfig()  # What stops an update.
+    checkpoint: CheckpointConfig = CheckpointConfig()  # When to save, and how many to keep.
+    tracking: tuple[TrackingConfig, ...] = ()  # Trackers besides TensorBoard and metrics.jsonl.
 
-    # for a request to the fleet, replicas that come and go included
+    # Time limit of a request to the fleet, over all replicas that it visits.
     generate_timeout_s: float = Field(gt=0, default=600.0)
-    sync_timeout_s: float = Field(gt=0, default=120.0)  # for one upload of an adapter
+    sync_timeout_s: float = Field(gt=0, default=120.0)  # Time limit of one upload of an adapter.
 
     @field_validator("tracking")
     @classmethod
     def _has_one_of_a_type(cls, tracking: tuple[TrackingConfig, ...]) -> tuple[TrackingConfig, ...]:
         if len({tracker.type for tracker in tracking}) < len(tracking):
-            raise ValueError("two trackers have the same type: leave one out")
+            raise ValueError("two trackers have the same type: remove one")
         return tracking
 
     def public_settings(self) -> dict[str, Any]:
-        """All of them, for other machines: JSON without what may be a secret."""
+        """The whole config as JSON, without what may be a secret: for other machines."""
         rewards = (
             reward.model_copy(update={"url": reward.public_url})
             if isinstance(reward, HttpReward)
@@ -574,18 +609,18 @@ class RunConfig(Config):
 
     @property
     def needs_replicas(self) -> bool:
-        """False for a run that samples nothing, or elsewhere."""
+        """False for a run that samples nothing, or samples elsewhere."""
         return self.managed and (not self.algorithm.learns_from_pairs or self.eval is not None)
 
     @property
     def reward_weights(self) -> tuple[float, ...]:
-        """Of the rewards that a completion is scored with, in their order."""
+        """The weights of a completion's rewards, in their order."""
         penalties = (self.overlong.penalty,) if self.overlong else ()
         return (*(reward.weight for reward in self.rewards), *penalties)
 
     @property
     def max_set_aside(self) -> int:
-        """Constant groups per update that dynamic sampling replaces."""
+        """How many constant groups per update dynamic sampling may replace."""
         if self.dynamic_sampling is None:
             return 0
         num_groups = round(self.dynamic_sampling.max_groups_factor * self.prompts_per_step, 6)
@@ -593,7 +628,7 @@ class RunConfig(Config):
 
     @property
     def reward_names(self) -> tuple[str, ...]:
-        """Of the same, for people: a function by its own name, others by their type."""
+        """The names of a completion's rewards: a function by its own name, others by their type."""
         names = (
             reward.path.partition(":")[2] if isinstance(reward, FunctionReward) else reward.type
             for reward in self.rewards
@@ -606,22 +641,22 @@ class RunConfig(Config):
         if not self.managed:
             if any(getattr(self, name) for name in loops_own):
                 raise ValueError(
-                    f"a run with managed: false has no {', '.join(loops_own[:-1])} or "
-                    f"{loops_own[-1]}: they are your loop's"
+                    f"a run with managed: false takes no {', '.join(loops_own[:-1])} or "
+                    f"{loops_own[-1]}: remove them, your own loop has them"
                 )
             return self
         for name in ("dataset", "rewards", "num_steps"):
             if not getattr(self, name) and (name != "rewards" or self.needs_replicas):
                 raise ValueError(f"a managed run needs {name}")
         if self.sampling.seed is not None:
-            raise ValueError("sampling.seed is derived from the run's seed: leave it out")
+            raise ValueError("sampling.seed is derived from the run's seed: remove it")
         has_pairs = isinstance(self.dataset, PreferenceDataset)
         if self.algorithm.learns_from_pairs and not has_pairs:
             raise ValueError("algorithm dpo learns from pairs: set dataset.type to preferences")
         if has_pairs and not self.algorithm.learns_from_pairs:
             raise ValueError(
-                f"algorithm {self.algorithm.name} samples completions itself, dataset.type "
-                "preferences has them: choose another type, or algorithm dpo"
+                f"algorithm {self.algorithm.name} samples its own completions, and dataset.type "
+                "preferences provides them: choose another type, or algorithm dpo"
             )
         return self
 
@@ -629,20 +664,24 @@ class RunConfig(Config):
     def _samples_what_it_learns_from(self) -> RunConfig:
         if self.managed and self.algorithm.learns_from_pairs:
             if self.rewards and not self.eval:
-                raise ValueError("rewards without eval are of no use to algorithm dpo: add eval")
+                raise ValueError(
+                    "algorithm dpo uses rewards in eval only: add eval, or remove them"
+                )
             for name in ("overlong", "dynamic_sampling"):
                 if getattr(self, name):
-                    raise ValueError(f"algorithm dpo samples no completions: leave {name} out")
+                    raise ValueError(f"algorithm dpo samples no completions: remove {name}")
         elif self.managed:
             if obstacles := self.sampling.gradient_obstacles():
                 raise ValueError(
                     f"sampling has {', '.join(obstacles)}: a policy gradient needs logprobs of the "
-                    "full softmax, so only the temperature may change"
+                    "full softmax, so change the temperature only"
                 )
             if self.sampling.n < 2 and (
                 self.algorithm.compares_within_groups or self.dynamic_sampling
             ):
-                raise ValueError("sampling.n is 1: a group needs at least 2 completions to compare")
+                raise ValueError(
+                    "sampling.n is 1: set it to 2 or more, so that groups can be compared"
+                )
         return self
 
     @model_validator(mode="after")
@@ -664,7 +703,7 @@ def parse_run_config(text: str | bytes) -> RunConfig:
 
 
 def dump_run_config(config: RunConfig) -> str:
-    """The settings that were given, as YAML, of which `parse_run_config` makes the same run."""
+    """The settings that were given, as YAML that `parse_run_config` reads as the same config."""
     given = config.model_dump(mode="json", exclude_unset=True)
     return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
 

@@ -67,9 +67,11 @@ class _CurrentRun:
     folder: RunFolder
     probe: Probe
     state_if_stopped: RunState = "stopped"
-    ready: asyncio.Event = field(default_factory=asyncio.Event)  # a replica serves it
+    # Set once a replica serves the run.
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
-    last_policy: PolicyId | None = None  # once it has ended: the policy is the next run's then
+    # Set when the run has ended, because the policy then belongs to the next run.
+    last_policy: PolicyId | None = None
     updates: ExternalUpdates = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,12 +143,12 @@ class Trainer:
             await asyncio.to_thread(check_start, self.settings)
             what = f"TRAINER_MODEL {self.settings.model} cannot be loaded"
             learner = await asyncio.to_thread(load_learner, self.settings)
-        except Exception as error:  # whatever it is, the process is of no use: say it and exit
+        except Exception as error:  # The process cannot work, whatever failed: say why and exit.
             self._detail, exit_code = report(log, what, error)
             self._state = "dead"
             self._on_exit(exit_code)
             return
-        async with self._starting_run:  # whoever posts a run now comes after the unfinished one
+        async with self._starting_run:  # A run that is posted now waits for the unfinished one.
             self._learner = learner
             await self._take_up_unfinished()
             self._state, self._detail = "ready", ""
@@ -166,7 +168,7 @@ class Trainer:
                 return
             log.info("run %s in %s is unfinished: it is taken up", path.name, path)
             await self._start(read_config(path))
-        except Exception as error:  # whatever it is, the trainer serves another run
+        except Exception as error:  # The trainer can serve another run, whatever failed.
             trace = None if isinstance(error, ServiceError | OSError) else error
             log.error(
                 "the unfinished run is not taken up: %s",
@@ -175,7 +177,7 @@ class Trainer:
             )
 
     def shut_down(self) -> None:
-        """SIGTERM: finish the step that runs, then exit 0. The run goes on in the next process,
+        """SIGTERM: finish the current step, then exit 0. The run continues in the next process,
         unless its config says never."""
         log.info("stopping")
         if current := self._current:
@@ -200,9 +202,9 @@ class Trainer:
                 current.task.cancel()
                 await asyncio.wait({current.task})
         await self._fleet.aclose()
-        if is_stuck:  # a thread that computes cannot be cancelled, and would be waited for
+        if is_stuck:  # A computing thread cannot be cancelled, and exit would wait for it.
             self._on_stuck()
-        if is_booting:  # nor can one that downloads
+        if is_booting:  # Nor can a downloading one.
             self._abandon_boot()
 
     @property
@@ -226,10 +228,10 @@ class Trainer:
     # --- runs -----------------------------------------------------------------------------------
 
     async def start_run(self, config: RunConfig) -> RunStatus:
-        """Begin a run, or go on with the one of that id.
+        """Begin a run, or resume the one with that id.
 
         Raises InvalidRequest for a config that cannot run, RunConflict when one is running, and
-        Conflict for a run of that id that cannot go on.
+        Conflict for a run with that id that cannot be resumed.
         """
         _ = self.learner
         async with self._starting_run:
@@ -244,7 +246,7 @@ class Trainer:
                     todo = "try again when its step is done"
                 raise RunConflict(f"run {current.run.config.run_id!r} is {state}: {todo}")
             assert current.task
-            await asyncio.wait({current.task})  # it leaves its folder
+            await asyncio.wait({current.task})  # Wait until it has released its folder.
         run_id = config.run_id or time.strftime("run-%Y%m%d-%H%M%S-") + secrets.token_hex(2)
         config = config.model_copy(update={"run_id": run_id})
         prepared = await prepare(
@@ -270,14 +272,14 @@ class Trainer:
         """The task of a run: whatever ends it is its last event."""
         run = current.run
         try:
-            log.info("run %s goes on from %s", run.log.run_dir, run.policy.id)
+            log.info("run %s continues from %s", run.log.run_dir, run.policy.id)
             requirements = self._requirements(current)
             self.metrics.begin_run(
                 max_staleness=run.config.max_staleness,
                 min_ready_replicas=requirements.min_ready_replicas,
             )
             adapter = None
-            if not run.policy.id.is_base:  # what replicas hold may be of the life before
+            if not run.policy.id.is_base:  # Replicas may hold versions of an earlier incarnation.
                 adapter = await asyncio.to_thread(run.policy.publish)
             await unless_stopped(
                 run,
@@ -295,7 +297,7 @@ class Trainer:
                         StateRecord(state="external", detail="waiting for POST /train")
                     )
                     await run.stop.wait()
-            async with current.updates.lock:  # an update that runs is finished and answered
+            async with current.updates.lock:  # Let a running update finish and answer.
                 pass
             await run.save(run.policy.id.version)
             num_steps = run.config.num_steps
@@ -304,18 +306,18 @@ class Trainer:
             await self._end(run, StateRecord(state=state))
         except ServiceError as error:
             log.error("run %s failed: %s", run.config.run_id, error.detail)
-            if isinstance(error, UnsuitableForTraining):  # nothing of the refused update is left
+            if isinstance(error, UnsuitableForTraining):  # The refused update left nothing behind.
                 await run.save(run.policy.id.version)
             await self._end(run, StateRecord(state=current.state_if_failed, detail=error.detail))
         except asyncio.CancelledError:
             detail = "the trainer was stopped within a step"
             await run.log.emit(StateRecord(state=current.state_if_failed, detail=detail))
             raise
-        except Exception as error:  # the run ends; the trainer and what it knows stay
+        except Exception as error:  # The run ends, but the trainer keeps serving.
             log.error("run %s failed", run.config.run_id, exc_info=error)
             detail = (
                 f"{type(error).__name__}: {error}; see the trainer's log, then post the run again: "
-                "it goes on from its last checkpoint."
+                "it resumes from its last checkpoint."
             )
             await self._end(run, StateRecord(state="failed", detail=detail))
         finally:
@@ -330,13 +332,14 @@ class Trainer:
         """Save what was learned, however the run ended, and emit its last event."""
         try:
             await asyncio.to_thread(save_adapter, run)
-        except Exception as error:  # a device that is broken, a disk that is full: it ends anyway
+        except Exception as error:  # The run ends anyway, even with a broken device or a full disk.
             log.error("the adapter of run %s is not saved", run.config.run_id, exc_info=error)
             detail = (
                 f"{last.detail} The adapter could not be saved in {run.log.run_dir}: {error}; see "
                 "the trainer's log, then post the run again."
             )
-            state = last.state if last.state == "suspended" else "failed"  # its next life saves it
+            # The next incarnation saves it.
+            state = last.state if last.state == "suspended" else "failed"
             last = StateRecord(state=state, detail=detail.strip())
         finally:
             log.info("run %s ended at policy %s: %s", run.config.run_id, run.policy.id, last.state)
@@ -345,7 +348,7 @@ class Trainer:
     def _requirements(self, current: _CurrentRun) -> Requirements:
         run, config = current.run, current.run.config
         num_context_tokens = current.probe.longest + 1
-        if config.needs_replicas:  # a loop of the user's own samples as it likes
+        if config.needs_replicas:  # An external loop chooses its own lengths.
             longest = max(len(p.token_ids) for p in (*run.prompts.rows, *run.held_out))
             num_context_tokens = max(
                 num_context_tokens, longest + (config.sampling.max_tokens or 1)
@@ -393,7 +396,7 @@ class Trainer:
         )
 
     async def stop_run(self) -> RunStatus:
-        """Ask the current run to end after its step; idempotent. Posted again, it goes on."""
+        """Ask the current run to end after its step. Posting its config again resumes it."""
         current = self._run()
         run, current.state_if_stopped = current.run, "stopped"
         if not run.log.has_ended and not run.stop.is_set():
@@ -421,7 +424,7 @@ class Trainer:
     async def train(self, request: TrainRequest) -> TrainResponse:
         """POST /train: one update of an external run."""
         current = self._run()
-        # Whoever waits may leave; the update then goes on, alone, and its answer is kept.
+        # The client may disconnect; the update still completes, and its answer is kept.
         return await asyncio.shield(current.updates.train(request, current.ready))
 
     # --- views ----------------------------------------------------------------------------------

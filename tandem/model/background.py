@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 from services.processes import ChildService
 from services.trainer.fleet.fleet import Fleet
 
-_STOP_TIMEOUT_S = 10.0  # for the replica to end by itself
+_STOP_TIMEOUT_S = 10.0  # How long a replica may take to end by itself.
 
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-_POLL_S = 0.5  # of a child that may have died
+_POLL_S = 0.5  # How often to look whether the child has died.
 
 
 class Background:
@@ -28,7 +28,7 @@ class Background:
         self.child: ChildService | None = None
         self.fleet: Fleet | None = None
         self._is_closed = False
-        self._closing = threading.Lock()  # no call begins after it
+        self._closing = threading.Lock()  # No call may begin after closing.
         self._thread = threading.Thread(
             target=self.loop.run_forever, name="tandem-engine", daemon=True
         )
@@ -65,7 +65,8 @@ class Background:
 
     def close(self) -> None:
         """Idempotent. Who waits for a result is told."""
-        if threading.current_thread() is self._thread:  # the last reference went there
+        # The last reference was dropped on the loop's thread.
+        if threading.current_thread() is self._thread:
             threading.Thread(target=self.close).start()
             return
         with self._closing:
@@ -81,7 +82,7 @@ class Background:
             self.child.stop(timeout_s=_STOP_TIMEOUT_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(_STOP_TIMEOUT_S)
-        if not self._thread.is_alive():  # else it ends with the process
+        if not self._thread.is_alive():  # Otherwise it ends with the process.
             self.loop.close()
 
     async def _end(self) -> None:

@@ -4,7 +4,7 @@
     list[RequestOutput] ◀──────────── groups ◀───────────────────────────────┘
 
 The fleet is the trainer service's (fleet.py): requests are spread, what a dead replica had begun
-goes on elsewhere, and no replica serves a policy that it was not proven to serve. Without a URL the
+continues elsewhere, and no replica serves a policy without proof. Without a URL the
 one replica is a child process of this one.
 """
 
@@ -39,8 +39,8 @@ from tandem.model.outputs import CompletionOutput, LoRARequest, RequestOutput
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-_BATCH_COMPLETIONS = 256  # of one batch of generate_batches
-_KEPT_ADAPTERS = 8  # of those that were loaded from folders; older ones are read again
+_BATCH_COMPLETIONS = 256  # Completions per batch of generate_batches.
+_KEPT_ADAPTERS = 8  # Adapters from folders to keep; older ones are read again.
 
 
 # --- what comes back ----------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class RolloutEngine:
         self._tokenizer: Any = None
         self._before: Callable[[], PolicyId] | None = None
         self._load: Callable[[str], LoRARequest] | None = None
-        self._adapters: dict[PolicyId, PublishedAdapter] = {}  # that were loaded
+        self._adapters: dict[PolicyId, PublishedAdapter] = {}  # Adapters loaded from folders.
         self._request_ids = itertools.count()
         self._timeout_s = generate_timeout_s
         self.close = weakref.finalize(self, self._background.close)
@@ -75,7 +75,7 @@ class RolloutEngine:
         key = secrets.token_urlsafe(24)
         environment = {**settings, "ROLLOUT_PORT": str(port), "TANDEM_API_KEY": key}
 
-        async def start() -> ChildService:  # on the thread that lasts as long as the process
+        async def start() -> ChildService:  # Runs on the thread that lasts as long as the process.
             return ChildService("rollout", "rollout", port, log_path, environment)
 
         child = self._background.call(start())
@@ -97,7 +97,7 @@ class RolloutEngine:
 
     @property
     def fleet(self) -> Fleet:
-        assert self._background.fleet is not None  # its length is 0 at first
+        assert self._background.fleet is not None  # An empty fleet is falsy.
         return self._background.fleet
 
     @property
@@ -265,7 +265,8 @@ class RolloutEngine:
         if completion.text is not None or not sampling.detokenize:
             return completion.text or ""
         assert self._encoder
-        return self._encoder.decode(completion.token_ids)  # two replicas made it
+        # Two replicas made it, so neither returned the text.
+        return self._encoder.decode(completion.token_ids)
 
 
 def _with_seed(sampling: SamplingParams, prompt: int) -> SamplingParams:

@@ -44,7 +44,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-# What has no effect on the tokens: taken and left alone.
+# Accepted and ignored: these do not change the tokens.
 _WITHOUT_EFFECT = (
     "logprobs",
     "output_kind",
@@ -79,7 +79,7 @@ def read_sampling(given: Any = None, **named: Any) -> SamplingParams:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
             raise ValueError(f"there is no sampling parameter {name!r}: {hint}")
-    if values.get("top_k") == -1:  # vLLM's other way to say that it is off
+    if values.get("top_k") == -1:  # vLLM's other value for off.
         values["top_k"] = 0
     for name in ("stop", "stop_token_ids"):
         value = values.get(name)
@@ -91,9 +91,9 @@ def read_sampling(given: Any = None, **named: Any) -> SamplingParams:
 
 
 def _values(given: Any) -> dict[str, Any]:
-    """What an object says; of vLLM's own what it has for all names that it could have.
+    """The values that an object holds; for vLLM's own class, the values of its known fields.
 
-    Raises ValueError for a field that is not known here and asks for something.
+    Raises ValueError for an unknown field that is not at its default.
     """
     if given is None:
         return {}
@@ -108,8 +108,8 @@ def _values(given: Any) -> dict[str, Any]:
             f"sampling_params is a {type(given).__name__}: give vLLM's SamplingParams, a dict, or "
             "keywords as in generate(prompts, temperature=0.7, n=8)"
         )
-    fields = getattr(given, "__struct_fields__", ())  # vLLM's is a msgspec.Struct
-    defaults = getattr(given, "__struct_defaults__", ())  # of the last ones
+    fields = getattr(given, "__struct_fields__", ())  # vLLM's class is a msgspec.Struct.
+    defaults = getattr(given, "__struct_defaults__", ())  # Defaults of the last fields.
     neutral = dict(zip(reversed(fields), reversed(defaults), strict=False))
     public = [name for name in fields or getattr(given, "__dict__", ()) if name[0] != "_"]
     for name in set(public).difference(known):
@@ -123,7 +123,7 @@ def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 
 def _not_served(name: str) -> ValueError:
-    return ValueError(f"sampling parameter {name} is not served by a replica: leave it out")
+    return ValueError(f"sampling parameter {name} is not supported by a replica: remove it")
 
 
 def read_prompts(given: Any, *, pad_token_id: int | None = None) -> list[Any]:

@@ -15,11 +15,11 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-# Name -> the values that ask for nothing, and what to do about any other.
+# Name -> the values that change nothing, and what to do about any other.
 _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "load_in_8bit": ((False, None), "a base is 4-bit, or 16-bit with load_in_4bit=False"),
     "load_in_fp8": ((False, None), "a base is 4-bit, or 16-bit with load_in_4bit=False"),
-    "full_finetuning": ((False, None), "LoRA is what replicas take in; leave it out"),
+    "full_finetuning": ((False, None), "replicas load LoRA adapters only; remove it"),
     "trust_remote_code": ((False, None), "choose a model that Transformers itself implements"),
     "rope_scaling": ((None,), "write it into the checkpoint's config.json, for the replicas too"),
     "resize_model_vocab": ((None,), "the vocabulary of replicas is the checkpoint's"),
@@ -49,16 +49,16 @@ _WITHOUT_EFFECT: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "fullgraph": ((False, True), "updates are not compiled"),
 }
 _REFUSED_OF_LORA: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "lora_dropout": ((0, 0.0), "the policy that trains must be the one that samples; leave it out"),
-    "bias": (("none",), "an adapter file carries no biases; leave it out"),
+    "lora_dropout": ((0, 0.0), "the trained policy must equal the sampling one; remove it"),
+    "bias": (("none",), "an adapter file cannot hold biases; remove it"),
     "layers_to_transform": ((None,), "an adapter covers all layers"),
     "layers_pattern": ((None,), "an adapter covers all layers"),
     "finetune_last_n_layers": ((None,), "an adapter covers all layers"),
-    "modules_to_save": ((None, []), "an adapter file carries no whole modules; leave it out"),
+    "modules_to_save": ((None, []), "an adapter file cannot hold whole modules; remove it"),
     "loftq_config": ((None, {}), "the base is what the replicas serve"),
     "init_lora_weights": ((True,), "training begins at the base: B is 0"),
     "target_parameters": ((None,), "name linears in target_modules"),
-    "use_dora": ((False,), "replicas do not rescale weights; leave it out"),
+    "use_dora": ((False,), "replicas do not rescale weights; remove it"),
     "rank_pattern": ((None, {}), "a replica has one rank for all modules"),
     "alpha_pattern": ((None, {}), "a replica has one scaling for all modules"),
     "qat_scheme": ((None,), "the base is quantized once, and the same on the replicas"),
@@ -72,7 +72,7 @@ _WITHOUT_EFFECT_ON_LORA: Mapping[str, tuple[tuple[Any, ...], str]] = {
 
 
 def check_load_options(others: Mapping[str, Any], honoured: Callable[..., Any]) -> None:
-    """Raises ValueError for what cannot be had, TypeError for what is no option at all."""
+    """Raises ValueError for an unsupported value, TypeError for an unknown option."""
     _check("from_pretrained", others, honoured, _REFUSED, _WITHOUT_EFFECT)
 
 
@@ -91,7 +91,7 @@ def _check(
         if name in refused:
             neutral, todo = refused[name]
             if not _is_one_of(value, neutral):
-                raise ValueError(f"{function}({name}={value!r}) cannot be had here: {todo}")
+                raise ValueError(f"{function}({name}={value!r}) is not supported: {todo}")
         elif name in without_effect:
             neutral, instead = without_effect[name]
             if not _is_one_of(value, neutral):
@@ -114,8 +114,8 @@ def check_dtype(dtype: Any) -> None:
     """None and bfloat16 are what a policy computes in."""
     if dtype is not None and str(dtype).removeprefix("torch.") not in ("bfloat16", "bf16"):
         raise ValueError(
-            f"from_pretrained(dtype={str(dtype).removeprefix('torch.')}) cannot be had here: "
-            "trainer and replicas compute in bfloat16; leave it out"
+            f"from_pretrained(dtype={str(dtype).removeprefix('torch.')}) is not supported: "
+            "trainer and replicas compute in bfloat16; remove it"
         )
 
 

@@ -25,7 +25,7 @@ class LoRARequest:
     lora_name: str
     lora_int_id: int
     lora_path: str
-    policy: PolicyId  # the version it is served as
+    policy: PolicyId  # The version that it is served as.
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: list[int]
-    token_logprobs: list[float]  # of the distribution that was sampled: at its temperature
-    segments: tuple[Segment, ...]  # which policy sampled which tokens
+    token_logprobs: list[float]  # Logprobs of the sampled distribution, temperature included.
+    segments: tuple[Segment, ...]  # Which policy sampled which tokens.
     finish_reason: str
     stop_reason: int | str | None = None
     lora_request: LoRARequest | None = None
@@ -66,10 +66,10 @@ class RequestOutput:
     """The completions of one prompt."""
 
     request_id: str
-    prompt: str | None  # None for a prompt of ids
+    prompt: str | None  # None for a prompt of ids.
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    sampling: SamplingParams  # as applied
+    sampling: SamplingParams  # As applied by the replica.
     lora_request: LoRARequest | None = None
     prompt_logprobs: None = None
     finished: bool = True

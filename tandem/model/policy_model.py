@@ -1,4 +1,4 @@
-"""`PolicyModel`: a QLoRA policy in this process with the replicas that sample from it beside it.
+"""`PolicyModel`: a QLoRA policy in this process, and the replicas that sample from it.
 
     from_pretrained()  base + LoRA (policy.py), and with fast_inference an engine (engine_handle.py)
     for_inference()    the engine serves the weights as they are now; so does every generate()
@@ -63,8 +63,8 @@ from tandem.model.lora_folder import (
 )
 from tandem.model.outputs import LoRARequest, RequestOutput
 
-_MIN_CONTEXT = 16  # tokens; the probe of the replicas needs them
-_MAX_POSITIONS = 8192  # of one forward of `logprobs`
+_MIN_CONTEXT = 16  # Tokens that the probe of the replicas needs.
+_MAX_POSITIONS = 8192  # Positions per forward pass of `logprobs`.
 _SYNC_TIMEOUT_S = 120.0
 
 
@@ -104,10 +104,10 @@ class PolicyModel(torch.nn.Module):
         self._replace_run = replace_run
         self._serving_mode = serving_mode
         self._ready_timeout_s = ready_timeout_s
-        self._runs: set[str] = set()  # that this model began; it may end those
-        self._lock = threading.RLock()  # one push at a time
-        self._before: bool | None = None  # the mode before the last for_*() call
-        self._modes: list[bool] = []  # to go back to, of `with` blocks that are open
+        self._runs: set[str] = set()  # Runs that this model began and may end.
+        self._lock = threading.RLock()  # Serializes pushes.
+        self._before: bool | None = None  # Mode before the last for_*() call.
+        self._modes: list[bool] = []  # Modes to restore when open `with` blocks end.
         if engine:
             self.vllm_engine = engine
         self._start(lora, seed=seed)
@@ -149,7 +149,7 @@ class PolicyModel(torch.nn.Module):
 
         `model_name`: a checkpoint folder, a hub id, or a folder with an adapter, which is trained
         on. docs/python_api.md has every parameter. Raises ValueError, TypeError or a ServiceError
-        for what cannot be had, ProcessFailed when the engine does not start.
+        for unsupported options, ProcessFailed when the engine does not start.
         """
         check_load_options(others, cls.from_pretrained)
         check_dtype(dtype)
@@ -191,7 +191,8 @@ class PolicyModel(torch.nn.Module):
                 )
                 log_name = f"rollout-{os.getpid()}-{secrets.token_hex(2)}.log"
                 engine.start_child(settings, cache / "logs" / log_name)
-                if device == "cuda":  # on one GPU: vLLM counts what is free when it starts
+                # On one GPU, because vLLM measures free memory when it starts.
+                if device == "cuda":
                     engine.wait_until_ready(ready_timeout_s)
             check_fits(
                 f"model_name {name}",
@@ -260,7 +261,8 @@ class PolicyModel(torch.nn.Module):
         self.peft_model = policy.model
         self.train()
         self._num_versions = 0
-        self._loaded: dict[bytes, PolicyId] = {}  # from folders; by the digest of their tensors
+        # Versions loaded from folders, by the digest of their tensors.
+        self._loaded: dict[bytes, PolicyId] = {}
         self._pushed = self._fingerprint()
         if self._engine is None:
             return
@@ -268,7 +270,7 @@ class PolicyModel(torch.nn.Module):
         probe = make_probe(policy, (), config, seed=seed)
         policy.set_probe(probe.sequences)
         self._runs.add(run.run_id)
-        # The engine's thread keeps what this captures: never the model itself.
+        # The engine's thread keeps what the closure captures, which must not be the model.
         replace_run, runs = self._replace_run, self._runs
         self._engine.begin(
             Requirements(
@@ -358,7 +360,7 @@ class PolicyModel(torch.nn.Module):
                     parameter[is_dead.to(parameter.device)] = fresh[is_dead].to(parameter)
 
     def load_lora(self, folder: str | Path, load_tensors: bool = True) -> LoRARequest:
-        """An adapter of a folder as a `lora_request`: served beside the one that trains. The same
+        """An adapter folder as a `lora_request`, served next to the one that trains. The same
         content is the same version, however often it is loaded."""
         if self._engine is None:
             raise RuntimeError(
@@ -367,9 +369,9 @@ class PolicyModel(torch.nn.Module):
             )
         if self._serving_mode == "merged":
             raise RuntimeError(
-                "load_lora serves an adapter beside the one that trains, serving_mode='merged' one "
-                "at a time: load the model with serving_mode='lora', or train on from the folder "
-                "with restore_lora(folder)"
+                "load_lora serves an adapter next to the trained one, and serving_mode='merged' "
+                "serves one at a time: load the model with serving_mode='lora', or continue "
+                "training from the folder with restore_lora(folder)"
             )
         path = Path(folder)
         tensors = read_lora(path, self.policy.lora_shapes(), self.policy.lora)
@@ -557,7 +559,7 @@ def _lora(**values: Any) -> LoraConfig:
     try:
         return LoraConfig(**values)
     except ValidationError as error:
-        raise ValueError(f"this LoRA cannot be had: {one_line(error)}") from error
+        raise ValueError(f"this LoRA is not supported: {one_line(error)}") from error
 
 
 def _samples(
@@ -565,7 +567,7 @@ def _samples(
     completions: Sequence[Sequence[int]] | None,
     temperature: float,
 ) -> list[Sample]:
-    """One per completion; those of a prompt share it."""
+    """One prompt per completion; completions of a prompt share it."""
     rows: list[tuple[Sequence[int], Sequence[int], Sequence[float], float, int]] = []
     if completions is None:
         for group, output in enumerate(prompts):
@@ -598,7 +600,7 @@ def _samples(
             rows.append((plain, _ids(ids), (), temperature, group))
     for number, (prompt, ids, *_) in enumerate(rows):
         if not len(prompt) or not len(ids):
-            raise ValueError(f"completion {number} or its prompt has no token: leave it out")
+            raise ValueError(f"completion {number} or its prompt has no token: remove it")
     return [
         Sample(tuple(p), tuple(ids), tuple(logprobs), (0,) * len(ids), t, group, (0.0,), False)
         for p, ids, logprobs, t, group in rows

@@ -61,7 +61,9 @@ def trainer_families() -> list[Metric]:
     metrics = TrainerMetrics()
     metrics.watch(run_state=lambda: "running", num_in_sync=lambda: 1)
     metrics.begin_run(max_staleness=0, min_ready_replicas=1)
-    metrics.record(step(grad_norm=1.0))
+    bare = step(grad_norm=1.0)
+    absent = [name for name, value in bare if value is None]
+    metrics.record(bare.model_copy(update=dict.fromkeys(absent, 1)))  # whatever a step may have
     evaluation = EvalRecord(
         step=1, policy=POLICY, num_prompts=1, sampled_reward=0.5, greedy_reward=0.5, eval_s=1.0
     )

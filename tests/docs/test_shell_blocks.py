@@ -156,6 +156,7 @@ def first_run(terminals: Terminals) -> None:
             terminals.run(block)
 
 
+@pytest.mark.engine
 @pytest.mark.usefixtures("first_run")
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
 def test_the_shell_blocks_of_a_page_run_in_their_order(page: Path, terminals: Terminals) -> None:

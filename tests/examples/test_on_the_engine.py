@@ -20,7 +20,7 @@ from shared.trainer_client import TrainerClient
 from tests.replica_process import ReplicaProcess
 from tests.trainer_in_process import booted_trainer, client_of, until_end
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.engine]
 ROOT = Path(__file__).parents[2]
 
 
@@ -88,7 +88,7 @@ async def test_a_reward_service_that_dies_and_comes_back_costs_time_and_nothing_
             events.append(event)
             if isinstance(event, EvalRecord) and event.step == 0:
                 processes[-1].kill()
-            elif isinstance(event, StateRecord) and "gives no rewards since" in event.detail:
+            elif isinstance(event, StateRecord) and "has been away for" in event.detail:
                 assert away_since(trainer) > 0
                 processes.append(service.start(tmp_path))
     assert len(processes) == 2

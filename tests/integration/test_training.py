@@ -206,7 +206,7 @@ async def test_a_run_says_what_it_waits_for_while_a_reward_service_is_away(
     reward = {"type": "http", "url": "http://127.0.0.1:9/rewards", "max_outage_s": 0.5}
     await runs.start_run(replacing(MANAGED, rewards=[reward], eval=None))
     details = [event.detail for event in await until_end(runs) if isinstance(event, StateRecord)]
-    assert any("9/rewards gives no rewards since 0 s: ConnectError" in d for d in details[:-1])
+    assert any("9/rewards has been away for 0 s: ConnectError" in d for d in details[:-1])
     assert "9/rewards gave no rewards for" in details[-1]
     assert (await runs.run()).state == "failed"
 

@@ -21,6 +21,13 @@ _MISSING = "there is no Chromium: apt-get install chromium, or set CHROMIUM to i
 WAIT_MS = 15_000
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.browser)
+
+
 @dataclass
 class Visit:
     """One page, and what the browser said of it."""

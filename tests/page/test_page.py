@@ -152,11 +152,13 @@ def test_a_run_shows_its_numbers_curves_replicas_and_completions(
 def test_a_run_that_samples_ahead_shows_the_kl_of_older_versions(
     trainer: ScriptedTrainer, served: Served, visit: Visitor
 ) -> None:
-    """No token is fresh then: their gap says nothing, and has no chart."""
+    """No token is fresh then: the logprob gap is absent and has no chart."""
     trainer.begin()
     lags = [{"lag": 1, "kl": 0.02, "num_tokens": 300}, {"lag": 2, "kl": 0.06, "num_tokens": 100}]
+    of_fresh_tokens = ("sampler_kl", "logprob_gap", "logprob_gap_p99", "logprob_gap_max")
+    absent: dict[str, Any] = dict.fromkeys(of_fresh_tokens)
     for step in (1, 2, 3):
-        trainer.emit(step_record(step, num_fresh_tokens=0, sampler_kl=0, kl_by_lag=lags))
+        trainer.emit(step_record(step, num_fresh_tokens=0, kl_by_lag=lags, **absent))
     page = visit(served.url).open()
     kl = page.get_by_role("group", name="KL, nats per token")
     expect(kl.locator(".legend span:visible")).to_have_text(["older versions 0.030"])
@@ -244,7 +246,7 @@ def test_a_failed_run_says_the_sentence_of_the_trainer(
     page = seen.open()
     expect(page.locator(".banner.bad")).to_have_text(f"The run failed {sentence}")
     expect(page.locator("#run-state")).to_have_text("failed")
-    expect(page.get_by_role("button", name="Go on")).to_be_visible()
+    expect(page.get_by_role("button", name="Resume")).to_be_visible()
     seen.shoot("failed")
 
 
@@ -274,7 +276,7 @@ def test_a_run_is_started_from_a_typed_config_and_stopped(
     page.get_by_role("button", name="Stop run").click()
     page.locator("#stop-dialog").get_by_role("button", name="Stop run").click()
     expect(page.locator("#run-state")).to_have_text("stopped")
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Resume").click()
     expect(page.get_by_label("Run config")).to_have_value(re.compile("num_steps: 7"))
 
 
@@ -355,12 +357,12 @@ def test_a_trainer_that_is_away_is_said_and_found_again(
         expect(page.locator("#link")).to_have_text("Live")
     finally:
         served.stop()
-    expect(page.locator("#link")).to_contain_text("The trainer does not answer; next try in")
+    expect(page.locator("#link")).to_contain_text("The trainer does not answer; retrying in")
     expect(page.locator("#progress-text")).to_contain_text("Step 5 of")  # what is known stays
     seen.shoot("away")
     again = Served(trainer, served.port)
     try:
-        page.get_by_role("button", name="Try now").click()
+        page.get_by_role("button", name="Retry now").click()
         expect(page.locator("#link")).to_have_text("Live")
     finally:
         again.stop()

@@ -100,7 +100,7 @@ def test_a_run_is_started_watched_and_stopped_from_the_page(
     page.locator("#stop-dialog").get_by_role("button", name="Stop run").click()
     expect(page.locator("#run-state")).to_have_text("stopped", timeout=STEP_MS)
     assert 0 < step_shown(page) < NUM_STEPS
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Resume").click()
     expect(page.get_by_label("Run config")).to_have_value(re.compile("run_id: from-the-page"))
 
     assert seen.complaints == []

@@ -107,9 +107,9 @@ def gradient_of(model: PolicyModel) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
-        ({"load_in_8bit": True}, "load_in_8bit=True.* cannot be had here: a base is 4-bit"),
+        ({"load_in_8bit": True}, "load_in_8bit=True.* is not supported: a base is 4-bit"),
         ({"serving_mode": "merge"}, "serving_mode is .merge.: it is .lora. or .merged."),
-        ({"full_finetuning": True}, "full_finetuning=True.* LoRA is what replicas take in"),
+        ({"full_finetuning": True}, "full_finetuning=True.* replicas load LoRA adapters only"),
         ({"trust_remote_code": True}, "Transformers itself implements"),
         ({"dtype": torch.float16}, "dtype=float16.* compute in bfloat16"),
         ({"rollout_urls": ["a b"], "fast_inference": True}, "'a b' is not a URL"),
@@ -156,10 +156,10 @@ def test_get_peft_model_is_called_on_the_model_or_on_the_class(loaded: PolicyMod
     with pytest.raises(ValueError, match=r"r is 64.* load it with max_lora_rank=64"):
         loaded.get_peft_model(r=64)
     with pytest.raises(
-        ValueError, match=r"this LoRA cannot be had: rank: .* greater than or equal"
+        ValueError, match=r"this LoRA is not supported: rank: .* greater than or equal"
     ):
         loaded.get_peft_model(r=0)
-    with pytest.raises(ValueError, match=r"lora_dropout=0.1.* cannot be had here"):
+    with pytest.raises(ValueError, match=r"lora_dropout=0.1.* is not supported"):
         loaded.get_peft_model(r=4, lora_dropout=0.1)
 
 
@@ -584,7 +584,7 @@ def test_vllms_own_parameters_are_read_and_none_of_its_fields_is_lost() -> None:
         n=2, temperature=0.7, stop=("=",), max_tokens=16
     )
     found = vllm.RepetitionDetectionParams(max_pattern_size=2, min_count=2)
-    with pytest.raises(ValueError, match="repetition_detection is not served"):
+    with pytest.raises(ValueError, match="repetition_detection is not supported"):
         read_sampling(vllm.SamplingParams(repetition_detection=found))
 
 
@@ -594,14 +594,17 @@ def test_vllms_own_parameters_are_read_and_none_of_its_fields_is_lost() -> None:
         ({"temprature": 1}, "no sampling parameter 'temprature': did you mean temperature"),
         ({"logprobs": 5}, "logprobs=5: a replica returns those of the sampled tokens alone"),
         ({"logprobs": -1}, "logprobs=-1: a replica returns those of the sampled tokens alone"),
-        ({"logit_bias": {3: 1.0}}, "logit_bias is not served by a replica"),
-        ({"repetition_detection": {"min_count": 2}}, "repetition_detection is not served"),
-        ({"logprob_token_ids": [3]}, "logprob_token_ids is not served"),
-        ({"prompt_logprob_token_ids": torch.ones(2, 2)}, "prompt_logprob_token_ids is not served"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias is not supported by a replica"),
+        ({"repetition_detection": {"min_count": 2}}, "repetition_detection is not supported"),
+        ({"logprob_token_ids": [3]}, "logprob_token_ids is not supported"),
+        (
+            {"prompt_logprob_token_ids": torch.ones(2, 2)},
+            "prompt_logprob_token_ids is not supported",
+        ),
         ({"sampling_params": SimpleNamespace(n=2, watermarking=True)}, "watermarking is not"),
         ({"sampling_params": SimpleNamespace(n=2, extra_args={"a": 1})}, "extra_args is not"),
-        ({"sampling_params": SimpleNamespace(n=2, of_tomorrow=1)}, "of_tomorrow is not served"),
-        ({"sampling_params": LikeVllm(of_tomorrow=True)}, "of_tomorrow is not served"),
+        ({"sampling_params": SimpleNamespace(n=2, of_tomorrow=1)}, "of_tomorrow is not supported"),
+        ({"sampling_params": LikeVllm(of_tomorrow=True)}, "of_tomorrow is not supported"),
         ({"temperature": -1}, "sampling parameter temperature"),
         ({"sampling_params": 7}, "give vLLM's SamplingParams, a dict, or keywords"),
     ],

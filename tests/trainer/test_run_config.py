@@ -78,30 +78,30 @@ def test_the_overlong_penalty_has_a_weight_as_rewards_do() -> None:
         ("{}", "a managed run needs dataset"),
         (MANAGED + "sampling: {top_p: 0.9}", "top_p=0.9"),
         (MANAGED + "sampling: {n: 8, temperature: 0}", "temperature=0"),
-        (MANAGED + "sampling: {n: 1}", "at least 2"),
+        (MANAGED + "sampling: {n: 1}", "2 or more"),
         (MANAGED + "sampling: {seed: 1}", "derived from the run's seed"),
         (MANAGED + "lora: {rank: 0}", "lora.rank"),
         (MANAGED + "optimizer: {learning_rate: .nan}", "optimizer.learning_rate"),
-        (MANAGED + "managed: false", "your loop's"),
+        (MANAGED + "managed: false", "your own loop"),
         (MANAGED.replace("exact_match", "nearly"), "rewards.0"),
-        (MANAGED + "sampling: {n: 1}\nalgorithm: online_dpo", "at least 2"),
-        (MANAGED + "sampling: {n: 1}\nalgorithm: reinforce_pp_baseline", "at least 2"),
+        (MANAGED + "sampling: {n: 1}\nalgorithm: online_dpo", "2 or more"),
+        (MANAGED + "sampling: {n: 1}\nalgorithm: reinforce_pp_baseline", "2 or more"),
         (
             MANAGED + "sampling: {n: 1}\nalgorithm: ppo\ndynamic_sampling: {}",
-            "at least 2",
+            "2 or more",
         ),
         (MANAGED + "sampling: {n: 2}\nalgorithm: {name: grpo, loss: dr_grpo}", "max_tokens"),
         (MANAGED + "overlong: {buffer_tokens: 512}", "buffer must be the shorter one"),
         (MANAGED + "sampling: {n: 2}\noverlong: {buffer_tokens: 4}", "max_tokens not set"),
         (MANAGED + "dynamic_sampling: {max_groups_factor: 1}", "max_groups_factor"),
         (MANAGED + "algorithm: dpo", "learns from pairs: set dataset.type to preferences"),
-        (OFFLINE + "rewards: [{type: exact_match}]", "rewards without eval"),
+        (OFFLINE + "rewards: [{type: exact_match}]", "uses rewards in eval only"),
         (OFFLINE + "eval: {dataset: {type: sort_digits}}", "needs rewards"),
-        (OFFLINE + "dynamic_sampling: {}", "leave dynamic_sampling out"),
-        (OFFLINE + "overlong: {buffer_tokens: 4}", "leave overlong out"),
+        (OFFLINE + "dynamic_sampling: {}", "remove dynamic_sampling"),
+        (OFFLINE + "overlong: {buffer_tokens: 4}", "remove overlong"),
         (OFFLINE.replace("pairs.jsonl", "pairs.csv"), "neither .jsonl nor .parquet"),
         (OFFLINE.replace("algorithm: dpo", "rewards: [{type: exact_match}]"), "grpo samples"),
-        ("managed: false\ndynamic_sampling: {}", "your loop's"),
+        ("managed: false\ndynamic_sampling: {}", "your own loop"),
         (
             "rewards: [{type: http, url: 'https://me:hidden@judge'}]",
             r"^rewards\.0\.url: has a user or password in it, which .* api_key_env$",
@@ -194,17 +194,17 @@ def test_a_circle_of_aliases_is_refused_as_any_mistake() -> None:
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        ("use_dora: true", "use_dora rescales every row of a weight"),
+        ("use_dora: true", "use_dora rescales every row of a weight, which"),
         ("modules_to_save: [lm_head]", "modules_to_save trains whole modules"),
-        ("rank_pattern: {q_proj: 4}", "rank_pattern gives modules ranks of their own"),
-        ("alpha_pattern: {q_proj: 4}", "alpha_pattern gives modules factors of their own"),
-        ("lora_dropout: 0.1", "lora_dropout makes the policy that trains another one"),
+        ("rank_pattern: {q_proj: 4}", "rank_pattern sets ranks per module"),
+        ("alpha_pattern: {q_proj: 4}", "alpha_pattern sets factors per module"),
+        ("lora_dropout: 0.1", "lora_dropout makes the trained policy differ"),
     ],
 )
 def test_what_an_adapter_on_a_replica_cannot_have_is_refused_with_the_reason(
     option: str, reason: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"^lora: {reason}.*: leave it out \(line 2\)$"):
+    with pytest.raises(ValueError, match=rf"^lora: {reason}.*: remove it \(line 2\)$"):
         parse_run_config(f"managed: false\nlora: {{{option}}}")
 
 
@@ -227,8 +227,8 @@ def test_the_config_of_a_run_of_the_first_version_is_understood() -> None:
     ("correction", "problem"),
     [
         ("min_ratio: 5", "min_ratio 5.0 is not below max_ratio 3.0"),
-        ("geometric_band: [0, 2]", "is no band of ratios above 0"),
-        ("geometric_band: [2, 1]", "is no band of ratios above 0"),
+        ("geometric_band: [0, 2]", "must rise, from above 0"),
+        ("geometric_band: [2, 1]", "must rise, from above 0"),
     ],
 )
 def test_bounds_of_the_correction_that_are_out_of_order_are_refused(

@@ -79,7 +79,7 @@ def sample_weights(
     """The weight of every token of each sample of one optimizer step.
 
     `lengths` are loss tokens; a masked sample has 0 of them, weighs 0, and still is a row.
-    `num_update_tokens` counts those of all `num_minibatches` steps of a pass.
+    `num_update_tokens` counts the tokens of all `num_minibatches` steps of a pass.
     """
     num_rows = len(lengths)
 

@@ -1,22 +1,44 @@
-// @ts-check
-// The trainer's routes, with the key: JSON in and out, problems as sentences, events as a stream.
+// The trainer's routes, called with the key: JSON in and out, and events as a stream.
+
+/**
+ * @import {
+ *   CompletionsResponse, ReplicasResponse, RunEvent, RunStatus, TrainerStatus
+ * } from "./wire.js"
+ *
+ * @typedef {object} Options
+ * @property {string} [method]
+ * @property {string} [body]
+ * @property {Record<string, string>} [headers]
+ * @property {AbortSignal} [signal]
+ * @property {number} [timeoutMs]
+ *
+ * @typedef {{id: number, data: RunEvent}} NumberedEvent
+ */
 
 const STORED = "tandem.key";
 const SILENCE_MS = 45_000; // the trainer sends a comment every 15 s
 
-/** The trainer answered with an error; `message` is its sentence. */
+/** The trainer answered with an error; `message` is its explanation, one sentence. */
 export class Problem extends Error {
+  /**
+   * @param {number} status
+   * @param {string} detail
+   */
   constructor(status, detail) {
     super(detail);
     this.status = status;
   }
 }
 
-/** Nothing answered, or what did is no trainer. */
+/** Nothing answered, or something other than a trainer did. */
 export class Away extends Error {}
 
 export const key = {
   get: () => sessionStorage.getItem(STORED) ?? localStorage.getItem(STORED),
+  /**
+   * @param {string} value
+   * @param {boolean} remember whether to keep it after this tab is closed
+   */
   set(value, remember) {
     key.forget();
     (remember ? localStorage : sessionStorage).setItem(STORED, value);
@@ -28,9 +50,9 @@ export const key = {
 };
 
 /**
+ * Throws Problem for an error of the trainer, Away when the trainer is not there to answer.
  * @param {string} path
- * @param {{method?: string, body?: string, headers?: Record<string, string>, signal?: AbortSignal,
- *   timeoutMs?: number}} [options]
+ * @param {Options} [options]
  */
 async function request(
   path,
@@ -52,7 +74,7 @@ async function request(
     if (response.ok) return response;
     const problem = await response.json().catch(() => null);
     if (problem?.detail) throw new Problem(response.status, problem.detail);
-    throw new Away(`the answer to ${method} ${path} is HTTP ${response.status}, not the trainer’s`);
+    throw new Away(`${method} ${path} got HTTP ${response.status}, but not from the trainer`);
   } catch (error) {
     if (error instanceof Problem || error instanceof Away || signal?.aborted) throw error;
     throw new Away("the trainer does not answer");
@@ -64,7 +86,7 @@ async function request(
 
 /**
  * @param {string} path
- * @param {Parameters<typeof request>[1]} [options]
+ * @param {Options} [options]
  * @returns {Promise<any>}
  */
 async function json(path, options) {
@@ -72,35 +94,48 @@ async function json(path, options) {
   try {
     return await response.json();
   } catch {
-    throw new Away(`the answer to ${path} was cut`);
+    throw new Away(`the answer to ${path} is incomplete or not JSON`);
   }
 }
 
+/** @type {() => Promise<TrainerStatus>} */
 export const getStatus = () => json("/status");
-export const getReplicas = async () => (await json("/replicas")).replicas;
+
+/** @type {() => Promise<ReplicasResponse>} */
+export const getReplicas = () => json("/replicas");
+
+/** @type {(numGroups: number) => Promise<CompletionsResponse>} */
 export const getCompletions = (numGroups) =>
   json(`/runs/current/completions?num_groups=${numGroups}`);
+
 export const getConfig = async () => (await request("/runs/current/config")).text();
+
+/** @type {(config: string) => Promise<RunStatus>} */
 export const startRun = (config) =>
   json("/runs", {
     method: "POST",
     body: config,
     headers: { "Content-Type": "application/yaml" },
-    timeoutMs: 600_000, // it loads the dataset
+    timeoutMs: 600_000, // the trainer loads the dataset before it answers
   });
+
+/** @type {() => Promise<RunStatus>} */
 export const stopRun = () => json("/runs/current/stop", { method: "POST", timeoutMs: 60_000 });
 
 /**
- * The events of the current run after `lastId`, as `[{id, data}, …]` per read, until the run ends;
- * the first one is empty and says that the trainer has answered. Throws Away when the stream is cut
- * or falls silent.
+ * The events of the current run after `lastId`, in batches as they arrive, until the run ends. The
+ * first batch is empty and means that the trainer has answered. Throws Away when the stream breaks
+ * or goes silent.
+ * @param {number} lastId
+ * @param {AbortSignal} signal
+ * @returns {AsyncGenerator<NumberedEvent[], void>}
  */
 export async function* events(lastId, signal) {
   const response = await request("/runs/current/events", {
     signal,
     headers: { "Last-Event-ID": String(lastId), Accept: "text/event-stream" },
   });
-  if (!response.body) throw new Away("the stream of events has no body");
+  if (!response.body) throw new Away("the event stream has no body");
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   const stop = () => reader.cancel().catch(() => {});
   signal.addEventListener("abort", stop, { once: true });
@@ -116,24 +151,32 @@ export async function* events(lastId, signal) {
       if (found.length) yield found;
     }
   } catch (error) {
-    throw signal.aborted ? error : new Away("the stream of events was cut");
+    throw signal.aborted ? error : new Away("the event stream was cut off");
   } finally {
     signal.removeEventListener("abort", stop);
     stop();
   }
 }
 
+/**
+ * `read`, or Away after SILENCE_MS.
+ * @template T
+ * @param {Promise<T>} read
+ */
 function inTime(read) {
+  /** @type {ReturnType<typeof setTimeout>} */
   let timer;
+  /** @type {Promise<never>} */
   const late = new Promise((_, reject) => {
-    timer = setTimeout(() => reject(new Away("the stream of events fell silent")), SILENCE_MS);
+    timer = setTimeout(() => reject(new Away("the event stream went silent")), SILENCE_MS);
   });
   return Promise.race([read, late]).finally(() => clearTimeout(timer));
 }
 
 /**
+ * The event of a block, in a list; an empty list for a comment.
  * @param {string} block
- * @returns {{id: number, data: any}[]} its event, if it is one
+ * @returns {NumberedEvent[]}
  */
 function parse(block) {
   /** @type {Record<string, string>} */

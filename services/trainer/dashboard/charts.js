@@ -1,17 +1,45 @@
-// @ts-check
-// The curves: history in, one uPlot per chart out, drawn once per animation frame and only in view.
+// The curves: one uPlot per chart, drawn from the history, only while it is in view and at most
+// once per animation frame.
 
-import plot from "./vendor/uPlot.esm.js";
+import uPlot from "./vendor/uPlot.esm.js";
 import { $, NONE, count, h, number, percent, seconds, tick } from "./text.js";
 
-/** @type {any} */
-const uPlot = plot; // the vendored file has no types
+/**
+ * @import { ColumnName, History, Range } from "./history.js"
+ * @import { Maybe } from "./text.js"
+ *
+ * @typedef {object} Line
+ * @property {ColumnName} name
+ * @property {string} label
+ * @property {string} colour a custom property of style.css
+ * @property {boolean} [dots] single values, joined by a dashed line
+ * @property {ColumnName} [when] hides the line unless this column has values
+ *
+ * @typedef {object} Spec
+ * @property {string} title
+ * @property {string} unit
+ * @property {"hero"} [shape]
+ * @property {Line[]} lines
+ * @property {[high: ColumnName, low: ColumnName]} [band]
+ * @property {boolean} [log] logarithmic axis
+ * @property {boolean} [zero] the axis starts at 0
+ * @property {boolean} [percent] values in [0, 1]
+ * @property {(value: Maybe) => string} [format]
+ * @property {ColumnName} [when] hides the chart unless this column has values
+ *
+ * @typedef {(number | null)[]} Values of one line, by index; null where there is none
+ */
+
 const POINTS_PER_PIXEL = 2;
 
+/** @type {(name: ColumnName, label: string, colour: string, more?: Partial<Line>) => Line} */
 const line = (name, label, colour, more = {}) => ({ name, label, colour, ...more });
 const dots = { dots: true };
 
-/** In the order of the page. `when` is a column without which a chart tells nothing. */
+/**
+ * In the order of the page.
+ * @type {Spec[]}
+ */
 const CHARTS = [
   {
     title: "Reward",
@@ -55,7 +83,7 @@ const CHARTS = [
     title: "Throughput",
     unit: "completion tokens per s",
     zero: true,
-    lines: [line("tokens_per_s", "of the whole step", "--s1")],
+    lines: [line("tokens_per_s", "whole step", "--s1")],
   },
   {
     title: "Idle",
@@ -140,8 +168,13 @@ const CHARTS = [
   },
 ];
 
+/** @type {HTMLElement | undefined} */
 let probe;
-/** The colour that a custom property stands for now: light-dark() is resolved by the browser. */
+
+/**
+ * The current colour of a custom property; the browser resolves its light-dark().
+ * @param {string} property
+ */
 function colour(property) {
   probe ??= document.body.appendChild(h("i", { className: "hidden", ariaHidden: "true" }));
   probe.style.color = `var(${property})`;
@@ -149,9 +182,15 @@ function colour(property) {
 }
 
 class Chart {
+  /**
+   * @param {Spec} spec
+   * @param {Curves} curves
+   */
   constructor(spec, curves) {
     this.spec = spec;
     this.curves = curves;
+    /** @type {uPlot | undefined} */
+    this.uplot = undefined;
     this.isInView = false;
     this.isDue = true;
     this.step = h("span", { className: "at" });
@@ -168,7 +207,7 @@ class Chart {
         className: `chart ${spec.shape ?? ""}`,
         tabIndex: 0,
         role: "group",
-        onkeydown: (e) => this.#key(e),
+        onkeydown: (/** @type {KeyboardEvent} */ event) => this.#key(event),
         onblur: () => this.#point(null),
         ariaLabel: `${spec.title}, ${spec.unit || "by step"}`,
       },
@@ -193,8 +232,8 @@ class Chart {
     return [...this.spec.lines.map((item) => item.name), ...(this.spec.band ?? [])];
   }
 
-  draw() {
-    const { history, range } = this.curves;
+  /** @param {History} history */
+  draw(history) {
     const { spec } = this;
     this.isDue = false;
     this.element.hidden = Boolean(spec.when && !history.has(spec.when));
@@ -205,18 +244,18 @@ class Chart {
     const width = this.plot.clientWidth;
     const height = this.plot.clientHeight;
     if (!width) return;
-    let data = history.points(this.names, range, POINTS_PER_PIXEL * width);
-    const nothing = (column) => column.map(() => null);
-    const [steps, ...columns] = data;
-    data = [
+    const [steps, ...columns] = history.points(
+      this.names,
+      this.curves.range,
+      POINTS_PER_PIXEL * width,
+    );
+    /** @type {[steps: number[], ...lines: Values[]]} */
+    const data = [
       steps,
-      ...columns.map((column, index) =>
-        this.values[index]?.entry.hidden
-          ? nothing(column)
-          : spec.log
-            ? column.map((value) => (value > 0 ? value : null))
-            : column,
-      ),
+      ...columns.map((column, index) => {
+        if (this.values[index]?.entry.hidden) return column.map(() => null);
+        return spec.log ? column.map((value) => (value && value > 0 ? value : null)) : column;
+      }),
     ];
     if (!this.uplot) this.uplot = new uPlot(this.#options(width, height), data, this.plot);
     else {
@@ -231,14 +270,21 @@ class Chart {
     this.uplot?.redraw(false);
   }
 
+  /**
+   * @param {number} width
+   * @param {number} height
+   * @returns {uPlot.Options}
+   */
   #options(width, height) {
     const { spec, curves } = this;
+    /** @type {uPlot.Axis} */
     const axis = {
       stroke: () => colour("--soft"),
       font: `11px ${getComputedStyle(document.body).fontFamily}`,
       ticks: { show: false },
       gap: 6,
     };
+    /** @type {uPlot.Series[]} */
     const series = this.spec.lines.map((item) => ({
       stroke: () => colour(item.colour),
       width: item.dots ? 1 : 1.5,
@@ -249,8 +295,9 @@ class Chart {
         : { show: alone },
     }));
     const [high, low] = [series.length + 1, series.length + 2];
-    const edges = spec.band ? [{ stroke: "transparent" }, { stroke: "transparent" }] : [];
-    for (const edge of edges) Object.assign(edge, { width: 0, points: { show: false } });
+    /** @type {uPlot.Series} */
+    const edge = { stroke: "transparent", width: 0, points: { show: false } };
+    const edges = spec.band ? [{ ...edge }, { ...edge }] : [];
     return {
       width,
       height,
@@ -282,7 +329,11 @@ class Chart {
           size: (u, values) => 10 + 6.6 * Math.max(2, ...(values ?? []).map((v) => v.length)),
           values: (_, ticks) =>
             ticks.map((v) =>
-              v === null ? "" : spec.percent ? `${Math.round(100 * v)}\u202f%` : tick(v, spec.log),
+              v === null
+                ? ""
+                : spec.percent
+                  ? `${Math.round(100 * v)}\u202f%`
+                  : tick(v, Boolean(spec.log)),
             ),
         },
       ],
@@ -293,7 +344,12 @@ class Chart {
         sync: { key: "step" },
         drag: { x: true, y: false, setScale: false },
         points: { size: 6 },
-        bind: { dblclick: () => () => curves.zoom(null) },
+        bind: {
+          dblclick: () => () => {
+            curves.zoom(null);
+            return null;
+          },
+        },
       },
       hooks: {
         setCursor: [() => this.#read()],
@@ -302,6 +358,7 @@ class Chart {
     };
   }
 
+  /** @param {uPlot} u */
   #zoomToSelection(u) {
     const { left, width } = u.select;
     if (width < 6) return;
@@ -311,28 +368,33 @@ class Chart {
     if (to > from) this.curves.zoom([from, to]);
   }
 
-  /** The values under the cursor, or else the latest ones; of an evaluation the last one before. */
+  /**
+   * Show the values under the cursor, else the latest ones. Of the evaluations, show the last one
+   * at or before the cursor.
+   */
   #read() {
-    const index = this.uplot?.cursor.idx;
-    const isAt = index !== null && index !== undefined;
-    this.step.textContent = isAt ? `step ${count(this.uplot.data[0][index])}` : "";
+    const data = this.uplot?.data;
+    const index = this.uplot?.cursor.idx ?? null;
+    const isAt = data !== undefined && index !== null;
+    this.step.textContent = isAt ? `step ${count(data[0][index])}` : "";
     this.values.forEach(({ item, value }, position) => {
-      const column = this.uplot?.data[position + 1];
-      const shown = !isAt
-        ? this.curves.history.latest(item.name)
-        : item.dots
-          ? column.slice(0, index + 1).findLast((reward) => reward !== null)
-          : column[index];
-      const text = this.format(shown);
+      const text = this.format(
+        isAt
+          ? valueAt(/** @type {Values} */ (data[position + 1]), index, item)
+          : this.curves.history?.latest(item.name),
+      );
       if (value.textContent !== text) value.textContent = text;
     });
   }
 
+  /** @param {KeyboardEvent} event */
   #key(event) {
     if (!this.uplot) return;
     const last = this.uplot.data[0].length - 1;
     const now = this.uplot.cursor.idx ?? last + 1;
-    const to = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: last }[event.key];
+    /** @type {Record<string, number>} */
+    const targets = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: last };
+    const to = targets[event.key];
     if (event.key === "Escape") this.#point(null);
     if (to === undefined) return;
     event.preventDefault();
@@ -343,6 +405,10 @@ class Chart {
       read.map(({ item, value }) => `${item.label} ${value.textContent}`).join(", ");
   }
 
+  /**
+   * Put the cursor on a point; null removes it.
+   * @param {number | null} index
+   */
   #point(index) {
     if (!this.uplot) return;
     const left = index === null ? -10 : this.uplot.valToPos(this.uplot.data[0][index], "x");
@@ -353,34 +419,75 @@ class Chart {
 const STEP_INCREMENTS = [1, 2, 5]
   .flatMap((n) => [0, 1, 2, 3, 4, 5, 6].map((e) => n * 10 ** e))
   .sort((a, b) => a - b);
-const alone = (u, index) => u.data[index].filter((value) => value !== null).length === 1;
 
+/**
+ * Whether a line has a single value, which only a point can show.
+ * @param {uPlot} u
+ * @param {number} index
+ */
+const alone = (u, index) => [...u.data[index]].filter((value) => value !== null).length === 1;
+
+/**
+ * @param {Values} values
+ * @param {number} index
+ * @param {Line} item
+ */
+const valueAt = (values, index, { dots }) =>
+  dots ? values.slice(0, index + 1).findLast((value) => value !== null) : values[index];
+
+// The ranges of the axes, from the lowest and the highest value; both are null without a value.
+
+/**
+ * @param {Curves} curves
+ * @param {number | null} min
+ * @param {number | null} max
+ * @returns {[number, number]}
+ */
 function stepRange(curves, min, max) {
   if (curves.range) return curves.range;
-  return min === null ? [0, 1] : [min, Math.max(max, min + 1)];
+  return min === null || max === null ? [0, 1] : [min, Math.max(max, min + 1)];
 }
 
+/**
+ * @param {number | null} min
+ * @param {number | null} max
+ * @returns {uPlot.Range.MinMax}
+ */
 function logRange(min, max) {
-  return min === null ? [1e-4, 1] : uPlot.rangeLog(min, max, 10, true);
+  return min === null || max === null ? [1e-4, 1] : uPlot.rangeLog(min, max, 10, true);
 }
 
+/**
+ * @param {Spec} spec
+ * @param {number | null} min
+ * @param {number | null} max
+ * @returns {uPlot.Range.MinMax}
+ */
 function linearRange(spec, min, max) {
-  if (spec.percent) return [0, 1];
-  if (min === null) return [0, 1];
+  if (spec.percent || min === null || max === null) return [0, 1];
   if (spec.zero && min >= 0) return [0, max > 0 ? max * 1.1 : 1];
   if (min === max) return [min - Math.abs(min || 1) * 0.5, max + Math.abs(max || 1) * 0.5];
   return uPlot.rangeNum(min, max, 0.08, false);
 }
 
 export class Curves {
+  /**
+   * @param {HTMLElement} element
+   * @param {(range: Range | null) => void} onZoom
+   */
   constructor(element, onZoom) {
     this.element = element;
     this.onZoom = onZoom;
+    /** @type {History | null} */
     this.history = null;
-    this.range = null; // steps that are shown; null: all
+    /** @type {Range | null} */
+    this.range = null; // null shows all steps
+    /** @type {number | null} */
+    this.frame = null; // the requested animation frame
     this.charts = CHARTS.map((spec) => new Chart(spec, this));
     element.replaceChildren(...this.charts.map((chart) => chart.element));
-    this.numDraws = 0; // what the tests watch: curves move
+    this.numDraws = 0; // for tests: it grows when curves are drawn
+    /** @type {Map<Element, Chart>} */
     const byElement = new Map(this.charts.map((chart) => [chart.element, chart]));
     this.view = new IntersectionObserver(
       (entries) => {
@@ -400,22 +507,24 @@ export class Curves {
     }
   }
 
+  /** @param {History} history */
   show(history) {
     this.history = history;
     this.zoom(null);
   }
 
+  /** @param {Range | null} range */
   zoom(range) {
     this.range = range;
     this.onZoom(range);
     this.draw();
   }
 
-  /** Have every chart drawn at the next frame; calls until then cost nothing. */
+  /** Draw every chart in the next animation frame; further calls until then cost nothing. */
   draw() {
     for (const chart of this.charts) {
       chart.isDue = true;
-      // One that is hidden is never in view: the history says whether it is due.
+      // A hidden chart never comes into view by itself, so show it as soon as it has values.
       if (chart.spec.when && this.history)
         chart.element.hidden = !this.history.has(chart.spec.when);
     }
@@ -430,10 +539,12 @@ export class Curves {
     if (this.frame || !this.history || this.history.isEmpty) return;
     this.frame = requestAnimationFrame(() => {
       this.frame = null;
+      const { history } = this;
+      if (!history) return;
       const due = this.charts.filter((chart) => chart.isDue && chart.isInView);
-      for (const chart of due) chart.draw();
-      this.numDraws += Number(due.length > 0);
-      this.element.dataset.draws = this.numDraws;
+      for (const chart of due) chart.draw(history);
+      if (due.length) this.numDraws++;
+      this.element.dataset.draws = String(this.numDraws);
     });
   }
 }

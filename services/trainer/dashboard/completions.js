@@ -1,19 +1,25 @@
-// @ts-check
-// The newest completions, a block per prompt: GET /runs/current/completions in, elements out.
+// The newest completions, one block per prompt, from GET /runs/current/completions.
+
+/** @import { CompletionsResponse, RecentCompletion, RecentGroup } from "./wire.js" */
 
 import { count, h, number } from "./text.js";
 
-const NUM_SHOWN = 8; // completions of a group, until more are asked for
-const NUM_CHARACTERS = 420; // or lines, below: a text above is folded
-const NUM_LINES = 7;
+const NUM_SHOWN = 8; // completions of a group that are shown at first
+const MAX_CHARACTERS = 420; // of a text; a longer one is folded
+const MAX_LINES = 7; // likewise
 
 export class Completions {
+  /**
+   * @param {HTMLElement} element
+   * @param {() => void} onRead called when somebody unfolds a text, which must then stay in place
+   */
   constructor(element, onRead) {
     this.element = element;
-    this.onRead = onRead; // somebody unfolds a text: it should stay where it is
+    this.onRead = onRead;
     this.shown = "";
   }
 
+  /** @param {Pick<CompletionsResponse, "reward_names" | "groups">} response */
   show({ reward_names: names, groups }) {
     const wanted = JSON.stringify(
       groups.map((group) => [group.step, group.group, group.completions.length]),
@@ -23,6 +29,10 @@ export class Completions {
     this.element.replaceChildren(...groups.map((group) => this.#group(group, names)));
   }
 
+  /**
+   * @param {RecentGroup} group
+   * @param {string[]} names
+   */
   #group(group, names) {
     const rewards = group.completions.map((completion) => completion.reward);
     const mean = rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length;
@@ -30,20 +40,19 @@ export class Completions {
     const rows = group.completions.map((completion) => this.#completion(completion, names));
     const list = h("ol", {}, ...rows.slice(0, NUM_SHOWN));
     const rest = rows.slice(NUM_SHOWN);
-    const more =
-      rest.length &&
-      h(
-        "button",
-        {
-          className: "quiet",
-          onclick: () => {
-            this.onRead();
-            more.replaceWith();
-            list.append(...rest);
-          },
+    /** @type {HTMLButtonElement} */
+    const more = h(
+      "button",
+      {
+        className: "quiet",
+        onclick: () => {
+          this.onRead();
+          more.remove();
+          list.append(...rest);
         },
-        `Show ${count(rest.length)} more of this prompt`,
-      );
+      },
+      `Show ${count(rest.length)} more completions`,
+    );
     return h(
       "article",
       { className: "group" },
@@ -58,10 +67,14 @@ export class Completions {
           `mean reward ${number(mean)}${areEqual ? ", all equal: nothing to compare" : ""}`,
         ),
       ),
-      h("div", {}, list, more || null),
+      h("div", {}, list, rest.length > 0 && more),
     );
   }
 
+  /**
+   * @param {RecentCompletion} completion
+   * @param {string[]} names
+   */
   #completion(completion, names) {
     const parts =
       completion.rewards.length > 1 &&
@@ -78,6 +91,10 @@ export class Completions {
     );
   }
 
+  /**
+   * @param {string} text
+   * @param {string} name
+   */
   #text(text, name) {
     if (!text.trim())
       return h(
@@ -86,8 +103,9 @@ export class Completions {
         h("span", { className: "nothing" }, "no text"),
       );
     const block = h("div", { className: `text ${name}`, dir: "auto" }, text);
-    if (text.length <= NUM_CHARACTERS && text.split("\n").length <= NUM_LINES) return block;
+    if (text.length <= MAX_CHARACTERS && text.split("\n").length <= MAX_LINES) return block;
     block.classList.add("clamped");
+    /** @type {HTMLButtonElement} */
     const unfold = h(
       "button",
       {
@@ -106,7 +124,10 @@ export class Completions {
   }
 }
 
-/** v12 · stop · 340 tokens; two versions when one went on with what another began. */
+/**
+ * v12 · stop · 340 tokens. There are several versions (v12 → v13) when a newer one continued it.
+ * @param {RecentCompletion} completion
+ */
 function facts({ segments, finish_reason: reason, num_tokens: numTokens }) {
   const versions = [...new Set(segments.map((segment) => segment.policy.version))];
   return `v${versions.map(count).join(" → v")} · ${reason} · ${count(numTokens)} tokens`;

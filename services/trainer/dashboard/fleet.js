@@ -1,9 +1,14 @@
-// @ts-check
-// The fleet as a table: GET /replicas in, rows out. Colour says that something is wrong.
+// The fleet as a table, from GET /replicas. Colour means that something is wrong.
+
+/** @import { ReplicaStatus, RunStatus } from "./wire.js" */
 
 import { NONE, count, h, number } from "./text.js";
 
-/** How bad a replica is off: "bad", "warn" or "". One that has yet to come is not wrong. */
+/**
+ * How much is wrong with a replica: "bad", "warn" or "". Nothing is wrong with one that has not
+ * answered yet.
+ * @param {ReplicaStatus} replica
+ */
 export function wrongness(replica) {
   const isLost = replica.state === "discovered" && replica.num_failures > 0;
   if (isLost || ["quarantined", "gone"].includes(replica.state)) return "bad";
@@ -21,14 +26,19 @@ const COLUMNS = [
   ["Detail"],
 ];
 
+/**
+ * @param {ReplicaStatus[]} replicas
+ * @param {RunStatus | null} run
+ * @param {string} trainerUrl
+ */
 export function fleetTable(replicas, run, trainerUrl) {
   if (!replicas.length) {
     return h(
       "div",
       { className: "empty" },
-      "No replica is known. Start one with ",
+      "There are no replicas. Start one with ",
       h("code", {}, `ROLLOUT_TRAINER_URL=${trainerUrl}`),
-      ", or name it in the trainer’s ",
+      ", or list it in the trainer’s ",
       h("code", {}, "TRAINER_ROLLOUT_URLS"),
       ".",
     );
@@ -44,8 +54,13 @@ export function fleetTable(replicas, run, trainerUrl) {
   );
 }
 
+/**
+ * @param {ReplicaStatus} replica
+ * @param {RunStatus | null} run
+ */
 function row(replica, run) {
   const wrong = wrongness(replica);
+  /** @type {(content: Node | string, note?: string, more?: Record<string, string>) => Node} */
   const cell = (content, note = "", more = {}) =>
     h("td", more, content, note && h("small", {}, ` ${note}`));
   const num = { className: "num" };
@@ -88,6 +103,7 @@ function row(replica, run) {
   );
 }
 
+/** @param {ReplicaStatus[]} replicas */
 export function fleetSummary(replicas) {
   if (!replicas.length) return "";
   const serving = replicas.filter((replica) => replica.state === "serving").length;

@@ -1,8 +1,9 @@
-// @ts-check
-// The numbers of a run by step, in columns, and fewer points of them than there are pixels.
+// The numbers of a run by step, in columns, thinned out to what a chart can show.
 
-/** What a chart reads of a step record; names are those of shared/schemas.py. */
-const STEP_COLUMNS = [
+/** @import { EvalRecord, RunEvent, StateRecord, StepRecord } from "./wire.js" */
+
+/** The fields of a step record that the charts show. */
+const STEP_COLUMNS = /** @type {const} */ ([
   "reward_mean",
   "sampler_kl",
   "reference_kl",
@@ -29,8 +30,8 @@ const STEP_COLUMNS = [
   "explained_variance",
   "preference_accuracy",
   "preference_margin",
-];
-const COLUMNS = [
+]);
+const COLUMNS = /** @type {const} */ ([
   ...STEP_COLUMNS,
   "reward_low",
   "reward_high",
@@ -38,20 +39,17 @@ const COLUMNS = [
   "stale_kl",
   "eval_sampled",
   "eval_greedy",
-];
+]);
 
 /**
- * A step record of the trainer: shared/schemas.py has every number. What does not apply is absent.
- * @typedef {{step: number, step_s: number, policy: {version: number}, num_groups: number,
- *   num_constant_groups?: number, reward_mean?: number, reward_std?: number,
- *   kl_by_lag?: {lag: number, kl: number, num_tokens: number}[]} & Record<string, any>} Step
- * @typedef {{step: number, sampled_reward: number, greedy_reward: number}} Evaluation
- * @typedef {{state: string, detail: string}} State
+ * @typedef {(typeof COLUMNS)[number]} ColumnName
+ * @typedef {(number | null)[]} Column one value per step, null where there is none
+ * @typedef {[first: number, last: number]} Range steps, both included
  */
 
 /**
  * KL(sampler ‖ policy) over the tokens of older versions, nats; null when there are none.
- * @param {Pick<Step, "kl_by_lag">} step
+ * @param {Pick<StepRecord, "kl_by_lag">} step
  */
 export function staleKl({ kl_by_lag: byLag = [] }) {
   const stale = byLag.filter(({ lag }) => lag > 0);
@@ -65,13 +63,14 @@ export class History {
   constructor() {
     /** @type {number[]} */
     this.steps = [];
-    /** @type {Record<string, (number | null)[]>} */
-    this.columns = Object.fromEntries(COLUMNS.map((name) => [name, []]));
-    /** @type {Step | null} */
+    this.columns = /** @type {Record<ColumnName, Column>} */ (
+      Object.fromEntries(COLUMNS.map((name) => [name, /** @type {Column} */ ([])]))
+    );
+    /** @type {StepRecord | null} */
     this.lastStep = null;
-    /** @type {Evaluation | null} */
+    /** @type {EvalRecord | null} */
     this.lastEval = null;
-    /** @type {State | null} */
+    /** @type {StateRecord | null} */
     this.state = null;
     /** @type {number[]} */
     this.stepSeconds = [];
@@ -81,25 +80,26 @@ export class History {
     return this.steps.length === 0;
   }
 
-  /** Median of the last steps: what the next one will probably take. */
+  /** Median over the last 20 steps, an estimate for the next one; null before the first. */
   get typicalStepSeconds() {
     const sorted = this.stepSeconds.slice(-20).sort((a, b) => a - b);
     return sorted.length ? sorted[sorted.length >> 1] : null;
   }
 
+  /** @param {RunEvent} event */
   add(event) {
     if (event.kind === "state") this.state = event;
     else if (event.kind === "eval") this.#addEval(event);
     else this.#addStep(event);
   }
 
-  /** @param {Step} event */
+  /** @param {StepRecord} event */
   #addStep(event) {
     this.lastStep = event;
     this.stepSeconds.push(event.step_s);
     const row = this.#row(event.step);
     for (const name of STEP_COLUMNS) {
-      this.columns[name][row] = event[name] ?? null; // what does not apply is absent
+      this.columns[name][row] = event[name] ?? null; // absent where it does not apply
     }
     this.columns.stale_kl[row] = staleKl(event);
     const { reward_mean: mean, reward_std: std, num_constant_groups: numConstant } = event;
@@ -114,7 +114,7 @@ export class History {
     }
   }
 
-  /** @param {Evaluation} event */
+  /** @param {EvalRecord} event */
   #addEval(event) {
     this.lastEval = event;
     const row = this.#row(event.step);
@@ -122,7 +122,10 @@ export class History {
     this.columns.eval_greedy[row] = event.greedy_reward;
   }
 
-  /** The row of `step`: nearly always the last one, or a new one after it. */
+  /**
+   * The row of `step`: nearly always the last one, or a new one after it.
+   * @param {number} step
+   */
   #row(step) {
     let row = this.steps.length;
     while (row > 0 && this.steps[row - 1] > step) row--;
@@ -132,19 +135,30 @@ export class History {
     return row;
   }
 
-  /** The last value of a column, or null. */
+  /**
+   * The last value of a column, or null.
+   * @param {ColumnName} name
+   */
   latest(name) {
     return this.columns[name].findLast((value) => value !== null) ?? null;
   }
 
+  /**
+   * Whether a column has a value other than 0.
+   * @param {ColumnName} name
+   */
   has(name) {
     return this.columns[name].some((value) => value);
   }
 
   /**
-   * [steps, ...columns] within `range` (null: all), of at most about `maxPoints` points. Of the
-   * steps that share a point the lowest and the highest value stay, in their order: a spike is seen
-   * at any length of the run.
+   * The steps and columns within `range` (null: all), thinned out to about `maxPoints` points. Of
+   * the steps that share a point, the lowest and the highest value stay, in their order, so that a
+   * spike remains visible however long the run is.
+   * @param {ColumnName[]} names
+   * @param {Range | null} range
+   * @param {number} maxPoints
+   * @returns {[steps: number[], ...columns: Column[]]}
    */
   points(names, range, maxPoints) {
     const first = range ? lowerBound(this.steps, range[0]) : 0;
@@ -153,35 +167,51 @@ export class History {
     const stride = Math.ceil((2 * (end - first)) / maxPoints);
     if (stride <= 2)
       return [this.steps.slice(first, end), ...columns.map((c) => c.slice(first, end))];
-    const result = [[], ...columns.map(() => [])];
+    /** @type {number[]} */
+    const steps = [];
+    /** @type {Column[]} */
+    const thinned = columns.map(() => []);
     for (let start = first; start < end; start += stride) {
       const stop = Math.min(start + stride, end);
-      result[0].push(this.steps[start]);
-      if (stop - start > 1) result[0].push(this.steps[stop - 1]);
+      steps.push(this.steps[start]);
+      if (stop - start > 1) steps.push(this.steps[stop - 1]);
       columns.forEach((column, index) => {
         const [a, b] = extremes(column, start, stop);
-        result[index + 1].push(a);
-        if (stop - start > 1) result[index + 1].push(b);
+        thinned[index].push(a);
+        if (stop - start > 1) thinned[index].push(b);
       });
     }
-    return result;
+    return [steps, ...thinned];
   }
 }
 
+/**
+ * The lowest and the highest value of some rows, in their order; null for what is missing.
+ * @param {Column} column
+ * @param {number} start
+ * @param {number} stop
+ */
 function extremes(column, start, stop) {
   let low = -1;
   let high = -1;
+  let lowest = Infinity;
+  let highest = -Infinity;
   for (let i = start; i < stop; i++) {
     const value = column[i];
     if (value === null) continue;
-    if (low < 0 || value < column[low]) low = i;
-    if (high < 0 || value > column[high]) high = i;
+    if (low < 0 || value < lowest) [low, lowest] = [i, value];
+    if (high < 0 || value > highest) [high, highest] = [i, value];
   }
   if (low < 0) return [null, null];
   if (low === high) return [column[low], null];
   return low < high ? [column[low], column[high]] : [column[high], column[low]];
 }
 
+/**
+ * The first index whose value is not below `value`.
+ * @param {number[]} sorted
+ * @param {number} value
+ */
 function lowerBound(sorted, value) {
   let low = 0;
   let high = sorted.length;

@@ -1,7 +1,6 @@
-// @ts-check
-// The page from load to close: who is asked for what and when, and where the answers are shown.
+// The page from load to close: when it asks the trainer for what, and where it shows the answers.
 //
-//   GET /status, /replicas   every 2 s, while the page is seen       ─▶ run, banners, fleet
+//   GET /status, /replicas   every 2 s, while the page is visible    ─▶ run, banners, fleet
 //   GET …/events             one stream per life of a run            ─▶ history ─▶ curves, figures
 //   GET …/completions        after a step, while they are followed   ─▶ completions
 
@@ -10,7 +9,9 @@ import { Curves } from "./charts.js";
 import { Completions } from "./completions.js";
 import { fleetSummary, fleetTable, wrongness } from "./fleet.js";
 import { History, staleKl } from "./history.js";
-import { $, count, duration, h, number, percent } from "./text.js";
+import { $, NONE, count, duration, h, number, percent } from "./text.js";
+
+/** @import { PolicyId, ReplicaStatus, RunStatus, TrainerStatus } from "./wire.js" */
 
 const POLL_MS = 2_000;
 const RETRY_MS = [1_000, 2_000, 4_000, 8_000, 15_000];
@@ -21,10 +22,10 @@ const ENDED = new Set(["completed", "stopped", "failed", "suspended"]);
 const WITHOUT_RUN = {
   starting: "The trainer is starting",
   ready: "No run yet",
-  dead: "The trainer has ended",
+  dead: "The trainer has stopped",
 };
 const DRAFT = "tandem.config";
-const EXAMPLE = `# GRPO on sorting five digits. Every setting: services/trainer/run_config.py
+const EXAMPLE = `# GRPO on sorting five digits. docs/settings.md lists every setting.
 num_steps: 50
 prompts_per_step: 32
 sampling:
@@ -48,14 +49,19 @@ optimizer:
 algorithm: grpo
 `;
 
-let trainer = null; // the last TrainerStatus
+/** @type {TrainerStatus | null} */
+let trainer = null; // null until the trainer answers
+/** @type {ReplicaStatus[]} */
 let replicas = [];
-let life = null; // "run_id.incarnation" whose events are followed
+/** @type {string | null} */
+let life = null; // the life whose events are followed, as "run_id.incarnation"
 let history = new History();
-let following = null; // AbortController of the stream
-let numFailures = 0; // answers that did not come, in a row
+/** @type {AbortController | null} */
+let following = null; // ends the stream
+let numFailures = 0; // polls that failed in a row
 let isStreamCut = false;
-const pauses = new Set(); // what ends each pause that goes on
+/** @type {Set<() => void>} */
+const pauses = new Set(); // a function for each current pause, which ends it
 
 const curves = new Curves($("curves"), (range) => {
   $("unzoom").hidden = range === null;
@@ -68,6 +74,7 @@ const completions = new Completions($("completions"), () => follow(false));
 // --- time ----------------------------------------------------------------------------------------
 
 /**
+ * Wait; `lookNow` ends the wait early.
  * @param {number} ms
  * @returns {Promise<void>}
  */
@@ -83,9 +90,13 @@ function pause(ms) {
   });
 }
 
-/** Whoever waits to ask the trainer asks now. */
+/** End every pause, so that the trainer is asked at once. */
 const lookNow = () => [...pauses].forEach((end) => end());
 
+/**
+ * @param {EventTarget} target
+ * @param {string} name
+ */
 const until = (target, name) =>
   new Promise((resolve) => target.addEventListener(name, resolve, { once: true }));
 
@@ -94,11 +105,11 @@ async function watch() {
   for (;;) {
     if (document.hidden) await until(document, "visibilitychange");
     try {
-      [trainer, replicas] = await Promise.all([api.getStatus(), api.getReplicas()]);
-      if (numFailures) lookNow(); // the stream waits, too
+      const [status, fleet] = await Promise.all([api.getStatus(), api.getReplicas()]);
+      if (numFailures) lookNow(); // the stream is waiting too
       numFailures = 0;
       showLink();
-      take();
+      take(status, fleet.replicas);
       await pause(POLL_MS);
     } catch (error) {
       if (error instanceof api.Problem && error.status === 401) await askForKey();
@@ -108,7 +119,10 @@ async function watch() {
   }
 }
 
-/** The trainer is away: say so, and try again later and later. */
+/**
+ * Say that the trainer is away, and wait before the next attempt, longer each time.
+ * @param {Error} error
+ */
 async function standBy(error) {
   const ms = RETRY_MS[Math.min(numFailures++, RETRY_MS.length - 1)];
   const end = Date.now() + ms;
@@ -119,15 +133,18 @@ async function standBy(error) {
   clearInterval(ticking);
 }
 
-/** @param {string | null} problem */
+/**
+ * @param {string | null} problem
+ * @param {number} seconds until the next attempt
+ */
 function showLink(problem = null, seconds = 0) {
   document.body.classList.toggle("away", problem !== null);
   $("retry").hidden = problem === null;
   $("forget").hidden = !api.key.get();
-  let [state, text] = isStreamCut ? ["cut", "Reconnecting to the events"] : ["live", "Live"];
+  let [state, text] = isStreamCut ? ["cut", "Reconnecting to the event stream"] : ["live", "Live"];
   if (problem !== null) {
     state = "away";
-    text = `${problem[0].toUpperCase()}${problem.slice(1)}; next try in ${seconds} s`;
+    text = `${problem[0].toUpperCase()}${problem.slice(1)}; retrying in ${seconds} s`;
   }
   $("link").dataset.link = state;
   if ($("link").textContent !== text) $("link").textContent = text;
@@ -135,9 +152,15 @@ function showLink(problem = null, seconds = 0) {
 
 // --- the stream ----------------------------------------------------------------------------------
 
-/** What the trainer said: show it, and follow the run that it names. */
-function take() {
-  const run = trainer.run;
+/**
+ * Show the answers of the trainer, and follow the run that it names.
+ * @param {TrainerStatus} status
+ * @param {ReplicaStatus[]} fleet
+ */
+function take(status, fleet) {
+  trainer = status;
+  replicas = fleet;
+  const run = status.run;
   const now = run && `${run.policy.run_id}.${run.policy.incarnation}`;
   if (now !== life) {
     following?.abort();
@@ -146,20 +169,25 @@ function take() {
     history = new History();
     curves.show(history);
     completions.show({ reward_names: [], groups: [] });
-    if (run) stream(now, (following = new AbortController()).signal, history);
+    if (now) stream(now, (following = new AbortController()).signal, history);
     loadCompletions();
   }
   showRun();
 }
 
-/** Read the events of one life of a run to its end, over as many connections as it takes. */
+/**
+ * Read the events of one life of a run to its end, over as many connections as it takes.
+ * @param {string} name
+ * @param {AbortSignal} signal
+ * @param {History} into
+ */
 async function stream(name, signal, into) {
   let lastId = -1;
   let numCuts = 0;
   while (!signal.aborted) {
     try {
       for await (const batch of api.events(lastId, signal)) {
-        if (batch.some(({ data }) => data.policy && !isOf(data.policy, name)))
+        if (batch.some(({ data }) => data.kind !== "state" && !isOf(data.policy, name)))
           throw new api.Away("another run");
         for (const { id, data } of batch) {
           lastId = id;
@@ -182,9 +210,15 @@ async function stream(name, signal, into) {
   }
 }
 
-// Evaluations and steps of earlier lives are in the events, too.
+/**
+ * Whether a policy belongs to the run of a life. Its incarnation may be lower: the stream begins
+ * with the steps and evaluations of earlier lives.
+ * @param {PolicyId} policy
+ * @param {string} name
+ */
 const isOf = (policy, name) => policy.run_id === name.slice(0, name.lastIndexOf("."));
 
+/** @param {boolean} value */
 function setCut(value) {
   if (isStreamCut === value) return;
   isStreamCut = value;
@@ -207,25 +241,24 @@ function onEvents() {
 
 function showRun() {
   if (!trainer) return;
-  const run = trainer.run;
-  const state = run?.state;
-  const hasEnded = !run || ENDED.has(state);
+  const { run } = trainer;
+  const hasEnded = !run || ENDED.has(run.state);
   const step = history.lastStep?.step ?? run?.step ?? 0;
   $("model").textContent = trainer.model;
   $("run-title").textContent = run?.run_id ?? WITHOUT_RUN[trainer.state];
   document.title = run
-    ? `${run.num_steps ? `${step}/${run.num_steps}` : state} · ${run.run_id}`
+    ? `${run.num_steps ? `${step}/${run.num_steps}` : run.state} · ${run.run_id}`
     : "Tandem";
-  $("run-state").textContent = state ?? "";
-  $("run-state").toggleAttribute("data-wrong", state === "failed");
+  $("run-state").textContent = run?.state ?? "";
+  $("run-state").toggleAttribute("data-wrong", run?.state === "failed");
   $("start").hidden = !hasEnded || trainer.state === "dead";
   $("start").disabled = trainer.state !== "ready";
   $("stop").hidden = hasEnded;
-  $("stop").disabled = state === "stopping";
-  $("resume").hidden = !run || !["stopped", "failed", "suspended"].includes(state);
+  $("stop").disabled = run?.state === "stopping";
+  $("resume").hidden = !run || !["stopped", "failed", "suspended"].includes(run.state);
   showProgress(run, step, hasEnded);
-  showNote(run, state);
-  showBanners(run, state);
+  showNote(trainer);
+  showBanners(trainer);
   showFigures(run);
   showFleet(run);
   $("curves-section").hidden = !run;
@@ -239,6 +272,11 @@ function showRun() {
   $("intro").hidden = Boolean(run) || trainer.state !== "ready";
 }
 
+/**
+ * @param {RunStatus | null} run
+ * @param {number} step
+ * @param {boolean} hasEnded
+ */
 function showProgress(run, step, hasEnded) {
   $("run-progress").hidden = !run;
   if (!run) return;
@@ -253,30 +291,35 @@ function showProgress(run, step, hasEnded) {
       {},
       run.num_steps
         ? `Step ${count(step)} of ${count(run.num_steps)}`
-        : `Step ${count(step)}, your own loop`,
+        : `Step ${count(step)} of your own loop`,
     ),
     `policy v${count(Math.max(policy.version, run.policy.version))}`,
     run.policy.incarnation > 1 && `life ${count(run.policy.incarnation)}`,
     left !== null && `about ${duration(left)} left`,
-    typical && `${number(typical)} s per step`,
-  ].filter(Boolean);
+    typical ? `${number(typical)} s per step` : null,
+  ].filter((part) => part !== false && part !== null);
   $("progress-text").replaceChildren(
     ...parts.flatMap((part, index) => (index ? [" · ", part] : [part])),
   );
 }
 
-function showNote(run, state) {
-  const isSaidBelow = !run || state === "failed";
-  const note = trainer.state === "starting" ? `${trainer.detail}.` : isSaidBelow ? "" : run.detail;
+/** @param {TrainerStatus} status */
+function showNote({ state, detail, run }) {
+  const isInBanner = run?.state === "failed";
+  const note = state === "starting" ? `${detail}.` : isInBanner ? "" : (run?.detail ?? "");
   $("run-note").hidden = !note;
   if ($("run-note").textContent !== note) $("run-note").textContent = note;
 }
 
-/** What stalls training, in the server’s own sentences. */
-function showBanners(run, state) {
+/**
+ * What holds up training, in the trainer’s own sentences.
+ * @param {TrainerStatus} status
+ */
+function showBanners({ state, detail, run }) {
+  /** @type {[kind: "bad" | "warn", title: string, sentence: string][]} */
   const found = [];
-  if (trainer.state === "dead") found.push(["bad", "The trainer cannot go on", trainer.detail]);
-  if (state === "failed") found.push(["bad", "The run failed", run.detail]);
+  if (state === "dead") found.push(["bad", "The trainer cannot continue", detail]);
+  if (run?.state === "failed") found.push(["bad", "The run failed", run.detail]);
   for (const sentence of run?.stalls ?? []) found.push(["warn", "Training is held up", sentence]);
   for (const replica of replicas.filter((item) => item.state === "quarantined")) {
     found.push(["warn", `Replica ${replica.id} is quarantined`, replica.detail]);
@@ -291,31 +334,33 @@ function showBanners(run, state) {
   );
 }
 
+/** @param {RunStatus | null} run */
 function showFigures(run) {
   const step = history.lastStep;
   const evaluation = history.lastEval;
   $("figures").hidden = !run || !(step || evaluation);
   if ($("figures").hidden) return;
-  const isFresh = step?.sampler_kl !== undefined; // else KL is that of older versions
+  const isFresh = step?.sampler_kl !== undefined; // otherwise the KL is over older versions
   const kl = isFresh ? step.sampler_kl : step && staleKl(step);
-  const figures = [
-    ...(step && step.reward_mean === undefined
-      ? []
-      : [["Reward", number(step?.reward_mean), step && `± ${number(step.reward_std)}`]]),
-    ...(evaluation
-      ? [["Eval, greedy", number(evaluation.greedy_reward), `step ${count(evaluation.step)}`]]
-      : []),
-    ["KL", number(kl), isFresh || !step ? "nats" : "nats, stale"],
-    ...(isFresh ? [["Logprob gap", number(step.logprob_gap), "nats"]] : []),
-    [
-      "Staleness",
-      number(step?.staleness_mean),
-      step && (step.staleness_max ? `≤ ${count(step.staleness_max)} versions` : "versions"),
-    ],
+  /** @type {[label: string, value: string, note?: string | null][]} */
+  const figures = [];
+  if (!step) figures.push(["Reward", NONE]);
+  else if (step.reward_mean !== undefined) {
+    figures.push(["Reward", number(step.reward_mean), `± ${number(step.reward_std)}`]);
+  }
+  if (evaluation) {
+    const { greedy_reward: reward, step: evaluatedAt } = evaluation;
+    figures.push(["Eval, greedy", number(reward), `step ${count(evaluatedAt)}`]);
+  }
+  figures.push(["KL", number(kl), isFresh || !step ? "nats" : "nats, stale"]);
+  if (isFresh) figures.push(["Logprob gap", number(step.logprob_gap), "nats"]);
+  const staleness = step?.staleness_max ? `≤ ${count(step.staleness_max)} versions` : "versions";
+  figures.push(
+    ["Staleness", number(step?.staleness_mean), step && staleness],
     ["Throughput", count(step?.tokens_per_s), "tokens/s"],
-    ["Trainer idle", percent(step?.trainer_idle_fraction), ""],
-    ["Replicas idle", percent(step?.rollout_idle_fraction), ""],
-  ];
+    ["Trainer idle", percent(step?.trainer_idle_fraction)],
+    ["Replicas idle", percent(step?.rollout_idle_fraction)],
+  );
   $("figures").replaceChildren(
     h(
       "dl",
@@ -327,6 +372,7 @@ function showFigures(run) {
   );
 }
 
+/** @param {RunStatus | null} run */
 function showFleet(run) {
   const wanted = JSON.stringify([replicas, run?.policy]);
   if ($("fleet").dataset.shown === wanted) return;
@@ -342,9 +388,10 @@ function showFleet(run) {
 
 let numGroups = FIRST_GROUPS;
 let loadedAt = 0;
+/** @type {ReturnType<typeof setTimeout> | null} */
 let loading = null;
 
-/** The newest completions, at most every COMPLETIONS_MS; the last call of a burst is not lost. */
+/** Load the newest completions, at most once per COMPLETIONS_MS and also after the last call. */
 function loadCompletions() {
   if (loading) return;
   const wait = Math.max(0, loadedAt + COMPLETIONS_MS - Date.now());
@@ -363,18 +410,20 @@ async function readCompletions() {
   try {
     answer = await api.getCompletions(numGroups);
   } catch (error) {
-    if (error instanceof api.Away || error instanceof api.Problem) return lookNow(); // which says it
+    // The poll reports the problem.
+    if (error instanceof api.Away || error instanceof api.Problem) return lookNow();
     throw error;
   }
   const { groups } = answer;
   const total = groups.reduce((sum, group) => sum + group.completions.length, 0);
   completions.show(answer);
   $("completions-hint").textContent = groups.length
-    ? `newest first · ${count(total)} of ${count(groups.length)} prompts`
-    : "The first ones appear with the first batch.";
+    ? `newest first · ${count(total)} completions of ${count(groups.length)} prompts`
+    : "The first completions appear with the first batch.";
   $("more").hidden = numGroups === ALL_GROUPS || groups.length < numGroups;
 }
 
+/** @param {boolean} value */
 function follow(value) {
   $("follow").checked = value;
   if (value) loadCompletions();
@@ -382,6 +431,10 @@ function follow(value) {
 
 // --- dialogs -------------------------------------------------------------------------------------
 
+/**
+ * @param {string} id
+ * @param {string | null} sentence null hides the element
+ */
 function say(id, sentence) {
   $(id).hidden = !sentence;
   $(id).textContent = sentence ?? "";
@@ -408,7 +461,12 @@ function askForKey() {
   });
 }
 
-/** Run `work` for a form: its button waits, a problem is its sentence. */
+/**
+ * Run `work` for a form: its button is disabled meanwhile, and a problem is shown in the form.
+ * @param {HTMLButtonElement} button
+ * @param {string} errorId
+ * @param {() => Promise<unknown>} work
+ */
 async function submit(button, errorId, work) {
   say(errorId, null);
   button.disabled = true;
@@ -416,11 +474,11 @@ async function submit(button, errorId, work) {
   button.textContent = `${label} …`;
   try {
     await work();
-    button.closest("dialog").close();
+    button.closest("dialog")?.close();
     lookNow();
   } catch (error) {
     if (error instanceof api.Problem && error.status === 401)
-      lookNow(); // which asks for the key
+      lookNow(); // the poll asks for the key
     else if (error instanceof api.Problem || error instanceof api.Away) say(errorId, error.message);
     else throw error;
   } finally {
@@ -429,6 +487,7 @@ async function submit(button, errorId, work) {
   }
 }
 
+/** @param {boolean} withCurrent whether to insert the config of the current run */
 async function openStart(withCurrent) {
   $("insert-current").hidden = !trainer?.run;
   say("start-error", null);
@@ -447,6 +506,7 @@ async function insertCurrent() {
   }
 }
 
+/** @param {string} text */
 function insert(text) {
   $("config").value = text;
   $("config").dispatchEvent(new Event("input"));
@@ -464,7 +524,7 @@ function wire() {
     api.key.forget();
     lookNow();
   };
-  $("theme").value = document.documentElement.dataset.theme;
+  $("theme").value = document.documentElement.dataset.theme ?? "system";
   $("theme").onchange = () => {
     document.documentElement.dataset.theme = $("theme").value;
     localStorage.setItem("tandem.theme", $("theme").value);
@@ -476,7 +536,8 @@ function wire() {
     lookNow();
     loadCompletions();
   });
-  $("key-dialog").addEventListener("cancel", (event) => event.preventDefault()); // it is needed
+  // Escape must not close the dialog: the page needs a key.
+  $("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
   for (const button of document.querySelectorAll("button")) {
     if ("close" in button.dataset) button.onclick = () => button.closest("dialog")?.close();
   }
@@ -486,9 +547,9 @@ function wire() {
   $("insert-example").onclick = () => insert(EXAMPLE);
   $("insert-current").onclick = insertCurrent;
   $("file").onchange = async () => {
-    const [file] = $("file").files;
+    const file = $("file").files?.[0];
     if (file) insert(await file.text());
-    $("file").value = ""; // the same file, changed, may be chosen again
+    $("file").value = ""; // so that the same file, once changed, can be chosen again
   };
   $("config").oninput = () => sessionStorage.setItem(DRAFT, $("config").value);
   $("start-form").onsubmit = (event) => {

@@ -1,17 +1,25 @@
-// @ts-check
-// Numbers and elements: what every part of the page writes with.
+// How every part of the page formats numbers and makes elements.
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const SUPERSCRIPT = "⁰¹²³⁴⁵⁶⁷⁸⁹";
 export const NONE = "–";
 
+/** @typedef {number | null | undefined} Maybe */
+
+/** @param {string} text */
 const minus = (text) => text.replace("-", "−");
+
+/** @param {number} exponent */
 const power = (exponent) =>
   "10" +
   (exponent < 0 ? "⁻" : "") +
-  [...String(Math.abs(exponent))].map((d) => SUPERSCRIPT[d]).join("");
+  [...String(Math.abs(exponent))].map((digit) => SUPERSCRIPT[Number(digit)]).join("");
 
-/** Three digits that count, whatever the size: 12 345 · 123 · 1.23 · 0.012 · 1.2 × 10⁻⁵ · 1. */
+/**
+ * Two or three significant digits, all digits of a whole number:
+ * 12 345 · 123 · 1.23 · 0.012 · 1.2 × 10⁻⁵ · 1.
+ * @param {Maybe} value
+ */
 export function number(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return NONE;
   const size = Math.abs(value);
@@ -29,21 +37,29 @@ export function number(value) {
   return minus(value.toFixed(size >= 1 ? 2 : 3));
 }
 
-/** A whole number. */
+/**
+ * A whole number.
+ * @param {Maybe} value
+ */
 export const count = (value) =>
   value === null || value === undefined
     ? NONE
     : minus(whole.format(value).replaceAll(",", "\u202f"));
 
-/** Seconds where there is little room: two digits that count. */
+/**
+ * Seconds where there is little room: two significant digits.
+ * @param {Maybe} value
+ */
 export const seconds = (value) =>
   value === null || value === undefined ? NONE : value < 0.01 ? "0" : String(+value.toPrecision(2));
 
+/** @param {Maybe} value */
 export const percent = (value) =>
   value === null || value === undefined
     ? NONE
     : `${(100 * value).toFixed(value > 0 && value < 0.0995 ? 1 : 0)}\u202f%`;
 
+/** @param {number} seconds */
 export function duration(seconds) {
   if (seconds < 60) return `${Math.max(1, Math.round(seconds))} s`;
   const minutes = Math.round(seconds / 60);
@@ -52,7 +68,11 @@ export function duration(seconds) {
   return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.round(hours / 24)} days`;
 }
 
-/** The label of a tick: short, and a power of ten where the axis is logarithmic. */
+/**
+ * The short label of a tick; on a logarithmic axis only powers of ten have one.
+ * @param {number | null} value
+ * @param {boolean} isLog
+ */
 export function tick(value, isLog) {
   if (value === null) return "";
   if (isLog) {
@@ -67,13 +87,20 @@ export function tick(value, isLog) {
   return minus(String(+value.toPrecision(4)));
 }
 
-/** An element; texts are never parsed as HTML, for completions may hold anything. */
+/**
+ * An element with properties, attributes and listeners (`on…`). Text is never parsed as HTML:
+ * completions may contain anything.
+ * @template {keyof HTMLElementTagNameMap} Tag
+ * @param {Tag} tag
+ * @param {Record<string, any>} properties
+ * @param {(Node | string | false | null | undefined)[]} children
+ */
 export function h(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (value === undefined || value === null || value === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name in element && name !== "role") element[name] = value;
+    else if (name in element && name !== "role") Object.assign(element, { [name]: value });
     else element.setAttribute(name, value === true ? "" : value);
   }
   element.append(
@@ -83,7 +110,40 @@ export function h(tag, properties = {}, ...children) {
 }
 
 /**
- * The element of the page with this id; inputs, buttons and dialogs have their own properties.
- * @returns {any}
+ * The elements of index.html that are more than an HTMLElement.
+ * @typedef {object} Elements
+ * @property {HTMLButtonElement} retry
+ * @property {HTMLSelectElement} theme
+ * @property {HTMLButtonElement} forget
+ * @property {HTMLButtonElement} stop
+ * @property {HTMLButtonElement} resume
+ * @property {HTMLButtonElement} start
+ * @property {HTMLProgressElement} bar
+ * @property {HTMLButtonElement} unzoom
+ * @property {HTMLInputElement} follow
+ * @property {HTMLButtonElement} more
+ * @property {HTMLDialogElement} key-dialog
+ * @property {HTMLFormElement} key-form
+ * @property {HTMLInputElement} key
+ * @property {HTMLInputElement} remember
+ * @property {HTMLDialogElement} start-dialog
+ * @property {HTMLFormElement} start-form
+ * @property {HTMLButtonElement} insert-example
+ * @property {HTMLButtonElement} insert-current
+ * @property {HTMLInputElement} file
+ * @property {HTMLTextAreaElement} config
+ * @property {HTMLButtonElement} start-now
+ * @property {HTMLDialogElement} stop-dialog
+ * @property {HTMLFormElement} stop-form
+ * @property {HTMLButtonElement} stop-now
  */
-export const $ = (id) => document.getElementById(id);
+
+/**
+ * The element of index.html with this id.
+ * @template {string} Id
+ * @param {Id} id
+ */
+export const $ = (id) =>
+  /** @type {Id extends keyof Elements ? Elements[Id] : HTMLElement} */ (
+    document.getElementById(id)
+  );

@@ -1,3 +1,2 @@
-// @ts-check
-// Before the first paint: the theme that was chosen here, or else the system's.
+// Runs before the first paint: sets the theme that was chosen in this browser, or the system's.
 document.documentElement.dataset.theme = localStorage.getItem("tandem.theme") ?? "system";

@@ -72,7 +72,7 @@ def _encode_pair(
         for column in (config.chosen_column, config.rejected_column)
     )
     if chosen == rejected:
-        raise ValueError(f"{where} has one answer twice, which teaches nothing: leave it out")
+        raise ValueError(f"{where} has the same answer twice, which teaches nothing: remove it")
     pair = PreferencePair(
         prompt_token_ids=encoder.encode(prompt),
         chosen_token_ids=chosen,
@@ -81,7 +81,7 @@ def _encode_pair(
     if pair.num_positions > max_positions:
         raise ValueError(
             f"{where} has {pair.num_positions} tokens with its longer answer, the model has "
-            f"{max_positions} positions: leave it out"
+            f"{max_positions} positions: remove it"
         )
     return pair
 

@@ -34,7 +34,7 @@ class RowStream(Generic[Row]):
     def __init__(self, rows: Sequence[Row], *, seed: int) -> None:
         self.rows = rows
         self._seed = seed
-        self._order = lru_cache(maxsize=4)(self._shuffle)  # groups in flight span few epochs
+        self._order = lru_cache(maxsize=4)(self._shuffle)  # Groups in flight span few epochs.
 
     def at(self, position: int) -> Row:
         """The row at `position`; an epoch has each exactly once."""

@@ -31,14 +31,16 @@ Logprobs = Sequence[float]
 
 # Honest replicas: 1,440 adapters on two CPU models, exact and original base, bfloat16 and FP8 KV
 # cache, effects of 0 to 9 nats.
-MIN_FLOOR = 1e-3  # nats; no two kernels agree better on every adapter
-RESOLVABLE = 3.0  # floors; a distance that noise does not make
-MAX_GAP = 3.0  # floors; honest ones up to 1.3 while the effect is small
-MAX_GAP_OF_EFFECT = 0.1  # more per nat of effect, a sharper policy is noisier; honest up to 0.06
-MIN_COSINE = 0.9  # of the effects, far above the noise; honest from 0.97
-COSINE_NOISE = 3.0  # it may miss 1 by so many (floor / effect)²; noise on both effects makes 1
-SLOPES = (0.67, 1.5)  # of the replica's effect on the trainer's, there; honest 0.81 to 1.13
-SYNTHETIC_NOISE = 0.5  # of the gap under the synthetic adapter; it is 1 to 2 floors
+MIN_FLOOR = 1e-3  # Nats; no two kernels agree better on every adapter.
+RESOLVABLE = 3.0  # In floors; noise does not reach this distance.
+MAX_GAP = 3.0  # In floors; honest replicas reach 1.3 while the effect is small.
+# Allowed on top per nat of effect, since sharper policies are noisier; honest replicas reach 0.06.
+MAX_GAP_OF_EFFECT = 0.1
+MIN_COSINE = 0.9  # Between effects far above the noise; honest replicas reach 0.97.
+COSINE_NOISE = 3.0  # Allowed distance from 1, in (floor / effect)²; noise on both effects makes 1.
+# Replica's effect over the trainer's; honest replicas are between 0.81 and 1.13.
+SLOPES = (0.67, 1.5)
+SYNTHETIC_NOISE = 0.5  # Share of the gap under the synthetic adapter, which is 1 to 2 floors.
 
 _KEPT_VERSIONS = 8
 
@@ -73,7 +75,7 @@ def fault(
 ) -> str | None:
     """What contradicts that the replica serves the policy, or None.
 
-    `others`: the trainer's logprobs under other policies that it may serve in its place.
+    `others`: the trainer's logprobs under policies that it may serve instead.
     """
     gap, base_gap = distance(trainer.policy, replica.policy), distance(trainer.base, replica.base)
     if base_gap > MAX_GAP * floor:
@@ -83,8 +85,8 @@ def fault(
         for name, logprobs in others.items()
         if distance(logprobs, trainer.policy) > RESOLVABLE * floor
     }
-    if gaps and (nearest := min(gaps)) < gap / 2:  # not between the two
-        return f"it serves {gaps[nearest]} ({nearest:.3g} nats off) in its place ({gap:.3g})"
+    if gaps and (nearest := min(gaps)) < gap / 2:  # Nearer by far, not merely nearer.
+        return f"it serves {gaps[nearest]} ({nearest:.3g} nats off) instead ({gap:.3g})"
     size = distance(trainer.policy, trainer.base)
     if size > RESOLVABLE * floor:
         reason = effect_fault(trainer.effect, replica.effect, floor=floor)
@@ -120,7 +122,8 @@ class Probe:
 
     sequences: tuple[tuple[int, ...], ...]
     base_logprobs: tuple[float, ...]
-    synthetic: PublishedAdapter  # of a run of its own; `probe_logprobs` are under it
+    # Belongs to a run of its own; its `probe_logprobs` are under this adapter.
+    synthetic: PublishedAdapter
 
     @property
     def longest(self) -> int:
@@ -137,8 +140,9 @@ class Conformance:
     def __init__(self, probe: Probe, config: ConformanceConfig) -> None:
         self._probe = probe
         self._config = config
-        self._versions: dict[PolicyId, Logprobs] = {}  # the last ones published
-        self._bases: dict[str, Logprobs] = {}  # of replicas (URL), at their last admission
+        self._versions: dict[PolicyId, Logprobs] = {}  # Latest published versions.
+        # Replica URL -> its base logprobs at its last admission.
+        self._bases: dict[str, Logprobs] = {}
 
     def remember(self, adapter: PublishedAdapter) -> None:
         """Recognize this version when a replica serves it in place of a later one."""

@@ -39,9 +39,9 @@ async def addresses(url: str) -> set[str] | None:
             found = await loop.getaddrinfo(parsed.host, port, type=socket.SOCK_STREAM)
     except TimeoutError:
         return None
-    except socket.gaierror as error:  # no such name: no replica runs
+    except socket.gaierror as error:  # No such name, so no replica runs.
         return None if error.errno in _TEMPORARY else set()
-    except UnicodeError:  # what can be no name
+    except UnicodeError:  # It cannot be a host name.
         return set()
     hosts = {str(address[0]) for *_, address in found}
     return {f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}" for host in hosts}

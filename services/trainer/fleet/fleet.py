@@ -43,12 +43,13 @@ from shared.schemas import (
 )
 
 log = logging.getLogger(__name__)
-_WAIT_S = 1.0  # a waiter looks again this often, whatever it is told
+_WAIT_S = 1.0  # How often a waiter looks again, even if nobody wakes it.
 _GONE_SHOWN_S = 60.0
-_MAX_FAULTS = 3  # errors of one request that may be its own, before they count as that
+# A request that fails this often on different replicas is taken to be at fault itself.
+_MAX_FAULTS = 3
 _NO_PROGRESS_PAUSE_S = 0.05
 _SAY_STALLED_EVERY_S = 30.0
-_MIN_GRACE_S = 0.1  # stragglers of a sync get at least this, and as long as the others took
+_MIN_GRACE_S = 0.1  # Least time for stragglers of a sync; they get at least what the others took.
 
 
 class Fleet:
@@ -71,11 +72,11 @@ class Fleet:
         self._members: dict[str, Member] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._looking: asyncio.Task[None] | None = None
-        self._nowhere: list[str] = []  # configured names without an address
+        self._nowhere: list[str] = []  # Configured names that have no address.
         self._goal: Goal | None = None
         self._changed = asyncio.Event()
-        self._said_stalled_at = -math.inf  # by now()
-        self.num_continued = 0  # completions that more than one stream made, so far
+        self._said_stalled_at = -math.inf  # On the clock of now().
+        self.num_continued = 0  # Completions so far that took more than one stream.
 
     def __len__(self) -> int:
         return sum(member.state != "gone" for member in self._members.values())
@@ -110,7 +111,7 @@ class Fleet:
         while True:
             try:
                 await self.look()
-            except Exception as error:  # whatever it is: looking does not end
+            except Exception as error:  # Discovery must not end, whatever fails.
                 log.error("looking for replicas failed", exc_info=error)
             await asyncio.sleep(self._interval_s)
 
@@ -122,7 +123,7 @@ class Fleet:
             self._nowhere = nowhere
             if nowhere:
                 log.warning("no address is known for %s: is the name right?", ", ".join(nowhere))
-        if None not in found:  # else the resolver is away: who is known stays
+        if None not in found:  # Otherwise the resolver is away, and known replicas stay.
             listed = {url for urls in found if urls for url in urls}
             for url in listed:
                 self._join(url, "configured")
@@ -161,7 +162,7 @@ class Fleet:
         url = registration.url.rstrip("/")
         member = self._join(url, "registered")
         member.lease_until = now() + (registration.lease_s or math.inf)
-        # A renewal of the same process is no reason to trust it again.
+        # Renewing the same process is no reason to trust it again.
         known = (member.boot_id, member.announced_boot_id)
         member.announced_boot_id = registration.boot_id
         if registration.lease_s is None or registration.boot_id not in known:
@@ -292,13 +293,14 @@ class Fleet:
             prover.remember(adapter)
         goal.beside[policy] = adapter
         try:
-            with goal.using(policy):  # from now on: another may end meanwhile
+            # Mark it used before waiting: another request may end meanwhile.
+            with goal.using(policy):
                 for member in self._members.values():
                     member.wake()
                 await self._wait_for(policy, deadline=now() + timeout_s)
                 yield
         finally:
-            if not goal.in_use[policy]:  # by another request
+            if not goal.in_use[policy]:  # No other request uses it.
                 goal.beside.pop(policy, None)
 
     async def _wait_for(self, policy: PolicyId, *, deadline: float) -> None:
@@ -352,7 +354,7 @@ class Fleet:
     async def _generate(self, request: GenerateRequest, deadline: float) -> list[CompletionGroup]:
         assert self._goal, "begin() was not called"
         draft, policy = Draft(request), request.policy or self._goal.newest
-        faults: list[ServiceError] = []  # that may be the request's own
+        faults: list[ServiceError] = []  # Errors that the request itself may have caused.
         with self._goal.using(policy):
             while not draft.is_complete:
                 member, policy = await self._route(policy, deadline)
@@ -365,7 +367,7 @@ class Fleet:
                     raise faults[-1]
                 if not errors:
                     member.num_failures = 0
-                    if not draft.is_complete:  # interrupted: by a newer version, or by a drain
+                    if not draft.is_complete:  # Interrupted by a newer version or by a drain.
                         log.info("replica %s interrupted a request", member.id)
                         member.wake()
                         if self._goal.requirements.in_flight == "continue":
@@ -392,7 +394,7 @@ class Fleet:
                 if free:
                     return min(free, key=lambda m: m.num_outstanding_tokens), wanted
                 if serving:
-                    break  # busy ones become free again
+                    break  # Some are only busy and become free again.
             if serving:
                 await self._change(min(deadline, *(m.busy_until for m in serving)))
             else:
@@ -416,7 +418,7 @@ class Fleet:
                 async for record in records:
                     if record.kind == "tokens":
                         member.received(load, len(record.token_ids))
-                    elif record.boot_id != boot_id:  # nothing is proven of this process
+                    elif record.boot_id != boot_id:  # Nothing is proven about this process.
                         raise Unavailable(f"{member.client.url} restarted")
                     draft.add(part, record)
 
@@ -441,7 +443,7 @@ class Fleet:
             case Overloaded():
                 member.busy_until = now() + pause_s(error, _WAIT_S)
             case DeadlineExceeded():
-                pass  # the request took long, ours or the replica's limit: the rest goes on
+                pass  # It hit our time limit or the replica's: continue the rest.
             case UnknownPolicy() if not policy.is_base:
                 member.lacks(policy)
             case InvalidRequest():

@@ -76,11 +76,11 @@ class Prover(Protocol):
 class Requirements:
     """What a run asks of its replicas."""
 
-    run: PolicyId  # version 0 of this life of the run
+    run: PolicyId  # Version 0 of this incarnation of the run.
     base: BaseIdentity
     lora_rank: int
-    num_context_tokens: int  # the longest prompt + max_tokens
-    may_replace_run: Callable[[str], bool]  # another run that a replica may serve now
+    num_context_tokens: int  # Longest prompt plus max_tokens.
+    may_replace_run: Callable[[str], bool]  # Whether a replica may be taken from that run.
     prover: Prover | None = None
     min_ready_replicas: int = 1
     in_flight: Literal["finish", "continue"] = "finish"
@@ -90,13 +90,13 @@ class Requirements:
 @dataclass(slots=True)
 class Goal:
     """What every replica has to serve now: the newest version, at its admission those that
-    requests still run under, and whatever else was asked for beside them."""
+    requests still run under, and the adapters that were requested next to them."""
 
     requirements: Requirements
     newest: PolicyId
     adapters: dict[PolicyId, PublishedAdapter] = field(default_factory=dict)
     beside: dict[PolicyId, PublishedAdapter] = field(default_factory=dict)
-    in_use: Counter[PolicyId] = field(default_factory=Counter)  # by requests
+    in_use: Counter[PolicyId] = field(default_factory=Counter)  # Running requests per version.
 
     @contextmanager
     def using(self, policy: PolicyId) -> Iterator[None]:
@@ -158,20 +158,20 @@ class Member:
         self.state: ReplicaState = "discovered"
         self.detail = "not asked yet"
         self.boot_id: str | None = None
-        self.announced_boot_id: str | None = None  # by its last registration
-        self.error: ServiceError | None = None  # why it is quarantined
-        self.is_configured = False  # its address is one of the configured ones now
-        self.lease_until = -math.inf  # of its registration; by now()
-        self.is_removed = False  # by an operator; until it restarts or is registered again
+        self.announced_boot_id: str | None = None  # From its last registration.
+        self.error: ServiceError | None = None  # Why it is quarantined.
+        self.is_configured = False  # Whether its address is currently configured.
+        self.lease_until = -math.inf  # End of its registration, on the clock of now().
+        self.is_removed = False  # Removed by an operator, until it restarts or registers again.
         self.gone_at: float | None = None
         self.num_failures = 0
-        self.num_outstanding = 0  # completions
+        self.num_outstanding = 0  # In completions.
         self.num_outstanding_tokens = 0
-        self.busy_until = 0.0  # it said 429; by now()
-        self.receipts: dict[PolicyId, SyncReceipt] = {}  # of versions that were pushed
-        self._proven: dict[PolicyId, float] = {}  # version -> gap
-        self._floor: float | None = None  # None: not admitted to this run
-        self._merges = False  # adapters into its weights
+        self.busy_until = 0.0  # It answered 429 until then, on the clock of now().
+        self.receipts: dict[PolicyId, SyncReceipt] = {}  # Receipts of pushed versions.
+        self._proven: dict[PolicyId, float] = {}  # Version -> its gap in nats.
+        self._floor: float | None = None  # None before it is admitted to this run.
+        self._merges = False  # Whether it merges adapters into its weights.
         self._last_sync_s: float | None = None
         self._interval_s = interval_s
         self._probe_timeout_s = probe_timeout_s
@@ -179,7 +179,7 @@ class Member:
         self._find_twin = find_twin
         self._goal: Goal | None = None
         self._wake = asyncio.Event()
-        self._not_before = 0.0  # the circuit is open until then; by now()
+        self._not_before = 0.0  # The circuit is open until then, on the clock of now().
         self._num_silent_probes = 0
         self._busy, self._serving = Stopwatch(), Stopwatch()
 
@@ -284,7 +284,7 @@ class Member:
             self.num_outstanding_tokens -= load.num_tokens
             if self.num_outstanding == 0:
                 self._busy.stop()
-                self.wake()  # a removed one is now gone
+                self.wake()  # A removed one is gone now.
 
     def received(self, load: Load, num_tokens: int) -> None:
         num_tokens = min(num_tokens, load.num_tokens)
@@ -321,7 +321,7 @@ class Member:
             self._quarantine(error)
         except ServiceError as error:
             self._fail_or_lose(error)
-        except Exception as error:  # whatever it is: the task of a member does not end
+        except Exception as error:  # The task of a member must not end, whatever fails.
             log.error("looking at replica %s failed", self.id, exc_info=error)
             self._fail_or_lose(InternalError(f"{type(error).__name__}: {error}"))
 
@@ -377,7 +377,7 @@ class Member:
         except ServiceError:
             if goal is self._goal:
                 raise
-            return  # of a run that has ended meanwhile
+            return  # The run has ended meanwhile.
         if goal is self._goal and self.state == "admitting":
             self._move("serving", "")
 
@@ -396,9 +396,10 @@ class Member:
         """Push and prove what the replica lacks of the goal."""
         if self.state != "serving":
             self._move("admitting", f"getting policy {goal.newest}")
-            self._proven.setdefault(goal.requirements.run, self._floor or 0.0)  # the base
+            # The base is proven by admission.
+            self._proven.setdefault(goal.requirements.run, self._floor or 0.0)
             for policy in sorted(goal.adapters, key=lambda policy: policy.age_key):
-                older = goal.adapters.get(policy)  # it may have been dropped meanwhile
+                older = goal.adapters.get(policy)  # It may have been dropped meanwhile.
                 if older and policy != goal.newest and policy not in self._proven:
                     await self._give_older(goal, older)
         else:
@@ -410,7 +411,7 @@ class Member:
             except Unavailable as error:
                 if self.state != "serving":
                     raise
-                # It goes on with the versions it has, and takes nothing for the one it lacks.
+                # It serves the versions it has and gets no requests for the one it lacks.
                 self._not_before = now() + pause_s(error, self._interval_s)
                 self._move("serving", f"has not policy {newest.policy} yet: {error.detail}")
                 return
@@ -429,14 +430,15 @@ class Member:
     async def _give(self, goal: Goal, adapter: PublishedAdapter, *, activate: bool) -> None:
         """Push one version and prove that it is served."""
         policy, wanted, floor, started = adapter.policy, goal.requirements, self._floor, now()
-        if floor is None:  # admission was revoked meanwhile
+        if floor is None:  # Admission was revoked meanwhile.
             return
-        if policy not in self.receipts:  # else only its proof failed
+        if policy not in self.receipts:  # Otherwise only its proof failed.
             receipt = await self.client.sync_weights(
                 adapter.content,
                 digest=adapter.content_digest,
                 activate=activate,
-                replace_run=all(known.is_base for known in self._proven),  # as admission allowed
+                # Allowed by its admission.
+                replace_run=all(known.is_base for known in self._proven),
                 in_flight=wanted.in_flight,
                 timeout_s=wanted.sync_timeout_s,
             )

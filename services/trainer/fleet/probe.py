@@ -19,13 +19,13 @@ from services.trainer.policy.policy import Policy
 from services.trainer.run_config import ConformanceConfig
 from shared.schemas import PolicyId
 
-_POOL_PROMPTS = 256  # whose tokens follow the prompts of the probe
+_POOL_PROMPTS = 256  # Prompts whose tokens are drawn to fill the sequences.
 
 
-_EFFECTS = (0.5, 2.0)  # nats, of the synthetic adapter
+_EFFECTS = (0.5, 2.0)  # Wanted effect of the synthetic adapter, in nats.
 
 
-_MAX_STRENGTH = 2.0  # of the adapter's output to its input; effects saturate before
+_MAX_STRENGTH = 2.0  # Largest ratio of the adapter's output to its input; effects saturate before.
 
 
 _MAX_TRIALS = 16
@@ -58,7 +58,7 @@ def probe_sequences(
     """Prompts, each followed by tokens of other prompts: where a trained adapter acts.
 
     Of a long prompt the first token, without which some models are lost, and the last ones. Where
-    prompts have no ordinary tokens, those of the vocabulary follow. A function of its arguments.
+    prompts have no ordinary tokens, tokens of the vocabulary follow. Deterministic.
     """
     rng, num_last = random.Random(f"probe/{seed}"), num_tokens // 2 - 1
     sample = rng.sample(prompts, min(len(prompts), max(num_sequences, _POOL_PROMPTS)))
@@ -93,7 +93,7 @@ def _synthetic_adapter(
             too_strong, strength = strength, max(strength / 2, math.sqrt(strength * too_weak))
     raise ValueError(
         f"no random adapter moves the logprobs of this base by {low:g} to {high:g} nats (the last "
-        f"one by {effect:.3g}): its weights are of no use, check the model"
+        f"one by {effect:.3g}): its weights cannot be right, check the model"
     )
 
 

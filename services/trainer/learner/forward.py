@@ -23,7 +23,7 @@ from services.trainer.policy.token_batch import (
     micro_batches,
 )
 
-TokenScores = Mapping[int, Tensor]  # index of a sample -> numbers of its tokens, [R] on the CPU
+TokenScores = Mapping[int, Tensor]  # Index of a sample -> one number per token, [R] on the CPU.
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ class Forward:
         """
         policy = self.policy
         trees = self._trees(units, self.max_tokens)
-        if (size := policy.ranks.size) > 1:  # a prompt shared by all of a group is work of one rank
+        # A prompt shared by a whole group would be the work of one rank.
+        if (size := policy.ranks.size) > 1:
             num_positions = sum(tree.num_positions for unit in trees for tree in unit)
             trees = self._trees(units, min(self.max_tokens, num_positions // size))
         whole = trees if keep_units else [[tree] for unit in trees for tree in unit]

@@ -148,7 +148,7 @@ class Learner:
         """Continue as `policy_id` from a snapshot. Call after start() with the config of its run.
 
         The next update is, bit for bit, the one that the snapshot's policy would have taken.
-        Raises ValueError when the tensors are not those of this base and run config.
+        Raises ValueError when the tensors do not fit this base and run config.
         """
         if bool(self.critic) != bool(snapshot.critic):
             raise ValueError(

@@ -27,7 +27,7 @@ class Optimizer:
     ) -> None:
         """`sets`: parameters and their learning rate; the policy's come first."""
         self.num_updates = 0
-        self.learning_rate = 0.0  # of the policy, in the latest update
+        self.learning_rate = 0.0  # Rate of the policy in the latest update.
         self._config = config
         self._learning_rates = [learning_rate for _, learning_rate in sets]
         groups = [{"params": list(parameters)} for parameters, _ in sets]
@@ -48,7 +48,8 @@ class Optimizer:
         """Inside, the `num_steps` steps of one update are taken. One that fails leaves nothing: its
         steps are undone and its gradients dropped."""
         weights, state = [], {}
-        if num_steps > 1 or len(self._learning_rates) > 1:  # one set's step is all or nothing
+        # A single step of a single set is all or nothing.
+        if num_steps > 1 or len(self._learning_rates) > 1:
             weights = [parameter.detach().clone() for parameter in self.parameters]
             state = copy.deepcopy(self._optimizer.state_dict())
         share = min(1.0, (self.num_updates + 1) / max(self._config.warmup_steps, 1))
@@ -57,7 +58,7 @@ class Optimizer:
         self.learning_rate = self._learning_rates[0] * share
         try:
             yield
-        except Exception:  # whatever it was: half an update is no version
+        except Exception:  # Half an update is no version, whatever failed.
             self._optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
                 for parameter, weight in zip(self.parameters, weights, strict=False):
@@ -71,7 +72,7 @@ class Optimizer:
         """Add up the ranks' gradients, clip each set, step and zero them; the norm of the policy's
         gradient before clipping. Raises FloatingPointError when a gradient is not finite."""
         for parameter in self.parameters:
-            if parameter.grad is None:  # no sample had an advantage: a step of momentum alone
+            if parameter.grad is None:  # No sample had an advantage: step by momentum alone.
                 parameter.grad = torch.zeros_like(parameter)
         ranks.add_gradients(self.parameters)
         norms = [
@@ -91,7 +92,8 @@ class Optimizer:
         return copied
 
     def restore(self, state: dict[str, Any], *, num_updates: int) -> None:
-        self._optimizer.load_state_dict(copy.deepcopy(state))  # it keeps what it gets
+        # The optimizer keeps what it is given.
+        self._optimizer.load_state_dict(copy.deepcopy(state))
         self.num_updates = num_updates
 
 

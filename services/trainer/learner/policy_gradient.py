@@ -39,7 +39,7 @@ from services.trainer.run_config import (
     RlooConfig,
 )
 
-# Nats. The first tokens of a group have one entropy but for rounding: all are kept, or none.
+# Nats. First tokens of a group differ in entropy by rounding only: keep all or none.
 _ENTROPY_TIE = 1e-5
 
 
@@ -54,13 +54,13 @@ class PolicyGradient:
     reward_weights: Sequence[float]
     _old: TokenScores = field(
         default_factory=dict
-    )  # empty: the policy that computes is the old one
+    )  # Empty while the computing policy is the old one.
     _entropy: TokenScores = field(default_factory=dict)
     _reference: TokenScores = field(default_factory=dict)
     _advantages: TokenScores = field(default_factory=dict)
     _values: TokenScores = field(default_factory=dict)
     _returns: TokenScores = field(default_factory=dict)
-    _lengths: Sequence[int] = ()  # loss tokens by sample
+    _lengths: Sequence[int] = ()  # Loss tokens per sample.
     _num_minibatches: int = 1
     may_split_groups: ClassVar[bool] = True
     weighs_tokens: ClassVar[bool] = True
@@ -81,7 +81,7 @@ class PolicyGradient:
                 self._values = forward.score(range(len(samples)), self.critic.values)
         self._advantages = self._make_advantages()
         active = [i for i in with_loss if self._is_active(i)]
-        if config.top_entropy_fraction < 1:  # a share of all tokens of a step
+        if config.top_entropy_fraction < 1:  # The share is of all tokens of a step.
             active = with_loss
         if not self._old and (num_steps > 1 or config.top_entropy_fraction < 1):
             self._old, self._entropy = forward.old(active)

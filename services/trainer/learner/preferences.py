@@ -49,7 +49,7 @@ class Preferences:
     config: OnlineDpoConfig | DpoConfig
     _old: TokenScores = field(
         default_factory=dict
-    )  # empty: nothing to compare with, or no other policy
+    )  # Empty when there is no older policy to compare with.
     _reference: TokenScores = field(default_factory=dict)
     may_split_groups: ClassVar[bool] = False
     weighs_tokens: ClassVar[bool] = False

@@ -27,7 +27,7 @@ from services.trainer.algorithms.ratios import MAX_LOG_RATIO
 from services.trainer.run_config import GuardsConfig
 from shared.schemas import LagKl, UpdateStats
 
-MIN_FRESH_TOKENS = 256  # what guards judge; see num_telling_tokens
+MIN_FRESH_TOKENS = 256  # Fewest tokens that guards judge; see num_telling_tokens.
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,7 @@ class UpdateRefused(ValueError):
     together they are the sentence."""
 
     def __init__(self, reason: str, remedy: str, stats: UpdateStats) -> None:
-        super().__init__(reason, remedy, stats)  # what pickle makes it from
+        super().__init__(reason, remedy, stats)  # The arguments that pickle rebuilds it from.
         self.reason = reason
         self.remedy = remedy
         self.stats = stats
@@ -248,7 +248,7 @@ def check_guards(stats: UpdateStats, guards: GuardsConfig) -> None:
 
 def _mismatch(reason: str, guard: str, stats: UpdateStats) -> UpdateRefused:
     remedy = (
-        "the samples are those of another model than the one that trains; serve the trainer's base "
+        "the samples come from another model than the one that trains; serve the trainer's base "
         f"(ROLLOUT_BASE=nf4-exact for a 4-bit one, no FP8 KV cache), or change guards.{guard}"
     )
     return UpdateRefused(reason, remedy, stats)

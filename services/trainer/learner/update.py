@@ -38,7 +38,7 @@ class Objective(Protocol):
     and the gradient of every step."""
 
     may_split_groups: ClassVar[bool]
-    weighs_tokens: ClassVar[bool]  # clips, and weighs tokens by importance
+    weighs_tokens: ClassVar[bool]  # Whether it clips, and weighs tokens by importance.
 
     def prepare(self, num_steps: int, *, num_minibatches: int) -> None:
         """`num_steps` optimizer steps are to come, in passes of `num_minibatches`."""

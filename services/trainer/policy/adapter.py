@@ -17,9 +17,9 @@ from shared.schemas import AdapterManifest, PolicyId
 @dataclass(frozen=True, slots=True)
 class PublishedAdapter:
     manifest: AdapterManifest
-    content: bytes | memoryview  # the adapter file
+    content: bytes | memoryview  # The adapter file.
     content_digest: str  # RFC 9530
-    probe_logprobs: tuple[float, ...] = ()  # of the run's probe (conformance.py), if it has one
+    probe_logprobs: tuple[float, ...] = ()  # Logprobs of the run's probe; empty without one.
 
     @property
     def policy(self) -> PolicyId:

@@ -17,11 +17,11 @@ from torch.nn.attention.varlen import varlen_attn
 
 from services.trainer.policy.token_batch import PackedAttention
 
-# torch 2.11 shares keys among query heads unasked, later ones on request.
+# torch 2.11 shares keys among query heads by default, later versions on request.
 _GROUPED_QUERIES: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 )
-NAME = "tandem_packed"  # attn_implementation; Transformers then makes no mask
+NAME = "tandem_packed"  # An attn_implementation for which Transformers makes no mask.
 _PLAIN = "sdpa"
 
 
@@ -60,7 +60,7 @@ def packed_attention(
         packed.max_q,
         packed.max_k,
         scale=scaling,
-        window_size=(-1, 0),  # causal
+        window_size=(-1, 0),  # Causal.
         **_GROUPED_QUERIES,
     )
     return out[None], None

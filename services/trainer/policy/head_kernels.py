@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096  # logits of a program at a time
+_BLOCK = 4096  # Logits per program and step.
 
 
 def softmax_statistics(

@@ -14,9 +14,9 @@ from services.trainer.policy import attention
 from services.trainer.policy.token_batch import Layout
 
 log = logging.getLogger(__name__)
-_LAYER_PARTS = {"self_attn", "mlp"}  # and norms: the mixing of positions is all in self_attn
+_LAYER_PARTS = {"self_attn", "mlp"}  # Besides norms; only self_attn mixes positions.
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
-_MAX_HEAD_DIM = 256  # of flash attention
+_MAX_HEAD_DIM = 256  # Limit of flash attention.
 
 
 def choose_layout(model: Any, device: torch.device) -> Layout:

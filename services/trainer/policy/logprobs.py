@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_LOGITS = 1 << 27  # 0.5 GiB of float32; on CUDA the gradients by them in 16 bits beside them
+_CHUNK_LOGITS = 1 << 27  # 0.5 GiB of float32; on CUDA their 16-bit gradients come on top.
 
 
 class TokenLogprobs(NamedTuple):

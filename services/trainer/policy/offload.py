@@ -4,7 +4,7 @@
     backward:  the layer that is next ◀─ device ◀─ host, copied while the one before it computes
 
 With gradient checkpointing they are all that a forward pass keeps, and they grow with its tokens
-times the number of layers. On the device are then those of one or two layers.
+times the number of layers. The device then holds those of one or two layers.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_MIN_BYTES = 1 << 20  # what is smaller is not worth a copy
-_MAX_LEAVING = 2  # inputs on their way to host memory
+_MIN_BYTES = 1 << 20  # Smaller tensors are not worth a copy.
+_MAX_LEAVING = 2  # Copies to host memory in flight, at most.
 
 
 @dataclass(slots=True, eq=False)
 class _Parked:
     host: Tensor
     device: torch.device
-    earlier: _Parked | None  # parked just before it: the backward pass wants that one next
+    earlier: _Parked | None  # The input parked just before, which the backward pass needs next.
     returned: Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
@@ -53,7 +53,8 @@ class _Garage:
             host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             host.copy_(tensor, non_blocking=True)
             if self._stream:
-                tensor.record_stream(self._stream)  # its memory is not reused before that
+                # Its memory must not be reused before the copy is done.
+                tensor.record_stream(self._stream)
                 self._leaving.append(self._stream.record_event())
         if len(self._leaving) > _MAX_LEAVING:
             self._leaving.popleft().synchronize()

@@ -46,7 +46,7 @@ from shared.model_folder import base_identity
 from shared.schemas import AdapterManifest, BaseIdentity, PolicyId, QuantizationRecipe
 
 log = logging.getLogger(__name__)
-_SCORE_POSITIONS = 8192  # of one forward of `score`
+_SCORE_POSITIONS = 8192  # Positions per forward pass of `score`.
 
 
 class Policy:
@@ -92,7 +92,7 @@ class Policy:
     ) -> Policy:
         """Load the base from a checkpoint folder or hub id. Raises ValueError for an unfit one.
 
-        With several ranks every one of them calls it, and none goes on when one cannot.
+        Every rank calls it, and none continues when one of them fails.
         """
         from transformers import AutoModelForCausalLM
 
@@ -170,7 +170,7 @@ class Policy:
         )
         self.model = get_peft_model(self._base, options)
         use_fused_lora(self.model)
-        self.model.train()  # without it gradient checkpointing is silently off
+        self.model.train()  # Gradient checkpointing is silently off in eval mode.
         self._lora = lora
         self._set_out(policy)
         self._probe = ()
@@ -183,7 +183,7 @@ class Policy:
     def restore(self, policy: PolicyId, lora: Mapping[str, Tensor]) -> None:
         """Go on as `policy` with the LoRA weights of a snapshot, by their names in the file.
 
-        Raises ValueError when they are not those of this base and LoRA config.
+        Raises ValueError when they do not fit this base and LoRA config.
         """
         if {name: tensor.shape for name, tensor in lora.items()} != self.lora_shapes():
             raise ValueError(
@@ -304,7 +304,7 @@ class Policy:
     def publish(self) -> PublishedAdapter:
         """The adapter of the current version, kept for `adapter`."""
         content = self._adapter_file(self.id)
-        with ThreadPoolExecutor(1) as beside:  # hashing lets the interpreter go
+        with ThreadPoolExecutor(1) as beside:  # Hashing releases the interpreter.
             digest = beside.submit(_digest, content)
             probe_logprobs = self.score(self._probe)
         adapter = PublishedAdapter(self.manifest, content, digest.result(), probe_logprobs)

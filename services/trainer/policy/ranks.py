@@ -6,8 +6,8 @@
 
 In an update every rank computes a share of each optimizer step and gets the sum of all gradients,
 so that all take the same step. After every call the ranks compare their weights. What fails on one
-rank fails on all, and nothing has changed; when that cannot be had (a process is gone, or weights
-differ) all end, rank 0 with exit code 1, and the run goes on from its last checkpoint.
+rank fails on all, and nothing has changed; when that is impossible (a process is gone, or weights
+differ) all end, rank 0 with exit code 1, and the run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 log = logging.getLogger(__name__)
-_STORE_TIMEOUT = timedelta(minutes=1)  # the store is there before its ranks start
-_CALL_TIMEOUT = timedelta(days=365)  # followers wait for rank 0 as long as it takes
-_MEETING_TIMEOUT = timedelta(minutes=30)  # between the first rank that is there and the last
-_CAUSE_S = 2.0  # for whoever watches the processes to say why one is gone
+_STORE_TIMEOUT = timedelta(minutes=1)  # The store exists before its ranks start.
+_CALL_TIMEOUT = timedelta(days=365)  # Followers wait for rank 0 without a limit.
+_MEETING_TIMEOUT = timedelta(minutes=30)  # Between the first rank to arrive and the last.
+_CAUSE_S = 2.0  # Lets the watcher of the processes say first why one is gone.
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
@@ -59,7 +59,7 @@ class _Word:
 
     value: Any = None
     failure: str = ""
-    is_done: bool = False  # it cannot go back any more
+    is_done: bool = False  # The rank has passed the point of no return.
 
 
 class Ranks:
@@ -78,16 +78,17 @@ class Ranks:
     ) -> None:
         self.rank = rank
         self.size = size
-        self._meetings = meetings  # where a rank that hangs is not waited for without end
+        self._meetings = meetings  # A group whose waits have a limit.
         self._gradients = gradients
-        self._calling = threading.Lock()  # calls come from threads, collectives one by one
+        # Calls come from several threads, but collectives run one at a time.
+        self._calling = threading.Lock()
 
     @classmethod
     def join(cls, device: str) -> Ranks:
         """The ranks that the environment names, once all are there. `device`: cpu or cuda."""
         if not is_launched() or os.environ["WORLD_SIZE"] == "1":
             return cls()
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: nothing for the network
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # All ranks are on one host.
         try:
             store, rank, size = next(rendezvous("env://", timeout=_STORE_TIMEOUT))
             dist.init_process_group(
@@ -95,9 +96,10 @@ class Ranks:
             )
             meetings = gradients = dist.new_group(backend="gloo", timeout=_MEETING_TIMEOUT)
             if device == "cuda":
-                torch.cuda.set_device(rank)  # of this thread
+                torch.cuda.set_device(rank)  # Applies to this thread.
                 gradients = dist.new_group(backend="nccl")
-                dist.all_reduce(torch.zeros(1, device="cuda"), group=gradients)  # it connects now
+                # Connect now, so that a failure shows at the start.
+                dist.all_reduce(torch.zeros(1, device="cuda"), group=gradients)
         except RuntimeError as error:
             log.error("the %s training processes cannot meet: %s", os.environ["WORLD_SIZE"], error)
             os._exit(1)
@@ -133,14 +135,14 @@ class Ranks:
         try:
             received = [None]
             dist.broadcast_object_list(received, src=0)
-        except RuntimeError:  # the connection is gone, and so is rank 0 or soon will be
+        except RuntimeError:  # The connection broke, so rank 0 is gone or about to be.
             return False
         if received[0] is None:
             return False
         name, args, kwargs = received[0]
         try:
             getattr(policy, name)(*args, **kwargs)
-        except Exception as error:  # rank 0 has heard of it, and raises
+        except Exception as error:  # Rank 0 has been told, and raises.
             log.debug("%s failed", name, exc_info=error)
         return True
 
@@ -156,7 +158,7 @@ class Ranks:
         try:
             yield
             value = proof()
-        except PeerFailed:  # all have met over it
+        except PeerFailed:  # All ranks know already.
             raise
         except Exception as error:
             self._meet(_Word(failure=f"{type(error).__name__}: {error}"))
@@ -221,8 +223,8 @@ class Ranks:
 
     def _end(self, reason: str) -> NoReturn:
         if self.rank == 0:
-            log.error("%s: the trainer exits; its next start goes on from the checkpoint", reason)
-        else:  # rank 0 sees it too
+            log.error("%s: the trainer exits; the next start resumes from the checkpoint", reason)
+        else:  # Rank 0 sees it as well.
             time.sleep(_CAUSE_S)
         os._exit(1)
 

@@ -26,12 +26,12 @@ class Sample:
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
-    sampler_logprobs: tuple[float, ...]  # () when no replica sampled it
-    staleness: tuple[int, ...]  # per token: trainer version minus the version that sampled it
+    sampler_logprobs: tuple[float, ...]  # Empty when no replica sampled it.
+    staleness: tuple[int, ...]  # Per token: trainer version minus sampling version.
     temperature: float
-    group: int  # samples of a group have the same prompt and follow each other
-    rewards: tuple[float, ...]  # weighted, by reward of the run
-    is_truncated: bool  # it ran into max_tokens
+    group: int  # Samples of a group share a prompt and are adjacent.
+    rewards: tuple[float, ...]  # Weighted, one per reward of the run.
+    is_truncated: bool  # Whether it ran into max_tokens.
 
     @property
     def reward(self) -> float:

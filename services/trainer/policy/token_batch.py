@@ -28,7 +28,7 @@ class Tree:
     """Samples of one prompt, by their index in the batch."""
 
     indices: tuple[int, ...]
-    num_positions: int  # nothing follows the last token of a completion: it is not computed
+    num_positions: int  # The last token of a completion predicts nothing and is not computed.
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,8 @@ class _Row:
     positions: list[int]
     segments: list[int]  # 0: a prompt, k: the k-th completion
     predicts: list[int]
-    spans: list[tuple[range, range]]  # queries, and the prompt before them that they see, too
+    # Query positions, and the earlier prompt positions that they see as well.
+    spans: list[tuple[range, range]]
 
 
 def collate(samples: Sequence[Sample], trees: Sequence[Tree], *, layout: Layout) -> TokenBatch:
@@ -207,7 +208,7 @@ def _append(row: _Row, samples: Sequence[Sample]) -> None:
         row.segments += [number] * len(own)
         own_range = range(begin, begin + len(own))
         row.predicts += [prompt_range[-1], *own_range]
-        if alone:  # one causal sequence, whose prompt no other completion sees
+        if alone:  # One causal sequence: no other completion sees its prompt.
             row.spans.append((range(start, own_range.stop), range(0)))
         elif own:
             row.spans.append((own_range, prompt_range))

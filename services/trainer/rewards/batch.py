@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-_SHOWN_CHARACTERS = 80  # of a prompt, a completion or a value, in a sentence
+_SHOWN_CHARACTERS = 80  # Longest excerpt of a prompt, completion or value in a message.
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,13 @@ class RewardBatch:
         return RewardBatch(self.prompts[start:end], self.completions[start:end], columns)
 
     def shares(self, max_completions: int) -> Iterator[RewardBatch]:
-        """Parts of at most so many completions; those of one prompt in a row stay together."""
+        """Parts of at most that many completions; those of one prompt stay together."""
         start = 0
         while start < len(self):
             end = min(start + max_completions, len(self))
             while start < end < len(self) and self.prompts[end] == self.prompts[end - 1]:
                 end -= 1
-            if end == start:  # the completions of one prompt alone are more
+            if end == start:  # One prompt alone has more completions than that.
                 end = start + 1
                 while end < len(self) and self.prompts[end] == self.prompts[start]:
                     end += 1

@@ -59,7 +59,7 @@ class _ExactMatch(_BuiltIn):
         if self._column not in columns:
             raise ValueError(
                 f"reward exact_match needs the column {self._column!r}; {dataset} has "
-                f"{_listed(columns)} beside the prompts: name the right one in rewards"
+                f"{_listed(columns)} besides the prompts: name the right column in rewards"
             )
         for row, answer in enumerate(columns[self._column]):
             if answer is None:
@@ -162,7 +162,7 @@ class _Function(_InProcess):
         if lacking := [name for name in takes.required if name not in given]:
             raise ValueError(
                 f"{self.name} needs the column {lacking[0]!r}; {dataset} has {_listed(columns)} "
-                "beside the prompts: rename one, or give the parameter a default"
+                "besides the prompts: rename one, or give the parameter a default"
             )
         known = (*takes.required, *takes.optional)
         if not takes.takes_any and (unknown := [name for name in given if name not in known]):

@@ -4,7 +4,7 @@
                              ◀──rewards, or what it raised──────
 
 There it can hang, also in C code that never lets another thread run, use up its memory or end the
-interpreter, and the trainer says so and goes on. It runs in the main thread, where signal.alarm
+interpreter, and the trainer says so and continues. It runs in the main thread, where signal.alarm
 works, and never twice at once. What it prints is in the trainer's log. A new run imports it anew.
 """
 
@@ -31,7 +31,7 @@ from services.trainer.rewards.batch import as_reward
 
 log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_EXIT_S = 5.0  # for a process that is ending to be gone
+_EXIT_S = 5.0  # How long an ending process may take.
 _TRACE_CHARACTERS = 8000
 
 
@@ -54,8 +54,8 @@ class FunctionProcess:
     def __init__(self, path: str) -> None:
         self._path = path
         self._child: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None  # our end, which a shutdown can end
-        self._connection: Connection | None = None  # over it
+        self._socket: socket.socket | None = None  # Our end, which can be shut down to end a call.
+        self._connection: Connection | None = None  # The connection over that socket.
         self._parameters = Parameters((), (), takes_any=True)
 
     async def start(self, *, timeout_s: float) -> Parameters:
@@ -75,7 +75,7 @@ class FunctionProcess:
             path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
             self._child = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(os.getpid()), str(theirs.fileno())],
-                start_new_session=True,  # what the function starts ends with it
+                start_new_session=True,  # Processes that the function starts end with it.
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
@@ -103,14 +103,14 @@ class FunctionProcess:
             await asyncio.wait({exchanging}, timeout=timeout_s)
             if not exchanging.done() and child.poll() is None:
                 raise FunctionFailed(f"took more than {timeout_s:g} s")
-            # Nobody is there, or only what it forked, which keeps its end of the connection.
+            # The process is gone, or only its forks hold the other end of the connection.
             if not exchanging.done() or isinstance(exchanging.exception(), EOFError | OSError):
                 raise FunctionFailed(f"ended its process, which {await _ending(child)}")
         finally:
             if not exchanging.done() or exchanging.exception():
                 self._kill()
-                await asyncio.wait({exchanging})  # now it has nobody to wait for
-                exchanging.exception()  # is not asked for elsewhere
+                await asyncio.wait({exchanging})  # Nobody answers any more, so it ends at once.
+                exchanging.exception()  # Retrieve it, so that asyncio does not warn.
                 self.close()
         succeeded, result = exchanging.result()
         if not succeeded:
@@ -122,7 +122,7 @@ class FunctionProcess:
     def _kill(self) -> None:
         """End the process and what it started, and whoever waits for its answer."""
         if self._child:
-            with suppress(ProcessLookupError):  # it may be gone, and its workers not
+            with suppress(ProcessLookupError):  # The process may be gone while its workers are not.
                 os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
         if self._socket:
@@ -152,18 +152,19 @@ async def _ending(child: subprocess.Popen[bytes]) -> str:
 
 def main() -> None:
     parent_pid, descriptor = int(sys.argv[1]), int(sys.argv[2])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The trainer answers Ctrl-C.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
-        return  # it ended before this
+        return  # The trainer ended before this.
     connection = Connection(descriptor)
     try:
         is_loaded, function = _try(_load, connection.recv())
         connection.send((is_loaded, _parameters(function) if is_loaded else function))
-        with asyncio.Runner() as runner:  # one event loop: what a coroutine opens in it stays
+        # One loop for all calls: what a coroutine opens stays usable.
+        with asyncio.Runner() as runner:
             while is_loaded:
                 connection.send(_try(_rewards, function, connection.recv(), runner))
-    except (EOFError, OSError):  # the trainer is done with it
+    except (EOFError, OSError):  # The trainer closed the connection.
         pass
 
 
@@ -179,7 +180,7 @@ def _load(path: str) -> Callable[..., Any]:
 def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions of C modules have none
+    except (TypeError, ValueError):  # Some functions of C modules have no signature.
         return (), (), True
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return (
@@ -195,7 +196,7 @@ def _rewards(
     values = function(**arguments)
     if inspect.isawaitable(values):
         values = runner.run(_result(values))
-    if hasattr(values, "tolist"):  # arrays and tensors: of Python's numbers
+    if hasattr(values, "tolist"):  # Arrays and tensors become Python numbers.
         values = values.tolist()
     if isinstance(values, str | Mapping | Set) or not isinstance(values, Iterable):
         raise TypeError(f"it returned {values!r:.80}, not a list of numbers")
@@ -210,7 +211,7 @@ def _try(work: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
     """(True, the result), or (False, (what it raised, the trace))."""
     try:
         return True, work(*arguments)
-    except BaseException as error:  # the user's code, which may also call sys.exit
+    except BaseException as error:  # User code may also call sys.exit.
         trace = traceback.format_exc()[-_TRACE_CHARACTERS:]
         return False, (f"raised {error!r:.300}{_where(error)}", trace)
 

@@ -23,7 +23,7 @@ from services.trainer.run_config import (
 from shared.errors import RewardFailed
 from shared.schemas import Completion, CompletionGroup, ScoredCompletion, ScoredGroup
 
-_MAX_SEARCH_S = 30.0  # for the completion that a reward failed for
+_MAX_SEARCH_S = 30.0  # Time limit of the search for the completion that made a reward fail.
 
 
 class Scorer:
@@ -31,10 +31,11 @@ class Scorer:
 
     def __init__(self, configs: Sequence[RewardConfig], encoder: PromptEncoder) -> None:
         """Raises ValueError for a reward that cannot be built."""
-        self.on_stall: OnStall = say_nothing  # is told why the run waits, "" once it goes on
+        # Called with why the run waits, and with "" once it continues.
+        self.on_stall: OnStall = say_nothing
         self._rewards = [(config, build_reward(config, self._stalled)) for config in configs]
         self._encoder = encoder
-        self._lock = asyncio.Lock()  # a reward never runs twice at once
+        self._lock = asyncio.Lock()  # A reward never runs twice at the same time.
 
     async def _stalled(self, why: str) -> None:
         await self.on_stall(why)
@@ -117,7 +118,7 @@ async def _fails_alone(reward: Reward, batch: RewardBatch) -> int | None:
     """The first completion that the reward fails for when it is the only one, if one is found in
     time. One that is late is it only when it took most of the time."""
     try:
-        await reward.start()  # it may have been ended; no completion is to blame for that
+        await reward.start()  # It may have been ended before, for which no completion is to blame.
     except RewardProblem:
         return None
     deadline = time.monotonic() + _MAX_SEARCH_S

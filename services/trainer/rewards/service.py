@@ -23,8 +23,8 @@ from shared.auth import authorization
 log = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
 _SAY_EVERY_S = 15.0
-_AWAY = (429, 502, 503, 504)  # not the fault of what was asked
-_MAX_BREAKDOWNS = 3  # other 5xx in a row, which may well be its fault
+_AWAY = (429, 502, 503, 504)  # Statuses that do not blame the request.
+_MAX_BREAKDOWNS = 3  # Other 5xx in a row, after which the request is to blame.
 
 OnStall = Callable[[str], Awaitable[None]]
 
@@ -40,7 +40,7 @@ class _Away(Exception):
 
 class ServiceReward:
     def __init__(self, config: HttpReward, on_stall: OnStall) -> None:
-        """`on_stall` is told why the run waits, and "" once it goes on."""
+        """`on_stall` is called with why the run waits, and with "" once it continues."""
         self._config = config
         self._on_stall = on_stall
         self._api_key: str | None = None
@@ -114,12 +114,12 @@ class ServiceReward:
                 if away_s >= config.max_outage_s:
                     raise RewardProblem(
                         f"gave no rewards for {away_s:.0f} s: {away}; start it, then post the run "
-                        "again: it goes on from its last checkpoint"
+                        "again: it resumes from its last checkpoint"
                     ) from away
                 if not said_at or time.monotonic() - said_at > _SAY_EVERY_S:
                     said_at = time.monotonic()
                     waits = (
-                        f"the {self.name} gives no rewards since {away_s:.0f} s: {away}; the run "
+                        f"the {self.name} has been away for {away_s:.0f} s: {away}; the run "
                         f"waits for it up to {config.max_outage_s:g} s"
                     )
                     log.warning("%s", waits)
@@ -151,7 +151,8 @@ class ServiceReward:
             raise _Away(f"{type(error).__name__} {error}".strip()) from error
         except httpx.DecodingError as error:
             raise RewardProblem(f"answered what cannot be decoded: {error}") from error
-        except (TypeError, ValueError) as error:  # a column has what JSON has not, as a date
+        # A column holds what JSON cannot express, such as a date.
+        except (TypeError, ValueError) as error:
             raise RewardProblem(
                 f"takes JSON, which the columns of the dataset cannot be: {error}"
             ) from error

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to go on after kill -9, one folder per saved step.
+"""Checkpoints: what a run needs to resume after kill -9, one folder per saved step.
 
     <run_dir>/checkpoints/step-000040/
         adapter_model.safetensors   the float32 master weights, as PEFT loads them
@@ -48,11 +48,11 @@ class CheckpointState(BaseModel):
 
     policy: PolicyId
     step: int = Field(ge=1)
-    num_updates: int = Field(ge=0)  # of the optimizer's schedule
+    num_updates: int = Field(ge=0)  # Updates that the learning rate schedule has seen.
     consumed: ConsumedState
-    log_positions: dict[str, int]  # file of the run log -> bytes that belong to this step
-    digests: dict[str, Digest]  # file of the folder -> SHA-256
-    versions: dict[str, str]  # of the packages that wrote it
+    log_positions: dict[str, int]  # File of the run log -> its length in bytes at this step.
+    digests: dict[str, Digest]  # File of the folder -> its SHA-256.
+    versions: dict[str, str]  # Versions of the packages that wrote it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +96,15 @@ class Checkpoints:
             self._write(step, snapshot, state, positions)
 
         try:
-            run_log.write_waiting()  # a run that resumes has every line up to its step
+            run_log.write_waiting()  # A resumed run must have every line up to its step.
             positions = run_log.positions
             snapshot = await asyncio.to_thread(learner.snapshot)
             await asyncio.to_thread(write)
         except OSError as error:
             self._metrics.checkpoints.labels("failed").inc()
             log.error(
-                "step %d could not be saved in %s: %s; the run goes on, and after a crash resumes "
-                "from %s: free space there before the next one is due",
+                "step %d could not be saved in %s: %s; the run continues, and after a crash would "
+                "resume from %s: free space there before the next checkpoint is due",
                 step,
                 self.dir,
                 error.strerror or error,
@@ -135,7 +135,8 @@ class Checkpoints:
         with new_folder(self._folder(step), replace=True) as folder:
             weights = save(dict(snapshot.lora), manifest_metadata(snapshot.manifest))
             digests = write_adapter(folder, weights, snapshot.manifest, self._source)
-            optimizer = io.BytesIO()  # so that a full disk is an OSError, not torch's own
+            # A full disk then raises OSError instead of an error of torch.
+            optimizer = io.BytesIO()
             others = {"optimizer": snapshot.optimizer, "rng": snapshot.rng}
             torch.save({**others, "critic": dict(snapshot.critic)}, optimizer)
             digests[_OPTIMIZER] = write_digested(folder / _OPTIMIZER, optimizer.getvalue())
@@ -151,7 +152,7 @@ class Checkpoints:
             write_digested(folder / _STATE, state.model_dump_json(indent=2).encode())
 
     def _remove_old(self) -> None:
-        """Damaged ones go with those of their age."""
+        """Damaged checkpoints are removed along with whole ones of their age."""
         oldest = _step(self._folders()[: self._config.keep][-1])
         for folder in (*self._folders(), *self._folders(_DAMAGED)):
             if _step(folder) < oldest:
@@ -224,7 +225,7 @@ def _read(folder: Path) -> Checkpoint:
             optimizer=saved["optimizer"],
             num_updates=state.num_updates,
             rng=saved["rng"],
-            critic=saved.get("critic", {}),  # not there before there was PPO
+            critic=saved.get("critic", {}),  # Checkpoints of older versions have none.
         )
     except (KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"checkpoint {folder} is incomplete: {error}") from error

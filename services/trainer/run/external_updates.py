@@ -35,13 +35,14 @@ class ExternalUpdates:
     """The updates of one external run, counted on from its checkpoint.
 
     Answers live in memory: a crash takes those since the last checkpoint, and the updates that they
-    answered. The next request after it gets UnexpectedPolicy, which names the policy to go on from.
+    answered. The next request then gets UnexpectedPolicy, which names the policy to continue from.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.lock = asyncio.Lock()  # held while the policy changes
-        self._answers: dict[str, tuple[str, TrainResponse]] = {}  # key -> request digest, answer
+        self.lock = asyncio.Lock()  # Held while the policy changes.
+        # Key -> digest of the request, answer.
+        self._answers: dict[str, tuple[str, TrainResponse]] = {}
 
     async def train(self, request: TrainRequest, ready: asyncio.Event) -> TrainResponse:
         """One update, once a replica is `ready`. A repeated key gets the first answer."""
@@ -55,13 +56,13 @@ class ExternalUpdates:
 
     async def _update(self, request: TrainRequest, digest: str) -> TrainResponse:
         run = self._run
-        step = run.policy.id.version + 1  # every update of a run makes one version
+        step = run.policy.id.version + 1  # Every update of a run makes one version.
         clock, meter = Clock(), Meter(run.fleet)
         run.recent.add(step, request.groups)
         try:
             samples = pair_samples(request.pairs) or make_samples(request.groups, run.policy.id)
             learned = await learn(run, samples, step=step, clock=clock)
-        except UnsuitableForTraining as error:  # nothing was applied: the run goes on
+        except UnsuitableForTraining as error:  # Nothing was applied, so the run continues.
             log.error("%s", error.detail)
             raise
         receipts: tuple[SyncReceipt, ...] = ()
@@ -70,13 +71,14 @@ class ExternalUpdates:
                 receipts = await run.fleet.sync(
                     learned.adapter, timeout_s=run.config.sync_timeout_s
                 )
-            except ServiceError as error:  # the update stands; replicas get it when they return
+            except ServiceError as error:  # The update stands; replicas get it when they return.
                 log.error("no replica has policy %s yet: %s", run.policy.id, error.detail)
         record = step_record(run.config, learned, clock, meter)
         answer = TrainResponse(
             policy=run.policy.id, step=record, receipts=receipts, replicas=run.fleet.status()
         )
-        self._keep(request.idempotency_key, digest, answer)  # whatever becomes of what follows
+        # Keep the answer even if logging or saving fails.
+        self._keep(request.idempotency_key, digest, answer)
         await run.log.emit(record)
         await run.save_if_due(step)
         return answer
@@ -103,7 +105,7 @@ class ExternalUpdates:
             state = f"{run.log.state} {run.log.detail}".rstrip()
             raise RunConflict(
                 f"run {run.config.run_id!r} is {state}: POST /train needs a run that was "
-                'started with {"managed": false} and goes on'
+                'started with {"managed": false} and has not ended'
             )
         if request.expected_policy != run.policy.id:
             raise UnexpectedPolicy(
@@ -146,8 +148,8 @@ def _check_group(index: int, group: ScoredGroup, config: RunConfig, policy: Poli
     """Refuse what a gradient cannot use."""
     if config.algorithm.compares_within_groups and len(group.completions) < 2:
         raise UnsuitableForTraining(
-            f"group {index} has 1 completion, algorithm {config.algorithm.name} compares those of "
-            "a group: send 2 or more"
+            f"group {index} has 1 completion, and algorithm {config.algorithm.name} compares "
+            "the completions of a group: send 2 or more"
         )
     if obstacles := group.sampling.gradient_obstacles():
         raise UnsuitableForTraining(

@@ -48,7 +48,7 @@ _MAY_CHANGE = frozenset(
         "max_tokens_per_micro_batch",
         "generate_timeout_s",
         "sync_timeout_s",
-        "timeout_s",  # of a reward
+        "timeout_s",  # Of rewards.
     }
 )
 
@@ -57,8 +57,8 @@ class Life(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     incarnation: int = Field(ge=1)
-    base: BaseIdentity  # what the run trains, in every life
-    dataset: Digest | None = None  # of the prompts it trains on; None for an external run
+    base: BaseIdentity  # The same in every incarnation of the run.
+    dataset: Digest | None = None  # Digest of the training prompts; None for an external run.
 
 
 class RunFolder:
@@ -85,14 +85,14 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, path: Path, config: RunConfig, base: BaseIdentity) -> RunFolder:
-        """The folder of a run that exists, to go on with `config`.
+        """The folder of an existing run, to resume it with `config`.
 
-        Raises Conflict for a run that cannot go on, RunConflict while a trainer executes it,
+        Raises Conflict for a run that cannot be resumed, RunConflict while a trainer executes it,
         InvalidRequest for a config that would make another run of it.
         """
         if config.resume == "never":
             raise Conflict(f"run {path.name!r} exists in {path}: choose another run_id")
-        read_config(path)  # else a folder that is no run would get a lock
+        read_config(path)  # Refuses a folder that is no run before it gets a lock.
         try:
             lock = _lock(path)
         except BlockingIOError as error:
@@ -206,7 +206,7 @@ def _read_life(path: Path) -> Life:
 def _unusable(path: Path, name: str, error: OSError | ValidationError) -> Conflict:
     problem = error.strerror if isinstance(error, OSError) else _first_problem(error)
     return Conflict(
-        f"{path} has no usable {name} ({problem}): it is not a run that can go on; choose another "
+        f"{path} has no usable {name} ({problem}): this run cannot be resumed; choose another "
         "run_id"
     )
 
@@ -254,5 +254,5 @@ def _refuse_completed(path: Path, saved: RunConfig, config: RunConfig) -> None:
     if (config.num_steps or 0) <= (saved.num_steps or 0):
         raise Conflict(
             f"run {path.name!r} has completed its {saved.num_steps} steps: set num_steps to more "
-            "to go on with it, or choose another run_id"
+            "to resume it, or choose another run_id"
         )

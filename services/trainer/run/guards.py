@@ -40,7 +40,7 @@ class ScoresSamples(Protocol):
 def check_handshake(policy: ScoresSamples, samples: Sequence[Sample], guards: GuardsConfig) -> None:
     """Score some completions of the version that trains as an update does, before the first one.
 
-    Raises ConformanceFailed when their sampler logprobs are those of another model.
+    Raises ConformanceFailed when their sampler logprobs come from another model.
     """
     bound = guards.max_handshake_kl
     fresh = [s for s in samples if s.sampler_logprobs and not any(s.staleness)]
@@ -48,7 +48,8 @@ def check_handshake(policy: ScoresSamples, samples: Sequence[Sample], guards: Gu
         return
     num_needed = num_telling_tokens(bound)
     ends = list(accumulate(sample.num_tokens for sample in fresh))
-    num_short = sum(end < num_needed for end in ends)  # completions that are too few tokens
+    # Completions whose tokens are too few to judge.
+    num_short = sum(end < num_needed for end in ends)
     fresh = fresh[: max(guards.num_handshake_completions, num_short + 1)]
     policy_logprobs = [value for row in policy.sample_logprobs(fresh) for value in row]
     sampler_logprobs = [value for sample in fresh for value in sample.sampler_logprobs]
@@ -87,7 +88,7 @@ def refused(
     try:
         folder.mkdir(exist_ok=True)
         write_file(path, to_json(batch, inf_nan_mode="strings"))
-    except OSError as error:  # the reason is worth more than the batch
+    except OSError as error:  # The reason matters more than the batch.
         where = f"its batch could not be saved in {path}: {error.strerror or error}"
     return UnsuitableForTraining(f"step {step} was not applied ({where}): {refusal}")
 
@@ -97,7 +98,7 @@ class GuardWatch:
     once when there is nothing to guard by."""
 
     def __init__(self) -> None:
-        self.beyond: dict[str, str] = {}  # number -> the sentence of the last step
+        self.beyond: dict[str, str] = {}  # Statistic -> the sentence of its last step.
         self._is_blind = False
 
     def see(self, step: int, stats: UpdateStats, guards: GuardsConfig) -> None:
@@ -119,7 +120,7 @@ class GuardWatch:
             if value is None:
                 continue
             limit = math.inf if bound is None else bound
-            # Back is well below, so that a number about the bound is not said at every step.
+            # Back only well below the bound: a number near it must not be logged at every step.
             is_beyond = value > (_back_at(limit, name) if was_beyond else limit)
             if is_beyond:
                 self.beyond[name] = (

@@ -30,7 +30,7 @@ EVENTS_FILE = "metrics.jsonl"
 GROUPS_FILE = "groups.jsonl"
 FINAL_STATES: tuple[RunState, ...] = ("completed", "stopped", "failed")
 _EVENT: TypeAdapter[RunEvent] = TypeAdapter(RunEvent)
-_TAIL_BYTES = 1 << 20  # longer than any line
+_TAIL_BYTES = 1 << 20  # Longer than any line.
 
 
 class LineFile:
@@ -39,7 +39,7 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("ab", buffering=0)
-        self.position = os.fstat(self._file.fileno()).st_size  # bytes of whole lines
+        self.position = os.fstat(self._file.fileno()).st_size  # Bytes of whole lines.
         self._waiting: deque[bytes] = deque()
 
     @property
@@ -56,7 +56,8 @@ class LineFile:
         while self._waiting:
             rest = line = self._waiting[0]
             try:
-                self._file.truncate(self.position)  # a truncation below may have failed
+                # The truncation below may have failed last time.
+                self._file.truncate(self.position)
                 while rest:
                     rest = rest[self._file.write(rest) :]
             except OSError:
@@ -94,10 +95,10 @@ class RunLog:
         self.run_dir = run_dir
         self.state: RunState = "running"
         self._detail = ""
-        self._lost_curves: list[str] = []  # sentences
+        self._lost_curves: list[str] = []  # One sentence per lost curve.
         self.last_step: StepRecord | None = None
         self.last_eval: EvalRecord | None = None
-        self.changed_at = time.monotonic()  # when the last event came
+        self.changed_at = time.monotonic()  # Time of the last event.
         self._metrics = metrics
         self._changed = asyncio.Condition()
         for name in (EVENTS_FILE, GROUPS_FILE):
@@ -162,8 +163,8 @@ class RunLog:
             self._metrics.log_failures.inc()
             if not num_waiting:
                 log.error(
-                    "%s takes no more lines: %s; the run goes on, keeps them in memory and saves "
-                    "no checkpoint until they are written: free space there",
+                    "%s cannot be written: %s; the run continues and keeps its lines in memory, "
+                    "without a checkpoint until they are written: free space there",
                     file.path,
                     error.strerror or error,
                 )
@@ -180,7 +181,7 @@ class RunLog:
         try:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, event.step)
-        except Exception as error:  # whatever its thread died of, once and for all
+        except Exception as error:  # TensorBoard's thread is dead: give it up for good.
             self._give_up_tensorboard(error)
 
     def _give_up_tensorboard(self, error: Exception) -> None:
@@ -224,7 +225,7 @@ class RunLog:
     async def events(self, start: int = 0) -> AsyncIterator[tuple[int, RunEvent]]:
         """Numbered events from `start` on, as they come, until the run has ended.
 
-        Who has seen more than there is, before the run was cut to its checkpoint, gets what is new.
+        A subscriber that saw events which the checkpoint cut off gets the new ones.
         """
         index = min(start, len(self._events))
         while True:
@@ -257,7 +258,7 @@ class RunLog:
         if self._tensorboard is not None:
             try:
                 self._tensorboard.close()
-            except Exception as error:  # whatever its thread died of
+            except Exception as error:  # TensorBoard's thread is dead.
                 self._give_up_tensorboard(error)
 
 
@@ -301,6 +302,6 @@ def last_state(run_dir: Path) -> StateRecord | None:
         with (run_dir / EVENTS_FILE).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             event = _EVENT.validate_json(file.read().splitlines()[-1])
-    except (FileNotFoundError, IndexError, ValidationError):  # killed early, or within a line
+    except (FileNotFoundError, IndexError, ValidationError):  # Killed early, or within a line.
         return None
     return event if isinstance(event, StateRecord) else None

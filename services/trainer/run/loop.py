@@ -33,7 +33,7 @@ from shared.schemas import (
 )
 
 log = logging.getLogger(__name__)
-_LAST_SYNC_S = 5.0  # a stopped run waits no longer for replicas, which may be told to stop, too
+_LAST_SYNC_S = 5.0  # How long a stopped run waits for replicas, which may be stopping as well.
 Result = TypeVar("Result")
 
 
@@ -41,7 +41,7 @@ async def run_steps(run: Run) -> None:
     """All steps of a managed run. Once `stop` is set, it returns without another update."""
     config, num_steps = run.config, run.config.num_steps
     assert num_steps
-    if needs_eval(config, run.first_step, run.log.last_eval):  # a stop may have cut it short
+    if needs_eval(config, run.first_step, run.log.last_eval):  # A stop may have cut it short.
         await unless_stopped(run, evaluate(run, run.first_step))
     async with batches(run) as source:
         for step in range(run.first_step + 1, num_steps + 1):
@@ -56,7 +56,7 @@ async def run_steps(run: Run) -> None:
             learned = await learn(run, to_samples(run, batch), step=step, clock=clock)
             run.consumed.add(batch.positions)
             with clock.measure("sync_s"):
-                # One upload is bounded by sync_timeout_s; a replica may first have to come back.
+                # sync_timeout_s bounds one upload, but a replica may first have to return.
                 timeout_s = max(config.generate_timeout_s, config.sync_timeout_s)
                 sync = run.fleet.sync(learned.adapter, timeout_s=timeout_s)
                 if await unless_stopped(run, sync, grace_s=_LAST_SYNC_S) is None:

@@ -13,7 +13,7 @@ thrown away.
 Dynamic sampling (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2) is the exception that the
 user asks for: a group of equal rewards gives its place to a new one at the end of the queue. Those
 behind it only move forward, so the bound holds. The paper samples until a batch is full; here at
-most `max_set_aside` groups are set aside per batch, so that a run goes on without groups that vary.
+most `max_set_aside` groups are set aside per batch, so that a run without varied groups continues.
 """
 
 from __future__ import annotations
@@ -46,15 +46,16 @@ ScoreGroups = Callable[
 class PendingGroup:
     """A group on its way to the trainer. Times are `perf_counter` seconds."""
 
-    position: int  # in the stream of prompts
+    position: int  # Position in the stream of prompts.
     prompt: Prompt
-    policy: PolicyId  # the newest served when it started: the oldest it can have tokens of
+    # The version it started under, which is the oldest that any of its tokens has.
+    policy: PolicyId
     started_at: float
     sampled: CompletionGroup | None = None
     sampled_at: float = 0.0
     scored: ScoredGroup | None = None
     scored_at: float = 0.0
-    is_constant: bool = False  # once it is scored
+    is_constant: bool = False  # Set when it is scored.
 
     @property
     def is_ready(self) -> bool:
@@ -85,8 +86,8 @@ class GroupBatch:
     """What one update learns from, in the order of the prompts."""
 
     groups: Sequence[PendingGroup]
-    set_aside: Sequence[PendingGroup]  # constant ones, since the batch before
-    num_ready_groups: int  # when it was taken, itself included
+    set_aside: Sequence[PendingGroup]  # Constant groups set aside since the batch before.
+    num_ready_groups: int  # When it was taken, its own groups included.
     num_in_flight_groups: int
 
     @property
@@ -123,12 +124,13 @@ class GroupQueue:
     batch_size: int
     max_staleness: int
     num_groups: int
-    policy: PolicyId  # that new groups start under
-    max_set_aside: int = 0  # constant groups per batch
+    policy: PolicyId  # The version that new groups start under.
+    max_set_aside: int = 0  # Constant groups that may be replaced per batch.
     is_constant: Callable[[ScoredGroup], bool] = has_equal_rewards
-    _groups: list[PendingGroup] = field(default_factory=list)  # in the order of their start
-    _set_aside: list[PendingGroup] = field(default_factory=list)  # since the last batch was taken
-    _num_taken: int = 0  # groups of that batch, until the version it makes is served
+    _groups: list[PendingGroup] = field(default_factory=list)  # In the order of their start.
+    # Set aside since the last batch was taken.
+    _set_aside: list[PendingGroup] = field(default_factory=list)
+    _num_taken: int = 0  # Groups of the last batch, until its version is served.
     _next_position: int = 0
     _sampled: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -178,7 +180,7 @@ class GroupQueue:
                 len(groups),
                 len(batch.set_aside),
             )
-        self._set_aside_constant()  # what the batch before could not
+        self._set_aside_constant()  # Those that the batch before could not set aside.
         return batch
 
     def release(self, policy: PolicyId) -> None:
@@ -206,7 +208,7 @@ class GroupQueue:
         async def work_or_fail() -> None:
             try:
                 await work()
-            except Exception as error:  # whatever it is: `take` raises it
+            except Exception as error:  # `take` raises it, whatever it is.
                 self._error = error
                 self._changed.set()
 

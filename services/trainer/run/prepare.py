@@ -192,7 +192,8 @@ def _load_data(config: RunConfig, policy: Policy) -> _Data:
 async def _say_stalled(run: Run, metrics: TrainerMetrics, why: str) -> None:
     """Have whoever follows the run see which rewards it waits for; "" when they come again."""
     metrics.record_reward_outage(bool(why))
-    if run.log.state == "running" and run.log.detail != why:  # several batches wait at once
+    # Several batches may wait for the same reward.
+    if run.log.state == "running" and run.log.detail != why:
         await run.log.emit(StateRecord(state="running", detail=why))
 
 

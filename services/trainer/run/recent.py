@@ -19,7 +19,7 @@ MAX_COMPLETIONS = 64
 @dataclass(frozen=True, slots=True)
 class StepGroup:
     step: int
-    index: int  # in the batch of the step
+    index: int  # Position in the batch of the step.
     group: ScoredGroup
 
 

@@ -30,10 +30,10 @@ class Run:
     fleet: Fleet
     log: RunLog
     prompts: RowStream[Prompt]
-    pairs: RowStream[PreferencePair]  # what `dpo` learns from instead of groups
-    consumed: Consumed  # positions of either
+    pairs: RowStream[PreferencePair]  # Offline DPO learns from these instead of groups.
+    consumed: Consumed  # Consumed positions of prompts or pairs.
     checkpoints: Checkpoints
-    first_step: int  # steps that an earlier life of the run did
+    first_step: int  # Steps that earlier incarnations of the run took.
     scorer: Scorer
     held_out: Sequence[Prompt]
     stop: asyncio.Event

@@ -10,13 +10,13 @@ import time
 from services.trainer.run.evaluation import needs_eval
 from services.trainer.run.run import Run
 
-_MIN_WAIT_S = 60.0  # without an event, before a run is said to stand still
-_MIN_FIRST_WAIT_S = 600.0  # the same before a first step or evaluation, which may take long
-_MAX_STEPS = 5  # and that many times the last step and evaluation: no honest step varies so much
+_MIN_WAIT_S = 60.0  # Time without an event after which a run counts as stalled.
+_MIN_FIRST_WAIT_S = 600.0  # The same before the first step or evaluation, which may take long.
+_MAX_STEPS = 5  # And this many times the last step and evaluation, beyond any honest variation.
 
 
 def stalls(run: Run) -> tuple[str, ...]:
-    """A sentence for each; () for a run that goes on, or has ended."""
+    """One sentence per stall; empty for a run that makes progress or has ended."""
     if run.log.state not in ("running", "external"):
         return ()
     found = [*_too_few_replicas(run), *_nothing_to_learn(run), *run.watch.beyond.values()]

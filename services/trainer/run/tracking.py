@@ -20,7 +20,7 @@ from services.boot import one_line
 from services.trainer.run_config import TrackingConfig, TrackioTracking, WandbTracking
 
 log = logging.getLogger(__name__)
-FINISH_TIMEOUT_S = 20.0  # at the end of a run, for what a tracker has not sent yet
+FINISH_TIMEOUT_S = 20.0  # How long a tracker may take to send the rest when the run ends.
 _INIT_TIMEOUT_S = 30.0
 _Numbers: TypeAlias = Mapping[str, float]
 
@@ -31,9 +31,9 @@ class TrackedRun:
 
     trackers: Sequence[TrackingConfig]
     run_id: str
-    is_new: bool  # False: it goes on, in the tracker too
+    is_new: bool  # False continues the run in the tracker.
     folder: Path
-    settings: Mapping[str, Any]  # its resolved config, without secrets
+    settings: Mapping[str, Any]  # The resolved config without secrets.
 
 
 class Tracker(Protocol):
@@ -123,7 +123,7 @@ class _Feed:
                     tracker.log(*item)
             finally:
                 tracker.finish(failed=self._failed)
-        except Exception as error:  # whatever a tracker does, the run goes on
+        except Exception as error:  # The run continues, whatever a tracker does.
             log.debug("the whole trace", exc_info=error)
             self._give_up(one_line(error))
 
@@ -147,7 +147,7 @@ class _Wandb:
     def __init__(self, config: WandbTracking, run: TrackedRun) -> None:
         import wandb
 
-        logging.getLogger("wandb").propagate = False  # it writes its own debug.log
+        logging.getLogger("wandb").propagate = False  # W&B writes its own debug.log.
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,
@@ -172,7 +172,7 @@ class _Wandb:
                 finish_timeout_raises=True,
             ),
         )
-        # Not W&B's own step, which never goes back: a run that resumes does, to its checkpoint.
+        # W&B's own step cannot decrease, but a resumed run returns to its checkpoint.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, numbers: _Numbers, step: int) -> None:

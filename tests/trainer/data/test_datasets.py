@@ -262,5 +262,5 @@ def test_a_pair_of_equal_answers_is_named(tmp_path: Path, encoder: PromptEncoder
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "s21=", "chosen": "12", "rejected": "12"}\n')
     config = PreferenceDataset(type="preferences", path=str(path))
-    with pytest.raises(ValueError, match=r"row 0 of .* has one answer twice"):
+    with pytest.raises(ValueError, match=r"row 0 of .* has the same answer twice"):
         load_pairs(config, encoder, max_positions=64)

@@ -103,7 +103,7 @@ async def test_a_function_gives_numbers_of_any_kind(name: str, expected: list[fl
     [
         (
             ExactMatchReward(column="gold"),
-            "needs the column 'gold'; dataset has answer, id beside the prompts",
+            "needs the column 'gold'; dataset has answer, id besides the prompts",
         ),
         (ExactMatchReward(column="id"), "row 1 of dataset has nothing in column 'id'"),
         (FunctionReward(path="no_such_module:f"), "cannot be imported.*No module named"),
@@ -444,7 +444,7 @@ async def test_the_run_waits_for_a_reward_service_that_is_away_and_says_so(
 
     assert await compute(build_reward(over_http(service), on_stall), BATCH) == [1, 0]
     waits, goes_on = said
-    assert "gives no rewards" in waits
+    assert "has been away for" in waits
     assert "HTTP 503 'loading'" in waits
     assert goes_on == ""
 

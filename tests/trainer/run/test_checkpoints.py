@@ -283,7 +283,7 @@ async def test_a_full_disk_is_said_loudly_and_costs_no_checkpoint(
     (record,) = caplog.records
     assert record.levelname == "ERROR"
     assert "step 4 could not be saved in" in record.message
-    assert "resumes from step 2: free space there" in record.message
+    assert "resume from step 2: free space there" in record.message
     await run.save(4)
     assert names(run) == ["step-000002", "step-000004"]
 

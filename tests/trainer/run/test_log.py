@@ -232,7 +232,7 @@ async def test_a_line_that_the_disk_does_not_take_waits_for_the_next_one(
     assert log.detail == "c"
     assert metrics.registry.get_sample_value("tandem_trainer_log_failures_total") == 2
     (record,) = caplog.records
-    assert "metrics.jsonl takes no more lines: File too large" in record.message
+    assert "metrics.jsonl cannot be written: File too large" in record.message
     assert "free space there" in record.message
     await log.emit(states[3])
     assert [event async for _, event in log.events()] == states

@@ -31,6 +31,7 @@ from tests.trainer.test_trainer import MANAGED, make_trainer, offline
 
 pytestmark = pytest.mark.anyio
 _BLOCK_BYTES = 32768
+_WANDB_TIMEOUT_S = 60.0  # passes on a machine that is four times slower, too
 OFFLINE = WandbTracking(type="wandb", project="p", mode="offline")
 
 
@@ -79,24 +80,31 @@ async def ended(log: RunLog) -> RunLog:
 async def wandb_rows(folder: Path, count: int) -> list[dict[str, Any]]:
     """What `wandb sync` would upload, of all lives of the run.
 
-    W&B's own process writes it, some of it after the run has finished here.
+    W&B's own process writes it, and may still do so after the run has finished here: a file is
+    whole when its last record says that the run exited.
     """
-    rows: list[dict[str, Any]] = []
-    async with asyncio.timeout(10):
-        while len(rows) < count:
-            await asyncio.sleep(0.02)
+    async with asyncio.timeout(_WANDB_TIMEOUT_S):
+        while True:
             files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-            rows = [row for path in files for row in history(path.read_bytes())]
+            lives = [list(wandb_records(path.read_bytes())) for path in files]
+            if lives and all(any(r.HasField("exit") for r in life) for life in lives):
+                break
+            await asyncio.sleep(0.05)
+    rows = [
+        {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+        for life in lives
+        for record in life
+        if record.history.item
+    ]
     assert len(rows) == count
     return rows
 
 
-def history(log: bytes) -> Iterator[dict[str, Any]]:
+def wandb_records(log: bytes) -> Iterator[Any]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     for data in leveldb_records(log[7:]):
-        if items := Record.FromString(data).history.item:
-            yield {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
+        yield Record.FromString(data)
 
 
 def leveldb_records(log: bytes) -> Iterator[bytes]:
