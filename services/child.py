@@ -14,8 +14,10 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def command(module: str) -> list[str]:
-    """What runs `module` until this process ends. The thread that starts it must last as long: the
-    kernel ends the child with that thread."""
+    """The command line that runs `module` until this process ends.
+
+    The thread that starts it must outlive it: the kernel ends the child with that thread.
+    """
     return [sys.executable, "-m", "services.child", str(os.getpid()), module]
 
 
