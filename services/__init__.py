@@ -1,1 +1,1 @@
-"""The two services. They share nothing but HTTP; what both do to every request is in http.py."""
+"""The two services, which talk only HTTP. The request handling that both need is in http.py."""

@@ -1,4 +1,4 @@
-"""Where a base comes from and how it is quantized: trainer and replica must do the same."""
+"""How a base is found, downloaded and quantized; the trainer and its replicas must agree on it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from shared.schemas import QuantizationRecipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Every file whose content enters the identity of a base, so that it does not depend on what
-# another tool has left in the hub's cache.
+# Every file that enters the identity of a base: the identity must not depend on what another tool
+# happened to download into the hub's cache.
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*tekken*", "*.tiktoken")
 
@@ -29,10 +29,10 @@ def resolve_checkpoint(
     revision: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """The folder of a checkpoint: a local one, or a hub id, downloaded unless HF_HUB_OFFLINE.
+    """The folder of a checkpoint. `model` is a folder or a hub id, which is downloaded if needed.
 
-    `setting` is what the sentences call it; `token` takes the place of HF_TOKEN. Raises ValueError
-    for a model that is not there or not whole, OSError when the hub does not answer.
+    `setting` names the model in errors; `token` overrides HF_TOKEN. Raises ValueError for a model
+    that is missing or incomplete, and OSError if the hub does not answer.
     """
     name = f"{setting} {model}"
     folder = Path(model).expanduser()
@@ -50,13 +50,13 @@ def resolve_checkpoint(
 
 
 def _check_whole(folder: Path, name: str) -> None:
-    """Raise ValueError unless the folder has what a checkpoint has."""
+    """Raise ValueError unless the folder has a config, all its weights and a tokenizer."""
     try:
         json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
         what = "has no config.json" if any(folder.iterdir()) else "is empty"
         raise ValueError(
-            f"{name}: the folder {what}; give that of a Hugging Face checkpoint"
+            f"{name}: the folder {what}; give the folder of a Hugging Face checkpoint"
         ) from None
     except ValueError as error:
         raise ValueError(
@@ -67,7 +67,7 @@ def _check_whole(folder: Path, name: str) -> None:
     present = {path.name for path in folder.glob("*.safetensors")}
     if not present:
         raise ValueError(
-            f"{name}: the folder has no *.safetensors; give a checkpoint in that format"
+            f"{name}: the folder has no *.safetensors files; give a checkpoint in that format"
         )
     for path in (*folder.glob("*.safetensors"), *folder.glob("*.json")):
         if not os.access(path, os.R_OK):
@@ -77,14 +77,17 @@ def _check_whole(folder: Path, name: str) -> None:
         if missing := sorted(needed - present):
             raise ValueError(
                 f"{name}: {len(missing)} of its {len(needed)} weight files are missing, "
-                f"{missing[0]} for one; copy or download it again"
+                f"for example {missing[0]}; copy or download the checkpoint again"
             )
     if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
-        raise ValueError(f"{name}: the folder has no tokenizer; save it there too")
+        raise ValueError(f"{name}: the folder has no tokenizer; save the tokenizer there too")
 
 
 def _unreadable(name: str, path: Path) -> str:
-    return f"{name}: user {os.getuid()} may not read {path}; give it to that user, or chmod a+rX"
+    return (
+        f"{name}: user {os.getuid()} cannot read {path}; make it readable, for example with "
+        "chmod -R a+rX"
+    )
 
 
 def _download(model: str, name: str, revision: str | None, token: str | None) -> Path:
@@ -104,60 +107,60 @@ def _download(model: str, name: str, revision: str | None, token: str | None) ->
         )
     except RevisionNotFoundError as error:
         raise ValueError(
-            f"{name}: {constants.ENDPOINT}/{model} has no revision {revision!r}; name a branch, a "
-            "tag or a commit of it"
+            f"{name}: {constants.ENDPOINT}/{model} has no revision {revision!r}; name a "
+            "branch, tag or commit of it"
         ) from error
     except HFValidationError as error:
-        raise ValueError(f"{name}: neither a folder nor a hub id like owner/model") from error
-    except GatedRepoError as error:
-        todo = (
-            "the owner of HF_TOKEN has to be granted access"
-            if token or get_token()
-            else "set HF_TOKEN"
-        )
         raise ValueError(
-            f"{name}: it is gated; {todo}, after accepting its conditions on "
-            f"{constants.ENDPOINT}/{model}"
+            f"{name}: this is neither a folder nor a hub id such as owner/model"
+        ) from error
+    except GatedRepoError as error:
+        todo = "request access for the HF_TOKEN account" if token or get_token() else "set HF_TOKEN"
+        raise ValueError(
+            f"{name}: the model is gated; accept its conditions on {constants.ENDPOINT}/{model} "
+            f"and {todo}"
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"{name}: neither a folder here nor a model of {constants.ENDPOINT}; check the name, "
-            "and for a private model HF_TOKEN"
+            f"{name}: this is neither a local folder nor a model on {constants.ENDPOINT}; check "
+            "the name, and HF_TOKEN if the model is private"
         ) from error
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise ValueError(
-                f"{name}: not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids "
-                "to download it; unset that, or download the model there first"
+                f"{name}: the model is not in the cache {constants.HF_HUB_CACHE}, and "
+                "HF_HUB_OFFLINE forbids downloading it; unset HF_HUB_OFFLINE, or download the "
+                "model into the cache first"
             ) from error
         raise ConnectionError(
-            f"{name}: not in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} does not "
-            f"answer ({one_line(error.__cause__ or error)}); check the network, or name a "
-            "checkpoint folder"
+            f"{name}: the model is not in the cache {constants.HF_HUB_CACHE}, and "
+            f"{constants.ENDPOINT} does not answer ({one_line(error.__cause__ or error)}); check "
+            "the network, or name a checkpoint folder"
         ) from error
     except HfHubHTTPError as error:
         if error.response.status_code == 401:
             raise ValueError(
-                f"{name}: {constants.ENDPOINT} refuses HF_TOKEN; correct it"
+                f"{name}: {constants.ENDPOINT} rejected HF_TOKEN; set a valid token"
             ) from error
         raise ConnectionError(f"{name}: {one_line(error)}") from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            what = "is full; give the volume more space"
+            what = "is full; enlarge its volume"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
-            what = f"cannot be written ({os.strerror(error.errno)}); mount a volume there that user"
-            what += f" {os.getuid()} may write to"
+            what = f"is not writable ({os.strerror(error.errno)}); mount a volume there that user"
+            what += f" {os.getuid()} can write to"
         else:
             raise
         raise ValueError(
-            f"{name}: the cache HF_HOME={constants.HF_HOME} {what}, or set HF_HOME"
+            f"{name}: the cache HF_HOME={constants.HF_HOME} {what}, or set HF_HOME to another "
+            "folder"
         ) from error
 
 
 def quantized_load_options(source: Path, device: str) -> dict[str, Any]:
     """Arguments of `AutoModelForCausalLM.from_pretrained` for the 4-bit base of a QLoRA policy.
 
-    A checkpoint that is already 4-bit keeps its stored quantization state.
+    A 4-bit checkpoint keeps its stored quantization state.
     """
     import torch
     from transformers import BitsAndBytesConfig
@@ -183,10 +186,10 @@ def write_dense(
     in_4bit: bool = True,
     change: Callable[[str, Tensor], Tensor] = lambda _, weight: weight,
 ) -> None:
-    """Write `source` to the folder `target` as bf16, tokenizer and all else included.
+    """Write the checkpoint `source` to the folder `target` in bf16, with its tokenizer and so on.
 
-    With `in_4bit` every linear has passed through the 4-bit weights of a QLoRA policy. `change`
-    gets the module path and bf16 weight [out, in] of every linear, and answers what to write.
+    With `in_4bit` the linear weights are first quantized as in a QLoRA policy, then dequantized.
+    `change` maps the module path and bf16 weight [out, in] of each linear to the weight to write.
     """
     import bitsandbytes as bnb
     import torch
@@ -214,7 +217,7 @@ def write_dense(
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
     (target / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
-    for file in target.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+    for file in target.glob("*.safetensors"):  # safetensors writes files that only the owner reads.
         file.chmod((target / "config.json").stat().st_mode)
     for file in source.iterdir():
         is_weight = file.suffix in {".safetensors", ".bin", ".pt"} or ".index." in file.name

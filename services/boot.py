@@ -1,8 +1,10 @@
-"""What both services do when they have started, or cannot: then, one sentence and an exit code.
+"""How both services report that they cannot start, and what they do once they have started.
 
-ValueError               a setting or the machine is wrong, starting again cannot help   exit 2
-OSError, MemoryError     it may help: the hub is away, another process has the memory    exit 1
-anything else            a crash, logged with its trace                                  exit 1
+A service that cannot start logs one sentence and exits:
+
+ValueError               a setting or the machine is wrong: a restart does not help           exit 2
+OSError, MemoryError     the hub or the memory is unavailable: a restart may help             exit 1
+anything else            a crash, logged with its traceback                                   exit 1
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ import logging
 from pydantic import ValidationError
 
 _MAX_CHARACTERS = 600
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # From glibc's malloc.h.
 
 
 def one_line(error: BaseException) -> str:
-    """The first paragraph of what an error says, in one line; its class where that says more."""
+    """The first paragraph of an error's message on one line, with its class where that helps."""
     text = str(error)
     if isinstance(error, ValidationError):
         item = error.errors()[0]
@@ -30,22 +32,22 @@ def one_line(error: BaseException) -> str:
 
 
 def report(log: logging.Logger, what: str, error: Exception) -> tuple[str, int]:
-    """Log why `what` did not work; the sentence, and the exit code that it stands for."""
+    """Log why `what` failed. Returns that sentence and the exit code."""
     sentence = f"{what}: {one_line(error)}"
     is_foreseen = isinstance(error, ValueError | OSError | MemoryError)
     log.error("%s", sentence, exc_info=None if is_foreseen else error)
     if is_foreseen:
-        log.debug("the whole trace", exc_info=error)
+        log.debug("full traceback", exc_info=error)
     return sentence, 2 if isinstance(error, ValueError) else 1
 
 
 def settle_memory() -> None:
-    """Set up the memory of a service that has loaded, until the process exits.
+    """Tune the memory management of a service that has finished loading.
 
-    The garbage collector leaves what exists now alone: looking through what torch and vLLM import
-    takes 0.5 s, in which no request is answered. And malloc keeps some of what is freed: by default
-    every piece of an upload comes from the kernel and goes back, page by page, which more than
-    doubles the time of an upload.
+    The garbage collector ignores all existing objects: scanning what torch and vLLM import takes
+    0.5 s, during which the service answers no request. malloc keeps some freed memory: by default
+    it returns every piece of an upload to the kernel and requests it again page by page, which more
+    than doubles the time of an upload.
     """
     gc.collect()
     gc.freeze()

@@ -1,6 +1,6 @@
 """`python -m services.child PARENT_PID MODULE`: become MODULE, and end when the parent does.
 
-The kernel then sends SIGKILL, however the parent ended; exec keeps that promise.
+The kernel sends SIGKILL to the child when the parent ends for any reason; exec keeps this setting.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def command(module: str) -> list[str]:
-    """What runs `module` until this process ends. The thread that starts it must last as long: the
-    kernel ends the child with that thread."""
+    """The command line that runs `module` until this process ends.
+
+    The thread that starts it must outlive it: the kernel ends the child with that thread.
+    """
     return [sys.executable, "-m", "services.child", str(os.getpid()), module]
 
 
@@ -25,7 +27,7 @@ def main() -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent_pid:
-        sys.exit("the parent ended before this process had started")
+        sys.exit("the parent ended before this process started")
     os.execv(sys.executable, [sys.executable, "-m", module])
 
 

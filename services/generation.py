@@ -1,12 +1,13 @@
-"""What is known of a request's completions while they are sampled, on whichever replica: the
-trainer's fleet asks another one for what is missing, the OpenAI endpoint its own.
+"""The state of a request's completions while they are sampled, possibly by several replicas.
+
+The trainer's fleet asks another replica for missing tokens; the OpenAI endpoint asks its own.
 
     GenerateRequest ─▶ Draft.parts() ──▶ one stream each ──records──▶ Draft.add() ─▶ Draft.groups()
                            ▲                                              │
                            └────── a stream ended early: the rest ────────┘
 
-A completion that a replica could not finish keeps its tokens, their logprobs and their versions;
-the next attempt asks for the rest of it. Only what nobody has received is sampled again.
+A completion that a replica could not finish keeps its tokens, their logprobs and their versions,
+and the next attempt asks for the rest. Only tokens that were never received are sampled again.
 """
 
 from __future__ import annotations
@@ -31,25 +32,27 @@ from shared.schemas import (
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One request of an attempt. Its group g, completion c is `[group + g][completion + c]` of the
-    draft."""
+    """One request of an attempt.
+
+    Completion c of its group g is completion `[group + g][completion + c]` of the draft.
+    """
 
     request: GenerateRequest
     group: int
     completion: int
     num_completions: int
-    num_tokens: int  # at most to come
+    num_tokens: int  # The most tokens that its completions may have.
 
 
 @dataclass(slots=True)
 class Partial:
-    """One completion so far."""
+    """The tokens of one completion so far."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    finish_reason: str | None = None  # stop or length, once it is complete
+    finish_reason: str | None = None  # `stop` or `length`; None while it is incomplete.
     was_continued: bool = False
 
     def extend(self, policy: PolicyId, record: StreamTokens) -> None:
@@ -66,10 +69,10 @@ class Partial:
 
 
 class Draft:
-    """The groups of one request, from nothing to complete."""
+    """The groups of one request, from empty to complete."""
 
     def __init__(self, request: GenerateRequest) -> None:
-        assert not request.completion_prefix, "a draft continues completions by itself"
+        assert not request.completion_prefix, "a draft sets the prefix of each attempt itself"
         self.request = request
         self._starts: list[StreamStart | None] = [None] * len(request.prompts)
         self._policies: dict[tuple[int, int], PolicyId] = {}
@@ -81,12 +84,12 @@ class Draft:
 
     @property
     def num_continued(self) -> int:
-        """Completions that took more than one stream and kept tokens of an earlier one."""
+        """Completions that kept the tokens of one stream and were continued by another."""
         return sum(partial.was_continued for partials in self._partials for partial in partials)
 
     @property
     def num_tokens(self) -> int:
-        """That have come so far."""
+        """Tokens received so far."""
         return sum(len(partial.token_ids) for group in self._partials for partial in group)
 
     def _unfinished(self) -> Iterator[tuple[int, int, Partial]]:
@@ -96,12 +99,12 @@ class Draft:
                     yield group, index, partial
 
     def partial(self, part: Part, record: StreamTokens) -> Partial:
-        """The completion that `record`, which was added, belongs to."""
+        """The completion to which `record` was added."""
         return self._partials[part.group + record.group][part.completion + record.completion]
 
     @property
     def begins_again(self) -> bool:
-        """Whether the next attempt throws tokens away, because what follows them would differ."""
+        """Whether the next attempt discards tokens because it cannot continue after them."""
         return not _can_continue(self.request.sampling) and any(
             partial.token_ids for _, _, partial in self._unfinished()
         )
@@ -109,9 +112,10 @@ class Draft:
     # --- ask ------------------------------------------------------------------------------------
 
     def parts(self, policy: PolicyId) -> list[Part]:
-        """The requests of the next attempt, which would complete the draft under `policy`.
+        """The requests that complete the draft under `policy`.
 
-        The whole one as long as no token has come, then one per unfinished completion.
+        Before the first token this is the whole request, then one request per unfinished
+        completion.
         """
         if not self.num_tokens:
             request = self.request.model_copy(update={"policy": policy, "stream": True})
@@ -125,9 +129,9 @@ class Draft:
 
     def _rest(self, group: int, index: int, partial: Partial, policy: PolicyId) -> Part:
         start = self._starts[group]
-        assert start, "tokens come after the start of their group"
+        assert start, "tokens arrived before the start record of their group"
         limit = start.sampling.max_tokens
-        assert limit, "a replica says what limit it applies"
+        assert limit, "a start record without max_tokens was added"
         if not _can_continue(start.sampling):
             self._partials[group][index] = partial = Partial()
         num_kept = len(partial.token_ids)
@@ -153,30 +157,34 @@ class Draft:
     # --- receive --------------------------------------------------------------------------------
 
     def add(self, part: Part, record: StreamStart | StreamTokens) -> None:
-        """Take in one record of the stream of `part`. Raises ServiceError for one out of place."""
+        """Add one record of the stream of `part`. Raises ServiceError for an unexpected record."""
         group = part.group + record.group
         if not group < len(self._partials):
-            raise ServiceError(f"a stream has group {record.group}, which nobody asked for")
+            raise ServiceError(f"a stream has group {record.group}, which was not requested")
         if isinstance(record, StreamStart):
             if record.policy != part.request.policy:
-                raise ServiceError(f"asked for {part.request.policy}, served {record.policy}")
+                raise ServiceError(
+                    f"policy {part.request.policy} was requested, but a stream is served by "
+                    f"{record.policy}"
+                )
             if record.sampling.max_tokens is None:
-                raise ServiceError("a stream does not say how many tokens a completion may have")
+                raise ServiceError("a stream starts a group without max_tokens")
             self._starts[group] = self._starts[group] or record
             return
         index, start = part.completion + record.completion, self._starts[group]
         if start is None or not index < len(self._partials[group]):
             raise ServiceError(
-                f"a stream has tokens of completion {record.completion} out of place"
+                f"a stream has tokens of completion {record.completion}, which was not requested "
+                "or whose group has not started"
             )
         partial = self._partials[group][index]
         if partial.finish_reason is not None:
-            raise ServiceError("a stream has tokens of a completion that was complete")
+            raise ServiceError("a stream has tokens of a completion that is already complete")
         assert part.request.policy
         assert start.sampling.max_tokens
         num_left = start.sampling.max_tokens - len(partial.token_ids) - len(record.token_ids)
         if num_left < 0:
-            raise ServiceError(f"a completion has {-num_left} tokens more than were asked for")
+            raise ServiceError(f"a completion has {-num_left} more tokens than requested")
         partial.extend(part.request.policy, record)
         if num_left == 0:
             partial.finish_reason = partial.finish_reason or "length"
@@ -196,7 +204,7 @@ class Draft:
 
 
 def _completion(partial: Partial) -> Completion:
-    # Texts of two streams may split a character: only the tokens of a continued one are exact.
+    # Two streams may split a character, so a continued completion has exact tokens but no text.
     text = "".join(partial.texts) if partial.texts and not partial.was_continued else None
     return Completion.model_validate(
         {
@@ -210,14 +218,17 @@ def _completion(partial: Partial) -> Completion:
 
 
 def _can_continue(sampling: SamplingParams) -> bool:
-    """False where a replica that sees the first tokens as context would sample differently: a stop
-    string across the seam, penalties that count output tokens. Such a completion starts again."""
+    """Whether a completion samples the same when its first tokens become context.
+
+    False with stop strings, which may span the seam, and with penalties that count output tokens;
+    such a completion starts again.
+    """
     penalties = sampling.presence_penalty, sampling.frequency_penalty
     return not sampling.stop and not any(penalties)
 
 
 def _seed(seed: int | None, index: int, num_kept: int) -> int | None:
-    """The first seed again for a completion without tokens, else one whose noise is new."""
+    """The original seed for a completion without tokens, else one that gives new noise."""
     if seed is None:
         return None
     if num_kept == 0:

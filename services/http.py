@@ -1,4 +1,4 @@
-"""What both services do to a request: check who asks, bound the body, answer errors as problems."""
+"""Request handling of both services: check the key, bound the body, answer errors as problems."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from shared.errors import (
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-# What OpenAPI says of errors: one answer for all, whose `type` names the class.
+# OpenAPI's description of errors: one answer for all of them, whose `type` names the class.
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     "default": {
-        "description": "A problem of RFC 9457, whose type is an error of shared/errors.py",
+        "description": "An RFC 9457 problem whose type names a class of shared/errors.py",
         "content": {MEDIA_TYPE: {"schema": {"type": "object"}}},
     }
 }
 
 
 def raw_body(media_type: str) -> dict[str, Any]:
-    """What OpenAPI says of a route that reads its body itself."""
+    """OpenAPI's description of a route that reads its body itself."""
     return {"requestBody": {"required": True, "content": {media_type: {"schema": {}}}}}
 
 
@@ -54,10 +54,11 @@ def prepare_app(
     on_error: Callable[[ServiceError], None] = lambda _: None,
     answer_errors: Mapping[str, Callable[[ServiceError], Response]] = {},
 ) -> None:
-    """Install the gate and the error handlers. `streamed` paths read and bound their own body;
-    `open_paths`, beside /healthz, need no key.
+    """Install the request checks and the error handlers.
 
-    `answer_errors` maps the beginnings of paths to what answers their errors in place of problems.
+    `streamed` paths read and bound their body themselves; `open_paths` need no key, nor does
+    /healthz. `answer_errors` maps path prefixes to functions that answer errors of these paths in
+    another format than problems.
     """
 
     def error_response(path: str, error: ServiceError) -> Response:
@@ -82,7 +83,7 @@ def prepare_app(
 
 
 def as_service_error(request: Request, error: Exception) -> ServiceError:
-    """What the client is told about any exception of a route."""
+    """The error that a client receives for an exception of a route."""
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, RequestValidationError):
@@ -90,14 +91,14 @@ def as_service_error(request: Request, error: Exception) -> ServiceError:
     if isinstance(error, HTTPException):
         asked = f"{request.method} {request.url.path}"
         if error.status_code in (404, 405):
-            return NotFound(f"there is no {asked}: see /docs for the routes")
+            return NotFound(f"there is no route {asked}: see /docs for the routes")
         return InvalidRequest(f"{asked}: {error.detail}")
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return InternalError(f"{type(error).__name__}: {error}")
 
 
 def problem_response(error: ServiceError) -> JSONResponse:
-    """RFC 9457, with the headers that the status asks for."""
+    """An RFC 9457 answer with the headers that its status requires."""
     headers = error_headers(error)
     return JSONResponse(error.to_problem(), error.status, headers=headers, media_type=MEDIA_TYPE)
 
@@ -112,7 +113,7 @@ def error_headers(error: ServiceError) -> dict[str, str]:
 
 
 def invalid_request(first: dict[str, Any]) -> InvalidRequest:
-    """One sentence from the first entry of a pydantic error: field, value, complaint."""
+    """One sentence from the first entry of a pydantic error: its field, value and message."""
     path = [str(part) for part in first["loc"] if part != "body"]
     field = ".".join(path) or "the body"
     if first["type"] == "extra_forbidden":
@@ -124,15 +125,14 @@ def invalid_request(first: dict[str, Any]) -> InvalidRequest:
     if first["type"] == "missing":
         return InvalidRequest(f"field {field!r} is required")
     if not path and isinstance(first.get("input"), bytes):
-        return InvalidRequest("the body is JSON: send it with 'Content-Type: application/json'")
+        return InvalidRequest("send the JSON body with 'Content-Type: application/json'")
     value = repr(first.get("input"))
     shown = value if len(value) <= 80 else value[:77] + "..."
     return InvalidRequest(f"{field} is {shown}: {first['msg']}")
 
 
 class _Gate:
-    """Checks the key, or without one the site, then reads a bounded body before the app sees the
-    request."""
+    """Checks the key, or the site if there is no key, and reads the body before the app runs."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class _Gate:
         return await self.app(scope, receive, send)
 
     def _in_time(self, receive: Receive) -> Receive:
-        """`receive` with a deadline until the body is complete; then it waits for a disconnect."""
+        """`receive` with a deadline for the body, and without one once the body is complete."""
         deadline = asyncio.get_running_loop().time() + self.body_timeout_s
         complete = False
 
@@ -183,7 +183,8 @@ class _Gate:
                     message = await receive()
             except TimeoutError as error:
                 raise DeadlineExceeded(
-                    f"the body did not arrive within {self.body_timeout_s:g} s: send it again"
+                    f"the body did not arrive within {self.body_timeout_s:g} s: send "
+                    "the request again"
                 ) from error
             complete = not message.get("more_body")
             return message
@@ -196,7 +197,7 @@ class _Gate:
         num_bytes = 0
         while True:
             message = await receive()
-            if message["type"] != "http.request":  # what came may parse: YAML has no end
+            if message["type"] != "http.request":  # A truncated body may still parse, as YAML does.
                 raise ClientClosed("the client closed the connection during the upload")
             chunks.append(message.get("body", b""))
             num_bytes += len(chunks[-1])
@@ -215,27 +216,27 @@ class _Gate:
 
 
 def check_site(request: Request) -> None:
-    """Raise Forbidden for what a browser on this machine sends for a page of another site."""
+    """Raise Forbidden for a request that a browser sends on behalf of another site's page."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     is_foreign = request.headers.get("sec-fetch-site") == "cross-site"
     if origin is not None:
         is_foreign |= origin.partition("://")[2].lower() != host.lower()
     if is_foreign:
         raise Forbidden(
-            f"a web page of another site ({origin or 'it has no name'}) sent this to {host}: a "
-            "service takes that with a key alone, set TANDEM_API_KEY"
+            f"a web page of another site ({origin or 'without a name'}) sent this request to "
+            f"{host}: a service accepts such requests only with a key; set TANDEM_API_KEY"
         )
-    # The name of another site may have been made to lead here (DNS rebinding).
+    # Another site may point its host name at this machine (DNS rebinding).
     bound, _ = request.scope.get("server") or ("", None)
     if host and is_loopback(bound) and not is_loopback(_hostname(host)):
         raise Forbidden(
-            f"this service listens on {bound}, and was asked as {host}: ask 127.0.0.1 or "
-            "localhost, or set TANDEM_API_KEY"
+            f"this service listens on {bound}, but the request names the host {host}: use "
+            "127.0.0.1 or localhost, or set TANDEM_API_KEY"
         )
 
 
 def _hostname(host: str) -> str:
-    """Of a Host header, without the port and the brackets."""
+    """The host name in a Host header, without port and brackets."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -243,7 +244,7 @@ def _hostname(host: str) -> str:
 
 
 def check_content_length(request: Request, limit_bytes: int) -> None:
-    """Refuse a body that announces itself as too large, before reading any of it."""
+    """Raise BodyTooLarge if the announced length is over the limit, before reading the body."""
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit_bytes:
         raise too_large(limit_bytes, int(announced))
@@ -255,7 +256,7 @@ def too_large(limit_bytes: int, announced: int | None = None) -> BodyTooLarge:
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Run `work`, and cancel it when the client goes away: nobody waits for its result."""
+    """Run `work`, and cancel it if the client disconnects, because nobody waits for its result."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

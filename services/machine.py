@@ -1,8 +1,8 @@
-"""What a service needs of its machine, looked at before anything is loaded: each lack one sentence.
+"""Checks of the machine before a service loads anything; a failed check is one sentence.
 
-Memory is estimated from below (weights, and what an empty service was measured to take; neither
-activations nor fragmentation), so that nothing is refused that would run. Raises ValueError for
-what starting again cannot mend, MemoryError for memory that another process holds.
+The memory estimate is a lower bound (weights plus the measured size of an empty service, without
+activations and fragmentation), so that no working setup is refused. Raises ValueError for a problem
+that a restart cannot solve, and MemoryError for memory that another process holds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shared.model_folder import linear_shapes, weight_files
 _GPU_TIMEOUT_S = 120.0
 _V2_FILES = ("memory.max", "memory.current", ("file", "shmem", "slab_reclaimable"))
 _V1_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_cache", "total_shmem", ""))
-_UNLIMITED_V1 = 1 << 60  # version 1 writes a number for no limit
+_UNLIMITED_V1 = 1 << 60  # cgroup v1 writes a number at least this large for "no limit".
 
 
 def size(num_bytes: float) -> str:
@@ -38,16 +38,16 @@ def size(num_bytes: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class WeightBytes:
-    """What the weights of a checkpoint take: as they are stored, in bf16, and as a QLoRA base."""
+    """Sizes of the weights of a checkpoint, in bytes."""
 
-    stored: int  # at most 16 bits an element: wider ones are converted
-    bf16: int
-    nf4: int  # linears of the decoder layers in 4 bits, the rest in 16
-    linears: int  # those that an adapter may have, in bf16
+    stored: int  # As stored, but at most 16 bits an element because wider ones are converted.
+    bf16: int  # All weights in bf16.
+    nf4: int  # As a QLoRA base: linears of the decoder layers in 4 bits, the rest in 16.
+    linears: int  # The linears that an adapter can target, in bf16.
 
 
 def weight_bytes(model_dir: Path) -> WeightBytes:
-    """Read from the headers alone. Raises ValueError for files that are not whole."""
+    """Sizes from the file headers alone. Raises ValueError for a truncated file."""
     from safetensors import SafetensorError, safe_open
 
     linears = linear_shapes(model_dir)
@@ -58,7 +58,7 @@ def weight_bytes(model_dir: Path) -> WeightBytes:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     tensor = tensors.get_slice(name)
                     num, dtype = math.prod(tensor.get_shape()), tensor.get_dtype()
-                    is_packed = dtype == "U8"  # two 4-bit weights to an element
+                    is_packed = dtype == "U8"  # Two 4-bit weights per element.
                     stored += num if is_packed or dtype.startswith("F8") else 2 * num
                     bf16 += 4 * num if is_packed else 2 * num
                     is_linear = name.removesuffix(".weight") in linears
@@ -67,8 +67,8 @@ def weight_bytes(model_dir: Path) -> WeightBytes:
                     nf4 += num if is_packed else num // 2 if is_linear else 2 * num
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is not a whole safetensors file ({one_line(error)}): copy or download it "
-                "again"
+                f"{path} is not a complete safetensors file ({one_line(error)}): copy or download "
+                "it again"
             ) from error
     return WeightBytes(stored=stored, bf16=bf16, nf4=nf4, linears=adapted)
 
@@ -80,13 +80,13 @@ def weight_bytes(model_dir: Path) -> WeightBytes:
 class Memory:
     total_bytes: int
     free_bytes: int
-    where: str  # "on this machine"
+    where: str  # Where the memory is, as a phrase such as "on this machine".
 
 
 def memory(root: Path = Path("/")) -> Memory:
-    """The memory this process may still take: of the machine, or of its tightest cgroup.
+    """The memory that this process can still use, on the machine or in its tightest cgroup.
 
-    Page cache counts as free, and so does swap where the cgroups allow it.
+    Page cache counts as free, and so does swap as far as the cgroups allow it.
     """
     lines = (line.partition(":") for line in (root / "proc/meminfo").read_text().splitlines())
     info = {name: int(value.split()[0]) * 1024 for name, _, value in lines}
@@ -105,7 +105,7 @@ def memory(root: Path = Path("/")) -> Memory:
 
 @dataclass(frozen=True, slots=True)
 class _Cgroup:
-    """In bytes; infinite where there is no limit."""
+    """Memory and swap of one cgroup, in bytes; a missing limit is infinite."""
 
     limit: float
     used: int
@@ -114,7 +114,7 @@ class _Cgroup:
 
 
 def _cgroups(root: Path) -> Iterator[_Cgroup]:
-    """The cgroups that this process is in, as far as they limit memory or swap."""
+    """The cgroups of this process that may limit memory or swap."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
@@ -123,7 +123,7 @@ def _cgroups(root: Path) -> Iterator[_Cgroup]:
             mount, files = root / "sys/fs/cgroup", _V2_FILES
         else:
             continue
-        # In a container the mount may be its own group, below which the path does not exist.
+        # In a container the mount may already be the process's group: the path below is missing.
         group = mount / path.strip("/")
         for folder in (group, *group.parents):
             if folder.is_relative_to(mount) and (folder / files[0]).exists():
@@ -132,10 +132,10 @@ def _cgroups(root: Path) -> Iterator[_Cgroup]:
 
 
 def _swap(folder: Path) -> tuple[float, float]:
-    """Limit and use of a cgroup's swap."""
+    """Limit and use of a cgroup's swap, in bytes."""
     if (folder / "memory.swap.max").exists():
         return _bytes(folder / "memory.swap.max"), _bytes(folder / "memory.swap.current")
-    if (folder / "memory.memsw.limit_in_bytes").exists():  # of memory and swap together
+    if (folder / "memory.memsw.limit_in_bytes").exists():  # Memory and swap together.
         both, both_used, limit, used = (
             _bytes(folder / f"memory.{name}_in_bytes")
             for name in ("memsw.limit", "memsw.usage", "limit", "usage")
@@ -150,7 +150,7 @@ def _bytes(file: Path) -> float:
 
 
 def _used(folder: Path, current: str, stat: tuple[str, str, str]) -> int:
-    """Bytes in use that the kernel cannot take back: page cache it can, shared memory not."""
+    """Bytes in use, less reclaimable page cache and slab; shared memory is not reclaimable."""
     lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
     values = {name: int(value) for name, value in lines}
     cache, shared, slab = (values.get(name, 0) for name in stat)
@@ -158,13 +158,16 @@ def _used(folder: Path, current: str, stat: tuple[str, str, str]) -> int:
 
 
 def check_memory(what: str, parts: Mapping[str, int], memory: Memory) -> None:
-    """Raise unless the sum of `parts` (what for -> bytes) is free."""
+    """Raise unless the sum of `parts` (purpose -> bytes) is free.
+
+    Raises ValueError if it exceeds the total memory, MemoryError if it exceeds the free memory.
+    """
     needed = sum(parts.values())
     if needed <= memory.free_bytes:
         return
     listed = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in parts.items())
     sentence = (
-        f"{what} needs at least {size(needed)} of memory ({listed}), and "
+        f"{what} needs at least {size(needed)} of memory ({listed}), but only "
         f"{size(memory.free_bytes)} of {size(memory.total_bytes)} are free {memory.where}: give it "
         "more memory, or choose a smaller model"
     )
@@ -177,19 +180,19 @@ def check_memory(what: str, parts: Mapping[str, int], memory: Memory) -> None:
 @dataclass(frozen=True, slots=True)
 class Gpu:
     name: str
-    capability: tuple[int, int]  # CUDA's compute capability: (9, 0) is Hopper
+    capability: tuple[int, int]  # CUDA compute capability; (9, 0) is Hopper.
     memory: Memory
 
 
 def gpus(setting: str, num: int | None = None) -> list[Gpu]:
-    """The first `num` GPUs torch sees, or all; at least one. `setting` is why a GPU is needed.
+    """The first `num` GPUs that torch sees, or all. `setting` is the setting that needs a GPU.
 
-    The process then holds some memory of each until it ends.
+    The process holds some memory of each GPU until it ends. Raises ValueError without a GPU.
     """
     import torch
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # they say what the error says
+        with warnings.catch_warnings(action="ignore"):  # The warnings repeat the error.
             torch.cuda.init()
             found = [
                 (
@@ -202,7 +205,7 @@ def gpus(setting: str, num: int | None = None) -> list[Gpu]:
     except (AssertionError, RuntimeError) as error:
         raise ValueError(_no_gpu(setting, one_line(error))) from error
     if not found:
-        raise ValueError(_no_gpu(setting, "there is none"))
+        raise ValueError(_no_gpu(setting, "none is visible"))
     return [
         Gpu(name, capability, Memory(total, free, f"on GPU {i} ({name})"))
         for i, (name, capability, free, total) in enumerate(found)
@@ -211,18 +214,18 @@ def gpus(setting: str, num: int | None = None) -> list[Gpu]:
 
 def _no_gpu(setting: str, reason: str) -> str:
     if "not compiled with CUDA" in reason:
-        return f"{setting}: this torch is built for CPUs; install or run the CUDA build, or set cpu"
+        return f"{setting}: this torch is a CPU build; install the CUDA build, or set cpu"
     reason = reason.removeprefix("AssertionError: ").partition(". ")[0].rstrip(".")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("NVIDIA_VISIBLE_DEVICES"))
-    which = "" if visible is None else f", with the GPUs {visible!r} made visible"
+    which = "" if visible is None else f"; visible GPUs: {visible!r}"
     return (
-        f"{setting}: torch can use no GPU ({reason}{which}); give the service GPU ids that "
-        "`nvidia-smi -L` lists and a driver as new as its CUDA, or set cpu"
+        f"{setting}: torch cannot use a GPU ({reason}{which}); give the service GPU ids that "
+        "`nvidia-smi -L` lists and a driver that supports its CUDA version, or set cpu"
     )
 
 
 def gpus_by_a_child(setting: str) -> list[Gpu]:
-    """The same from a process of its own, which takes its share of the GPUs with it."""
+    """`gpus`, called in a child process, which releases its GPU memory when it ends."""
     try:
         result = subprocess.run(
             [sys.executable, "-m", "services.machine", setting],
@@ -233,11 +236,11 @@ def gpus_by_a_child(setting: str) -> list[Gpu]:
         )
     except subprocess.TimeoutExpired as error:
         raise TimeoutError(
-            f"{setting}: the driver did not answer within {_GPU_TIMEOUT_S:g} s; see what "
-            "`nvidia-smi` says on the host"
+            f"{setting}: the driver did not answer within {_GPU_TIMEOUT_S:g} s; run `nvidia-smi` "
+            "on the host"
         ) from error
     if result.returncode != 0:
-        reason = result.stderr.strip() or f"the look at it ended with {result.returncode}"
+        reason = result.stderr.strip() or f"the GPU check exited with {result.returncode}"
         raise ValueError(reason.splitlines()[-1])
     return [
         Gpu(gpu["name"], tuple(gpu["capability"]), Memory(**gpu["memory"]))
@@ -249,7 +252,7 @@ def gpus_by_a_child(setting: str) -> list[Gpu]:
 
 
 def check_writable(setting: str, folder: Path) -> None:
-    """Make the folder, and raise ValueError unless this user may write to it."""
+    """Create the folder, and raise ValueError unless this user can write to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -260,8 +263,8 @@ def check_writable(setting: str, folder: Path) -> None:
 
 def unwritable(setting: str, folder: Path, error: OSError) -> str:
     return (
-        f"{setting}: {folder} cannot be written ({os.strerror(error.errno or 0)}); mount a volume "
-        f"there that user {os.getuid()} may write to, or set {setting} to another folder"
+        f"{setting}: {folder} is not writable ({os.strerror(error.errno or 0)}); mount a volume "
+        f"there that user {os.getuid()} can write to, or set {setting} to another folder"
     )
 
 

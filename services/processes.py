@@ -1,6 +1,6 @@
-"""A service as a child process: start, wait until ready, notice an exit, stop.
+"""A service as a child process: start it, wait until it is ready, notice its exit, stop it.
 
-It ends with the process that started it, however that ends (child.py).
+The service ends when the process that started it ends for any reason (child.py).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _OWN_PREFIXES = ("ROLLOUT_", "TRAINER_", "TANDEM_")
 
 
 class ProcessFailed(Exception):
-    """A service ended, or never got ready; the message is what the user reads."""
+    """A service exited or did not become ready; the message is written for the user."""
 
 
 class ChildService:
-    """`python -m services.<kind>`, or another `module`, in a session of its own, so that Ctrl-C
-    reaches only its parent.
+    """`python -m services.<kind>`, or another `module`, in a separate session so that Ctrl-C
+    reaches only the parent.
 
-    The thread that makes it must last as long as it: the kernel ends the service with that thread.
+    The thread that creates it must outlive it: the kernel ends the service with that thread.
     """
 
     def __init__(
@@ -72,28 +72,28 @@ class ChildService:
 
     @property
     def ending(self) -> str | None:
-        """How the process ended, None while it lives."""
+        """How the process ended, as a phrase; None while it runs."""
         code = self._process.poll()
         if code is None:
             return None
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
     def check_alive(self) -> None:
-        """Raise ProcessFailed, with the end of the log, if the process has exited."""
+        """Raise ProcessFailed with the end of the log if the process has exited."""
         if ending := self.ending:
             raise ProcessFailed(f"the {self.name} service {ending}; {self.log_tail()}")
 
     async def obstacle(self, http: httpx.AsyncClient) -> str | None:
-        """Why the service is not ready, in its own words; None once it is."""
+        """The reason that the service gives for not being ready; None once it is ready."""
         self.check_alive()
         try:
             response = await http.get(f"{self.url}/readyz")
         except httpx.TransportError:
-            return "starting the process"  # it does not listen yet
+            return "starting the process"
         return None if response.is_success else _problem_detail(response)
 
     def stop(self, *, timeout_s: float) -> None:
-        """SIGTERM, and SIGKILL for the whole session if that is not enough. Does not raise."""
+        """Send SIGTERM, then SIGKILL to the whole session if the process still runs."""
         if self._process.poll() is not None:
             return
         self._process.terminate()
@@ -121,9 +121,9 @@ async def wait_until_ready(
     timeout_s: float,
     on_wait: Callable[[str], object] = lambda _: None,
 ) -> None:
-    """Return once every `/readyz` answers 200. `on_wait` is told what is still missing.
+    """Return once every `/readyz` answers 200. `on_wait` is called with the reasons for waiting.
 
-    Raises ProcessFailed when one ends or is late.
+    Raises ProcessFailed if a service exits or is not ready in time.
     """
     deadline = time.monotonic() + timeout_s
     headers = authorization(api_key)
@@ -144,7 +144,7 @@ async def wait_until_ready(
 
 
 async def watch(services: Sequence[ChildService]) -> None:
-    """Never returns; raises ProcessFailed when one of the services exits."""
+    """Never return. Raises ProcessFailed when one of the services exits."""
     while True:
         for service in services:
             service.check_alive()
@@ -152,7 +152,7 @@ async def watch(services: Sequence[ChildService]) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different loopback ports that nobody listens on now."""
+    """Distinct loopback ports that are currently free."""
     with ExitStack() as stack:
         listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
         for listener in listeners:

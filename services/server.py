@@ -1,4 +1,4 @@
-"""A service process: settings or one sentence, then uvicorn with a stop of the service's own."""
+"""A service process: read the settings or exit with a sentence, then serve and stop gracefully."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from pydantic_settings import BaseSettings
 
 log = logging.getLogger(__name__)
 Settings = TypeVar("Settings", bound=BaseSettings)
-_LAST_REQUESTS_S = 0.2  # for requests on connections that were accepted a moment ago
+_LAST_REQUESTS_S = 0.2  # Lets requests arrive on connections that have just been accepted.
 
 
 def read_settings(cls: type[Settings]) -> Settings:
-    """The settings from the environment; exits with one sentence per mistake."""
+    """The settings from the environment. Prints one sentence per mistake and exits with 2."""
     try:
         return cls()
     except ValidationError as error:
@@ -37,7 +37,7 @@ def read_settings(cls: type[Settings]) -> Settings:
 
 
 class Server(uvicorn.Server):
-    """Serves until `exit`. The first SIGTERM or SIGINT calls `on_stop`, a second one exits."""
+    """Serves until `exit`. The first SIGTERM or SIGINT calls `on_stop`; the second one exits."""
 
     def __init__(self, app: FastAPI, *, host: str, port: int, on_stop: Callable[[], object]):
         super().__init__(
@@ -61,21 +61,21 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def run_until_exit(self) -> int:
-        """Serve; the exit code of the process. Nothing is loaded when the port is taken."""
+        """Serve, and return the exit code. If the port is taken, nothing is loaded."""
         try:
             family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
             address = (self.config.host, self.config.port)
             listener = socket.create_server(address, family=family, backlog=2048)
         except OSError as error:
-            number = error.errno or 0  # below 0: a name that cannot be resolved
+            number = error.errno or 0  # Negative if the host name does not resolve.
             reason = os.strerror(number) if number > 0 else "no such host"
             print(
                 f"cannot listen on {self.config.host}:{self.config.port}: {reason}; choose another "
-                "host or port, or end what listens there",
+                "host or port, or stop the process that listens there",
                 file=sys.stderr,
             )
             return 2
-        self._listener = listener.dup()  # uvicorn closes the other one
+        self._listener = listener.dup()  # uvicorn closes the original.
         uvloop.run(self._serve_with_signals(listener))
         return self.exit_code if self.started else 1
 
@@ -90,16 +90,17 @@ class Server(uvicorn.Server):
         if self._num_signals == 1:
             self._on_stop()
         else:
-            log.warning("told to stop once more: not waiting for what still runs")
-            logging.getLogger("uvicorn.error").disabled = True  # has a trace for each of that
+            log.warning("second stop signal: exiting without waiting for running requests")
+            # It would log a traceback for each request that is cut off.
+            logging.getLogger("uvicorn.error").disabled = True
             self.force_exit = True
             self.exit(1)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse connections, answer those that are open, close.
+        """Refuse new connections, answer requests on open ones, then close.
 
-        A process that was forked here has the listening socket too: closed by us alone, it would
-        still take connections, which nobody answers.
+        A forked process inherits the listening socket. If only this process closed it, connections
+        would still be accepted but never answered, so the socket is shut down first.
         """
         if self._listener:
             for server in self.servers:
@@ -111,5 +112,5 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Uvicorn would close the listener at once; the service decides what a signal means."""
+        """Keep uvicorn from handling signals: it would close the listener at once."""
         yield

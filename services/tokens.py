@@ -1,4 +1,4 @@
-"""From what people write to the ids that both services speak of."""
+"""From prompts and answers as text to token ids, and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class PromptEncoder:
         return cls(AutoTokenizer.from_pretrained(model_dir), text_config.vocab_size)
 
     def encode(self, prompt: PromptInput) -> tuple[int, ...]:
-        """The token ids of a prompt. Chat is rendered by the base's template, ready to answer."""
+        """The token ids of a prompt. A chat is rendered up to the start of the assistant's answer.
+
+        Raises InvalidRequest for a token id out of vocabulary and a chat that cannot be rendered.
+        """
         if isinstance(prompt, str):
             return tuple(self._tokenizer.encode(prompt))
         if isinstance(prompt[0], ChatMessage):
@@ -38,22 +41,25 @@ class PromptEncoder:
         return ids
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
-        """The token ids of a whole answer to a prompt: the tokenizer's EOS is the last.
+        """The token ids of a complete answer, which ends with the tokenizer's EOS token.
 
-        Raises InvalidRequest for a tokenizer without one.
+        Raises InvalidRequest if the tokenizer has no EOS token.
         """
         end = self._tokenizer.eos_token_id
         if end is None:
-            raise InvalidRequest("this model's tokenizer has no EOS token: no answer can end")
+            raise InvalidRequest(
+                "this model's tokenizer has no EOS token, which must end an answer: use another "
+                "tokenizer"
+            )
         ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
         return ids if ids[-1:] == (end,) else (*ids, end)
 
     def decode(self, ids: tuple[int, ...]) -> str:
-        """The text of a completion or prompt, special tokens left out."""
+        """The text of a completion or prompt, without special tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def token_text(self, token: int) -> str:
-        """The text of one token, of a special one its name; \ufffd for a part of a character."""
+        """The text of one token, or the name of a special one; \ufffd for a part of a character."""
         return str(self._tokenizer.decode([token]))
 
     def _encode_chat(self, messages: list[dict[str, Any]]) -> tuple[int, ...]:
@@ -67,19 +73,19 @@ class PromptEncoder:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:  # roles that do not alternate, for one
+        except TemplateError as error:  # For example if roles do not alternate.
             raise InvalidRequest(f"the chat template refuses the messages: {error}") from error
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     @property
     def ordinary_token_ids(self) -> tuple[int, ...]:
-        """The ids of tokens that stand for text, by increasing id."""
+        """The ids of tokens that stand for text, in ascending order."""
         special = set(self._tokenizer.all_special_ids)
-        num_known = min(self.vocab_size, len(self._tokenizer))  # models pad their vocabulary
+        num_known = min(self.vocab_size, len(self._tokenizer))  # Models pad their vocabulary.
         return tuple(token for token in range(num_known) if token not in special)
 
     def check_vocabulary(self, ids: tuple[int, ...]) -> None:
         if (largest := max(ids)) >= self.vocab_size:
             raise InvalidRequest(
-                f"token id {largest} is out of vocabulary: ids go up to {self.vocab_size - 1}"
+                f"token id {largest} is out of vocabulary: the largest id is {self.vocab_size - 1}"
             )

@@ -1,1 +1,1 @@
-"""What may be said between the services: wire types, errors, the adapter file and the clients."""
+"""What the two services share: wire types, errors, the adapter file and the clients."""

@@ -1,9 +1,9 @@
-"""The adapter file: one self-describing safetensors file that is proven before an engine sees it.
+"""The adapter file: one self-describing safetensors file, verified before an engine loads it.
 
     trainer: tensors + manifest ─▶ bytes ──HTTP──▶ file ─▶ read_header ─▶ check_tensors ─▶ engine
 
-The manifest travels in the safetensors metadata, so digest, storage and `GET /policies/{version}`
-all speak of the same bytes. Names are PEFT's and vLLM's:
+The manifest is part of the safetensors metadata, so the digest, the stored file and
+`GET /policies/{version}` all refer to the same bytes. Tensors have the names of PEFT and vLLM:
 `base_model.model.<module path>.lora_A.weight` of shape [rank, in], `.lora_B.weight` of [out, rank].
 """
 
@@ -24,9 +24,9 @@ from pydantic import ValidationError
 from shared.errors import DigestMismatch, InvalidAdapter, InvalidRequest
 from shared.schemas import AdapterManifest, BaseIdentity, PolicyId
 
-MAX_HEADER_BYTES = 1 << 20  # 392 tensors take 50 KB; safetensors itself would read 100 MB
+MAX_HEADER_BYTES = 1 << 20  # 392 tensors take 50 KB; safetensors itself allows 100 MB.
 MANIFEST_KEY = "tandem_manifest"
-# Files of an adapter folder, as PEFT and vLLM name them.
+# File names of an adapter folder in PEFT and vLLM.
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ELEMENT_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -35,10 +35,10 @@ LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    dtype: str  # safetensors' name: BF16, F16, F32
+    dtype: str  # BF16, F16 or F32, as safetensors names them.
     shape: tuple[int, ...]
-    start: int  # its bytes in the file: [start, end)
-    end: int
+    start: int  # First byte of the tensor in the file.
+    end: int  # First byte after it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def content_digest(sha256: bytes) -> str:
 
 
 def parse_content_digest(header: str | None) -> str:
-    """The announced SHA-256 in hex. Raises InvalidRequest when absent or not a sha-256."""
+    """The announced SHA-256 in hex. Raises InvalidRequest if the header does not hold one."""
     match = re.search(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/]{43}=):", header or "")
     if match is None:
         raise InvalidRequest(
@@ -69,7 +69,7 @@ def parse_content_digest(header: str | None) -> str:
 def check_digest(*, announced: str, received: str, num_bytes: int) -> None:
     if announced != received:
         raise DigestMismatch(
-            f"the {num_bytes} bytes received have SHA-256 {received}, Content-Digest announced "
+            f"the {num_bytes} bytes received have SHA-256 {received}, but Content-Digest announced "
             f"{announced}: the upload was truncated or altered; send it again"
         )
 
@@ -79,13 +79,14 @@ def check_digest(*, announced: str, received: str, num_bytes: int) -> None:
 
 def manifest_metadata(manifest: AdapterManifest) -> dict[str, str]:
     """The safetensors metadata that makes an adapter file self-describing."""
-    return {MANIFEST_KEY: manifest.model_dump_json()}  # one key: two would come in any order
+    # safetensors writes several keys in any order: one key keeps the bytes reproducible.
+    return {MANIFEST_KEY: manifest.model_dump_json()}
 
 
 def file_header(manifest: AdapterManifest, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    """The start of an adapter file in bfloat16; the tensors' bytes follow in the order of `shapes`.
+    """The header of a bfloat16 adapter file; the tensors' bytes follow in the order of `shapes`.
 
-    Writing them one by one through safetensors copies each twice.
+    A caller that writes them itself avoids the two copies that safetensors makes of each tensor.
     """
     entries: dict[str, Any] = {"__metadata__": manifest_metadata(manifest)}
     end = 0
@@ -97,12 +98,12 @@ def file_header(manifest: AdapterManifest, shapes: Mapping[str, tuple[int, ...]]
 
 def _encode_header(entries: Mapping[str, Any]) -> bytes:
     header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # so that the tensors are aligned
+    header += b" " * (-len(header) % 8)  # Aligns the tensors to 8 bytes.
     return struct.pack("<Q", len(header)) + header
 
 
 def peft_config(manifest: AdapterManifest, base_model: str) -> dict[str, Any]:
-    """The adapter_config.json under which PEFT and vLLM apply the file as the manifest says.
+    """The adapter_config.json that makes PEFT and vLLM apply the file as its manifest describes.
 
     Both compute scaling = lora_alpha / r.
     """
@@ -120,7 +121,7 @@ def peft_config(manifest: AdapterManifest, base_model: str) -> dict[str, Any]:
     }
 
 
-# Options of a PEFT LoRA that change what it computes and that no replica can serve; falsy is off.
+# PEFT options that change what a LoRA computes and that no replica can serve. A falsy value is off.
 _UNSERVABLE = (
     "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out",
     "trainable_token_indices", "layer_replication",
@@ -128,9 +129,9 @@ _UNSERVABLE = (
 
 
 def from_peft(folder: Path, policy: PolicyId, base: BaseIdentity) -> bytes:
-    """The adapter file of a PEFT folder, as `policy` on `base`: its bytes under another header.
+    """The adapter file for `policy` on `base`: the tensors of a PEFT folder under a new header.
 
-    Raises InvalidAdapter for a folder that is none, or an adapter that no replica can serve.
+    Raises InvalidAdapter if the folder is not a PEFT adapter, or no replica can serve it.
     """
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text())
@@ -139,19 +140,22 @@ def from_peft(folder: Path, policy: PolicyId, base: BaseIdentity) -> bytes:
         tensors = path.read_bytes()[first_byte:]
     except (OSError, ValueError) as error:
         raise InvalidAdapter(
-            f"{folder} is no PEFT adapter with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} "
-            f"({error}): save it there with model.save_pretrained()"
+            f"{folder} is not a PEFT adapter with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} "
+            f"({error}): save the adapter there with model.save_pretrained()"
         ) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise InvalidAdapter(f"{folder} is no LoRA adapter: only those can be served")
+        raise InvalidAdapter(f"{folder} is not a LoRA adapter: replicas serve only LoRA adapters")
     for name in _UNSERVABLE:
         if config.get(name):
             raise InvalidAdapter(
-                f"{folder} was trained with {name}: a replica serves LoRA with one rank and one "
-                "scaling for all its modules, without DoRA, biases or saved modules"
+                f"{folder} was trained with {name}: a replica serves LoRA adapters with one rank "
+                "and one scaling for all modules, without DoRA, biases or saved modules"
             )
     if (bias := config.get("bias", "none")) != "none":
-        raise InvalidAdapter(f"{folder} was trained with bias={bias!r}, which no replica serves")
+        raise InvalidAdapter(
+            f"{folder} was trained with bias={bias!r}, which no replica serves: train it with "
+            "bias='none'"
+        )
     header.pop("__metadata__", None)
     leaves = {name.partition(".lora_")[0].rpartition(".")[2] for name in header}
     try:
@@ -182,7 +186,7 @@ def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _header_json(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, and where the tensors' bytes begin."""
+    """The header, and the offset at which the tensors' bytes begin."""
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -191,13 +195,13 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int]:
         (header_bytes,) = struct.unpack("<Q", prefix)
         if header_bytes > MAX_HEADER_BYTES:
             raise InvalidAdapter(
-                f"the safetensors header says it has {header_bytes} bytes, the limit is "
-                f"{MAX_HEADER_BYTES}: this is not an adapter, or not a safetensors file"
+                f"the safetensors header claims {header_bytes} bytes, but the limit is "
+                f"{MAX_HEADER_BYTES}: the file is not an adapter, or not a safetensors file"
             )
         raw = file.read(header_bytes)
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicate_keys)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or JSON made to hurt
+    except (ValueError, RecursionError) as error:  # RecursionError: hostile, deeply nested JSON.
         raise InvalidAdapter(f"the body is not a safetensors file: {error}") from error
     if not isinstance(header, dict):
         raise InvalidAdapter("the body is not a safetensors file: its header is not an object")
@@ -208,8 +212,8 @@ def _parse_manifest(metadata: Any) -> AdapterManifest:
     text = metadata.get(MANIFEST_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise InvalidAdapter(
-            f"the safetensors metadata has no {MANIFEST_KEY!r}: write the file with the manifest "
-            "of shared/schemas.py (AdapterManifest) in its metadata"
+            f"the safetensors metadata has no {MANIFEST_KEY!r}: write the file with an "
+            "AdapterManifest (shared/schemas.py) in its metadata"
         )
     try:
         return AdapterManifest.model_validate_json(text)
@@ -218,8 +222,8 @@ def _parse_manifest(metadata: Any) -> AdapterManifest:
         field = ".".join(str(part) for part in first["loc"]) or "manifest"
         if first["type"] == "extra_forbidden":
             raise InvalidAdapter(
-                f"the manifest names {field!r}, which is not supported: an adapter has one rank "
-                "and one scaling for all its modules, no DoRA, no bias and no saved modules"
+                f"the manifest has the unsupported field {field!r}: an adapter has one rank and "
+                "one scaling for all its modules, and no DoRA, biases or saved modules"
             ) from error
         raise InvalidAdapter(
             f"manifest field {field!r} is {first.get('input')!r}: {first['msg']}"
@@ -234,20 +238,21 @@ def _tensor_info(name: str, entry: Any, first_byte: int) -> TensorInfo:
         raise InvalidAdapter(f"the header entry of tensor {name!r} is malformed") from error
     if dtype not in ELEMENT_BYTES:
         raise InvalidAdapter(
-            f"tensor {name!r} has dtype {dtype}, expected one of {', '.join(ELEMENT_BYTES)}"
+            f"tensor {name!r} has dtype {dtype}: write it as one of {', '.join(ELEMENT_BYTES)}"
         )
     num_elements = 1
     for size in shape:
         num_elements *= size
     if end - start != num_elements * ELEMENT_BYTES[dtype]:
         raise InvalidAdapter(
-            f"tensor {name!r} of shape {list(shape)} and dtype {dtype} spans {end - start} bytes"
+            f"tensor {name!r} of shape {list(shape)} and dtype {dtype} spans {end - start} bytes: "
+            "shape, dtype and data_offsets contradict each other"
         )
     if (first_byte + start) % ELEMENT_BYTES[dtype]:
         raise InvalidAdapter(
             f"tensor {name!r} of dtype {dtype} starts at byte {first_byte + start} of the file, "
-            f"which is no multiple of {ELEMENT_BYTES[dtype]}: pad the header with spaces, and put "
-            "wide dtypes first"
+            f"which is not a multiple of {ELEMENT_BYTES[dtype]}: pad the header with spaces, and "
+            "put wide dtypes first"
         )
     return TensorInfo(dtype, shape, first_byte + start, first_byte + end)
 
@@ -263,7 +268,7 @@ def read_header(path: Path) -> AdapterHeader:
 def expected_shapes(
     manifest: AdapterManifest, linear_shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, tuple[int, int]]:
-    """Tensor name -> shape of a complete adapter. `linear_shapes`: module path -> (out, in).
+    """Tensor name -> shape of a complete adapter. `linear_shapes` maps module path -> (out, in).
 
     Raises InvalidAdapter for a target module that the base does not have.
     """
@@ -283,14 +288,14 @@ def expected_shapes(
 
 
 def check_tensors(header: AdapterHeader, linear_shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse an adapter that is not exactly the one its manifest describes on this base."""
+    """Raise InvalidAdapter unless the tensors are exactly those that the manifest describes."""
     expected = expected_shapes(header.manifest, linear_shapes)
     _refuse("has no tensor", sorted(expected.keys() - header.tensors.keys()))
     _refuse("has an unexpected tensor", sorted(header.tensors.keys() - expected.keys()))
     for name, info in header.tensors.items():
         if info.shape != expected[name]:
             raise InvalidAdapter(
-                f"tensor {name!r} has shape {list(info.shape)}, this base and rank "
+                f"tensor {name!r} has shape {list(info.shape)}, but this base and rank "
                 f"{header.manifest.rank} need {list(expected[name])}"
             )
 

@@ -10,11 +10,11 @@ from pydantic import Field
 
 from shared.errors import Unauthorized
 
-ApiKey = Annotated[str, Field(pattern=r"^[!-~]+$")]  # what an HTTP header can carry
+ApiKey = Annotated[str, Field(pattern=r"^[!-~]+$")]  # Characters that an HTTP header can carry.
 
 
 def check_bind(host: str, api_key: str | None) -> None:
-    """Refuse to listen beyond this machine without a key. Raises ValueError."""
+    """Raise ValueError if `host` is reachable from other machines and there is no key."""
     if not is_loopback(host) and not api_key:
         raise ValueError(
             f"refusing to listen on {host} without a key: set TANDEM_API_KEY, or bind 127.0.0.1"
@@ -22,7 +22,7 @@ def check_bind(host: str, api_key: str | None) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """True for an address or name that this machine alone reaches."""
+    """True for an address or name that only this machine can reach."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -35,7 +35,7 @@ def authorization(api_key: str | None) -> dict[str, str]:
 
 
 def check_authorization(header: str | None, api_key: str | None) -> None:
-    """Raise Unauthorized unless `header` carries `api_key`. No key set: everyone may."""
+    """Raise Unauthorized unless `header` carries `api_key`. Without a key everyone is allowed."""
     if not api_key:
         return
     scheme, _, given = (header or "").partition(" ")

@@ -1,34 +1,34 @@
-"""Every error that crosses HTTP: one class on both sides.
+"""Every error that travels over HTTP: the same class on both sides.
 
     ServiceError
-    ├── InvalidRequest 422          a field or value that cannot be used
-    │   ├── BodyTooLarge 413        refused while it streamed
+    ├── InvalidRequest 422          a field has an unusable value
+    │   ├── BodyTooLarge 413        the body is larger than the limit
     │   └── UnsuitableForTraining   a gradient cannot use these completions
-    ├── Unauthorized 401            the key is missing, or another one
-    ├── Forbidden 403               a web page of another site sent it
+    ├── Unauthorized 401            the key is missing or wrong
+    ├── Forbidden 403               a web page of another site sent the request
     ├── NotFound 404                no such route, replica, version or run
-    │   └── UnknownPolicy           names the resident versions
-    ├── InvalidAdapter 422          the file contradicts itself or the base
-    │   └── DigestMismatch          what arrived is not what was announced
-    ├── Conflict 409                not together with what is there
-    │   ├── BaseMismatch            another base, tokenizer or chat template
-    │   ├── StaleVersion            older than, or other than, what is resident
+    │   └── UnknownPolicy           the version is not resident; `detail` names those that are
+    ├── InvalidAdapter 422          the adapter file contradicts itself or the base
+    │   └── DigestMismatch          the body differs from its announced digest
+    ├── Conflict 409                the request contradicts the state of the service
+    │   ├── BaseMismatch            the base, tokenizer or chat template differs
+    │   ├── StaleVersion            the version is older than a resident one, or differs from it
     │   ├── RunConflict             the replica or trainer serves another run
-    │   ├── UnexpectedPolicy        the policy is not the one that was expected
-    │   ├── ConformanceFailed       a replica does not serve what it says it serves
-    │   └── IdempotencyConflict     the key was used for another request
+    │   ├── UnexpectedPolicy        the current policy is not the expected one
+    │   ├── ConformanceFailed       the replica does not serve the policy it claims to serve
+    │   └── IdempotencyConflict     the key belongs to another request
     ├── Unavailable 503             try again, here or elsewhere
     │   ├── Overloaded 429          the queue is full
     │   ├── NoFreeSlot              every adapter slot is leased
-    │   ├── NotReady                starting, draining or without a policy
+    │   ├── NotReady                the service is starting, draining or without a policy
     │   ├── EngineDead              the process is about to exit
-    │   └── DeadlineExceeded 504    not answered in time
-    ├── ClientClosed 499            the client went away; nobody reads this
-    ├── RewardFailed 502            a reward could not be computed; never a reward of 0
-    └── InternalError 500           see the service's log
+    │   └── DeadlineExceeded 504    no answer in time
+    ├── ClientClosed 499            the client disconnected; nobody reads this answer
+    ├── RewardFailed 502            a reward could not be computed; never scored as 0
+    └── InternalError 500           an unforeseen failure; see the service's log
 
-On the wire an error is RFC 9457 `application/problem+json`; `type` names the class, and the client
-raises that class with the same `detail` and `extra`.
+On the wire an error is an RFC 9457 `application/problem+json` object whose `type` names the class;
+the client raises that class with the same `detail` and `extra`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class ServiceError(Exception):
-    """An error with an HTTP meaning. `detail` is one sentence: what, where, what to do."""
+    """An error with an HTTP status. `detail` is one sentence: what happened, where, what to do."""
 
     status: ClassVar[int] = 500
 
@@ -54,7 +54,7 @@ class ServiceError(Exception):
         self.extra = dict(extra)
 
     def to_problem(self) -> dict[str, Any]:
-        """The RFC 9457 object."""
+        """The error as an RFC 9457 object."""
         problem = {
             **self.extra,
             "type": TYPE_PREFIX + type(self).__name__,
@@ -175,7 +175,7 @@ def _subclasses(root: type[ServiceError]) -> dict[str, type[ServiceError]]:
 
 
 def from_problem(problem: Mapping[str, Any], status: int) -> ServiceError:
-    """The error a problem document describes; an unknown `type` becomes a plain ServiceError."""
+    """The error that a problem object describes; an unknown `type` becomes a plain ServiceError."""
     known = _subclasses(ServiceError)
     cls = known.get(str(problem.get("type", "")).removeprefix(TYPE_PREFIX), ServiceError)
     fields = {"type", "title", "status", "detail", "retry_after_s"}

@@ -1,4 +1,4 @@
-"""The one way to call a service: typed body in, typed answer or the service's own error out."""
+"""The one way to call a service: a typed body in, a typed answer or the service's error out."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from shared.errors import DeadlineExceeded, ServiceError, Unavailable, from_prob
 from shared.schemas import Wire
 
 _NUM_POOLS = 32
-_KEPT_S = 60.0  # an idle connection; the services keep theirs for 75 s
+_KEPT_S = 60.0  # Lifetime of an idle connection, below the 75 s after which a service closes it.
 Answer = TypeVar("Answer", bound=Wire)
 
 
-ROLLOUT_PORT, TRAINER_PORT = 8000, 8080  # of services, unless their settings or URLs name others
+ROLLOUT_PORT, TRAINER_PORT = 8000, 8080  # Default ports of the services.
 
 
 def service_url(text: str, *, port: int) -> str:
-    """The URL of `http://host:port`, `host:port` or `host`, whose port is `port`.
+    """The URL for `http://host:port`, `host:port` or `host`; the last one gets `port`.
 
     Raises ValueError for anything else.
     """
@@ -41,10 +41,10 @@ def service_url(text: str, *, port: int) -> str:
 
 
 class _Pools(httpx.AsyncBaseTransport):
-    """Takes turns between small pools of connections, straight to the service, without a proxy.
+    """Rotates requests among small connection pools; never uses a proxy.
 
-    For every request httpx's pool compares all of its connections with all others: with 256 of
-    them the client is busy for 14 ms per request.
+    For every request httpx compares all connections of a pool with each other: with 256 of them in
+    one pool that takes 14 ms per request.
     """
 
     def __init__(self) -> None:
@@ -67,11 +67,11 @@ class _Pools(httpx.AsyncBaseTransport):
 
 
 class ServiceClient:
-    """An HTTP client of one service at `url`. Use as an async context manager, or `aclose()` it.
+    """HTTP client of the service at `url`. Use it as an async context manager, or `aclose()` it.
 
-    Every call has a deadline. A service that cannot be reached raises Unavailable, one that does
-    not answer in time DeadlineExceeded, and an error answer the class that the service named; any
-    other answer is a plain ServiceError.
+    Every call has a deadline. A call raises Unavailable if it cannot reach the service,
+    DeadlineExceeded if the answer is late, the class that an error answer names, and a plain
+    ServiceError for any other unexpected answer.
     """
 
     def __init__(
@@ -139,8 +139,8 @@ class ServiceClient:
             return answer.model_validate_json(content)
         except ValidationError as error:
             raise ServiceError(
-                f"{method} {self.url}{path} answered something else than a {answer.__name__}: is "
-                "this the right service, of the same version?"
+                f"{method} {self.url}{path} did not answer with a {answer.__name__}: check that "
+                "this is the right service, and of the same version"
             ) from error
 
 
@@ -148,7 +148,7 @@ def raise_problem(response: httpx.Response) -> None:
     """Raise the error that an error response describes."""
     try:
         problem = response.json()
-    except ValueError:  # not ours: something between us and the service
+    except ValueError:  # Something between the client and the service answered.
         if response.status_code in (502, 503, 504):
             raise Unavailable(f"{response.url} answered {response.status_code}") from None
         problem = {"detail": response.text[:500]}

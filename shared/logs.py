@@ -13,7 +13,7 @@ LogLevel = Annotated[
 
 
 def configure_logging(service: str, level: str = "INFO") -> None:
-    """Send everything to stderr in one line per event; libraries speak from WARNING up."""
+    """Log to stderr, one line per event. `level` applies to Tandem; libraries log from WARNING."""
     logging.basicConfig(
         level=logging.WARNING,
         format=f"%(asctime)s %(levelname)-7s {service} %(name)s: %(message)s",

@@ -1,8 +1,8 @@
-"""Prometheus metrics of both services, each in a registry of its own.
+"""Prometheus metrics of both services, each in a separate registry.
 
-vLLM registers its metrics in prometheus_client's default registry; `exposition` prints both. What
-deploy/prometheus/alerts.yml counts is there at 0 from the start: a series that begins at 1 shows no
-increase.
+vLLM registers its metrics in prometheus_client's default registry; `exposition` renders both. The
+counters that deploy/prometheus/alerts.yml watches exist from the start with the value 0: a series
+that begins at 1 shows no increase.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _SYNC_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 
 
 def exposition(registry: CollectorRegistry) -> bytes:
-    """The text format of `registry` and of the process-wide one."""
+    """`registry` and the process-wide registry in Prometheus' text format."""
     return generate_latest(registry) + generate_latest(REGISTRY)
 
 
 def _show_state(gauge: Gauge, states: Iterable[str], current: Callable[[], str | None]) -> None:
-    """1 for the state that `current` says at the time of a scrape, 0 for the others."""
+    """Set the gauge to 1 for the state that `current` returns at a scrape, and to 0 for others."""
 
     def is_in(state: str) -> Callable[[], float]:
         return lambda: float(current() == state)
@@ -51,7 +51,7 @@ class RolloutMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._state = Gauge(
-            "tandem_rollout_state", "1 for the state it is in", ["state"], registry=self.registry
+            "tandem_rollout_state", "1 for the current state", ["state"], registry=self.registry
         )
         self.policy_version = Gauge(
             "tandem_rollout_policy_version", "Newest resident version", registry=self.registry
@@ -63,7 +63,7 @@ class RolloutMetrics:
         )
         self.open_streams = Gauge(
             "tandem_rollout_open_streams",
-            "Streamed /generate requests that run, and those of /v1",
+            "Running streams of /generate and /v1",
             registry=self.registry,
         )
         self.completions = Counter(
@@ -80,13 +80,13 @@ class RolloutMetrics:
         )
         self.sync_seconds = Histogram(
             "tandem_rollout_sync_seconds",
-            "From the first byte of an adapter to its residency",
+            "Time from the first byte of an adapter until it is resident",
             buckets=_SYNC_BUCKETS_S,
             registry=self.registry,
         )
 
     def watch(self, state: Callable[[], str]) -> None:
-        """Show the replica's state, as of each scrape."""
+        """Report the replica's state at every scrape."""
         _show_state(self._state, get_args(RolloutStatus.model_fields["state"].annotation), state)
 
     def record_sync(self, receipt: SyncReceipt) -> None:
@@ -95,10 +95,6 @@ class RolloutMetrics:
             receipt.receive_s + receipt.verify_s + receipt.wait_s + receipt.load_s
         )
         self.policy_version.set(receipt.newest.version)
-
-
-# Of the tokens that the very version being updated has sampled: without any, no number is better
-# than one that reads as healthy.
 
 
 class TrainerMetrics:
@@ -126,7 +122,7 @@ class TrainerMetrics:
         )
         self.syncs = Histogram(
             "tandem_trainer_sync_seconds",
-            "Upload, load and proof of one version on one replica",
+            "Time to upload, load and prove one version on one replica",
             buckets=_SYNC_BUCKETS_S,
             registry=self.registry,
         )
@@ -135,13 +131,13 @@ class TrainerMetrics:
         )
         self._replica_transitions = Counter(
             "tandem_trainer_replica_transitions",
-            "Changes of a replica's state, by the new one",
+            "Changes of a replica's state, by new state",
             ["state"],
             registry=self.registry,
         )
         self.request_errors = Counter(
             "tandem_trainer_request_errors",
-            "What ended streams of replicas early, by type of error",
+            "Errors that ended streams of replicas early, by type",
             ["type"],
             registry=self.registry,
         )
@@ -163,39 +159,39 @@ class TrainerMetrics:
         )
         self._max_staleness = Gauge(
             "tandem_trainer_run_max_staleness",
-            "The run's bound on staleness_max, in versions",
+            "Upper bound of the run on staleness_max, in versions",
             registry=self.registry,
         )
         self._min_ready_replicas = Gauge(
             "tandem_trainer_run_min_ready_replicas",
-            "Replicas that must hold a version for the run to go on",
+            "Replicas that must hold a version before the run continues",
             registry=self.registry,
         )
         self._version_timestamp = Gauge(
             "tandem_trainer_version_timestamp_seconds",
-            "Unix time of the newest version, or of the run's start before there is one",
+            "Unix time of the newest version, or of the run's start if it has none yet",
             registry=self.registry,
         )
         self._steps_without_gradient = Gauge(
             "tandem_trainer_steps_without_gradient",
-            "Latest steps in a row in which nothing had a gradient",
+            "Consecutive latest steps without any gradient",
             registry=self.registry,
         )
         self._reward_outage = Gauge(
             "tandem_trainer_reward_outage_timestamp_seconds",
-            "Unix time at which a reward service went away; 0 while none is waited for",
+            "Unix time at which a reward service became unavailable; 0 while none is",
             registry=self.registry,
         )
         self._waits_for_rewards = False
 
     def watch(self, *, run_state: Callable[[], str | None], num_in_sync: Callable[[], int]) -> None:
-        """Show the state of the current run (None: there is none), and how many replicas serve its
-        newest version, as of each scrape."""
+        """Report the current run's state and the replicas that serve its newest version, at every
+        scrape. `run_state` returns None without a run."""
         _show_state(self._run_state, get_args(RunState), run_state)
         self._replicas_in_sync.set_function(num_in_sync)
 
     def begin_run(self, *, max_staleness: int, min_ready_replicas: int) -> None:
-        """Show the bounds of a run that begins or resumes; the numbers of the last one leave."""
+        """Report the bounds of a run that begins or resumes, and drop the last run's numbers."""
         for gauge in self._gauges.values():
             self.registry.unregister(gauge)
         self._gauges.clear()
@@ -206,7 +202,7 @@ class TrainerMetrics:
         self.record_reward_outage(False)
 
     def record_reward_outage(self, is_away: bool) -> None:
-        """A reward service still gives no rewards, or gives them again."""
+        """Record whether a reward service is unavailable."""
         if not is_away:
             self._reward_outage.set(0)
         elif not self._waits_for_rewards:
@@ -214,7 +210,7 @@ class TrainerMetrics:
         self._waits_for_rewards = is_away
 
     def record_replica(self, id: str, old_state: str, new_state: str) -> None:
-        """A replica changed its state. The first of its states counts as a change, too."""
+        """Count a change of a replica's state. Its first state counts as a change too."""
         self._replica_transitions.labels(new_state).inc()
         self._replica_states[id] = new_state
         if new_state == "gone":
@@ -223,7 +219,7 @@ class TrainerMetrics:
             self._replicas.labels(state).set(list(self._replica_states.values()).count(state))
 
     def record(self, record: StepRecord | EvalRecord) -> None:
-        """Set one gauge per number of the record: `tandem_trainer_reward_mean` and so on."""
+        """Set one gauge per number of the record, such as `tandem_trainer_reward_mean`."""
         if isinstance(record, StepRecord):
             self.updates.inc()
             self._version_timestamp.set_to_current_time()

@@ -1,8 +1,8 @@
-"""Hugging Face checkpoint folders, without loading them: what they hold, and whose base that is.
+"""The shapes and the identity of a Hugging Face checkpoint folder, without loading its weights.
 
-The weights digest covers the tensors and the architecture (config.json without what a re-save
-changes); tokenizer and chat template have digests of their own, because a difference there shifts
-every prompt without any error.
+The weights digest covers the tensors and the architecture: config.json without the keys that saving
+it again may change. The tokenizer and the chat template have separate digests because a difference
+there changes every prompt without raising an error.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.t
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, sorted by name. ValueError when none."""
+    """The safetensors files of a checkpoint folder, sorted by name. Raises ValueError if none."""
     files = sorted(model_dir.glob("*.safetensors"))
     if not files:
         raise ValueError(
-            f"{model_dir} has no *.safetensors: give a Hugging Face checkpoint in that format"
+            f"{model_dir} has no *.safetensors files: name a Hugging Face checkpoint that has them"
         )
     return files
 
@@ -69,14 +69,14 @@ def recipe_digest(recipe: QuantizationRecipe) -> str:
 
 
 def base_identity(model_dir: Path, recipe: QuantizationRecipe | None) -> BaseIdentity:
-    """The identity of the base in `model_dir`, computed with `recipe` (None: as it is, 16-bit).
+    """The identity of the base in `model_dir`, quantized with `recipe` (None: the 16-bit weights).
 
-    Reads every byte of the weights: about a second per 1.5 GB.
+    Reads every byte of the weights, which takes about a second per 1.5 GB.
     """
     config = json.loads((model_dir / "config.json").read_text())
     architecture = {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG}
     generation = model_dir / "generation_config.json"
-    if generation.exists():  # vLLM stops at its extra end tokens
+    if generation.exists():  # vLLM also stops at the end tokens listed there.
         architecture["generation_eos"] = json.loads(generation.read_text()).get("eos_token_id")
     tensors = sha256_of_files(weight_files(model_dir))
     tokenizer_files = [model_dir / name for name in _TOKENIZER_FILES]
@@ -98,9 +98,10 @@ def _chat_template_digest(model_dir: Path) -> str | None:
 
 
 def identity_difference(replica: BaseIdentity, trainer: BaseIdentity) -> str | None:
-    """One phrase that names what differs, or None when the replica may serve the trainer's policy.
+    """A phrase that names the difference, or None if the replica may serve the trainer's policy.
 
-    A replica of the original 16-bit weights (no recipe) may: its operator chose the larger gap.
+    A replica with the original 16-bit weights (no recipe) may serve a 4-bit trainer's policy: its
+    operator chose the larger logprob gap.
     """
     for field in BaseIdentity.model_fields:
         ours, theirs = getattr(replica, field), getattr(trainer, field)

@@ -1,6 +1,7 @@
-"""`python -m shared.probe URL`: exit 0 if a service answers 200 there, for health checks.
+"""`python -m shared.probe URL`: a health check that exits with 0 if the service answers 200.
 
-Sends TANDEM_API_KEY, which /readyz wants; standard library only, because it runs every few seconds.
+It sends TANDEM_API_KEY, which /readyz requires, and imports only the standard library because it
+runs every few seconds.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ _TIMEOUT_S = 4.0
 
 
 def main(url: str) -> int:
-    """0, or 1 with what was wrong on standard error."""
+    """The exit code: 0, or 1 after writing the reason to standard error."""
     request = urllib.request.Request(url)
     if key := os.environ.get("TANDEM_API_KEY"):
         request.add_header("Authorization", f"Bearer {key}")
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
             return 0
-    except urllib.error.HTTPError as error:  # 503 with the service's own words
+    except urllib.error.HTTPError as error:  # 503 with the service's reason in its body.
         print(f"{error.code} {error.read(500).decode(errors='replace')}", file=sys.stderr)
     except OSError as error:
         print(f"{url}: {error}", file=sys.stderr)

@@ -45,18 +45,19 @@ class RolloutClient(ServiceClient):
     async def stream(
         self, request: GenerateRequest, *, timeout_s: float | None = None, silence_s: float = 10.0
     ) -> AsyncGenerator[StreamStart | StreamTokens]:
-        """The tokens of a request as they come; returns after the service said that it is done.
+        """Yield the tokens of a request as they arrive, until the replica ends the stream.
 
-        Raises what the service answers or says on the way, Unavailable when the stream is cut or
-        silent for `silence_s`, and DeadlineExceeded after `timeout_s`. Closing the generator closes
-        the connection, and with it the work there.
+        Raises the error that the service answers or sends in the stream, Unavailable if the stream
+        is cut off or silent for `silence_s`, and DeadlineExceeded after `timeout_s`. Closing the
+        generator closes the connection, which ends the work on the replica.
         """
         lines = self._lines(request, timeout_s or self.timeout_s, silence_s)
         async with aclosing(lines):
             async for line in lines:
                 match self._record(line):
                     case StreamEnd():
-                        with suppress(ServiceError):  # all has come; the rest is for the connection
+                        # Reading to the end lets the connection be reused; no record is missing.
+                        with suppress(ServiceError):
                             async for _ in lines:
                                 pass
                         return
@@ -66,7 +67,7 @@ class RolloutClient(ServiceClient):
                         pass
                     case record:
                         yield record
-        raise Unavailable(f"{self.url}/generate ended a stream without saying that it is done")
+        raise Unavailable(f"{self.url}/generate ended a stream without its end record")
 
     async def _lines(
         self, request: GenerateRequest, timeout_s: float, silence_s: float
@@ -103,15 +104,13 @@ class RolloutClient(ServiceClient):
                         yield line
             except TimeoutError as error:
                 if clock() < deadline:
-                    raise Unavailable(
-                        f"{where} gave no sign of life for {silence_s:g} s"
-                    ) from error
+                    raise Unavailable(f"{where} sent nothing for {silence_s:g} s") from error
                 raise DeadlineExceeded(
                     f"{where} did not end its stream within {timeout_s:g} s"
                 ) from error
             except httpx.RequestError as error:
                 raise Unavailable(
-                    f"{where} broke: {type(error).__name__} {error}".rstrip()
+                    f"{where} failed: {type(error).__name__} {error}".rstrip()
                 ) from error
 
     def _record(self, line: bytes) -> StreamRecord:
@@ -119,8 +118,8 @@ class RolloutClient(ServiceClient):
             return _RECORD.validate_json(line)
         except ValidationError as error:
             raise ServiceError(
-                f"POST {self.url}/generate sent a line that is no StreamRecord: is this the right "
-                "service, of the same version?"
+                f"POST {self.url}/generate sent a line that is not a StreamRecord: check that this "
+                "is the right service, and of the same version"
             ) from error
 
     async def score(self, request: ScoreRequest) -> ScoreResponse:
@@ -137,9 +136,9 @@ class RolloutClient(ServiceClient):
         digest: str | None = None,
         timeout_s: float | None = None,
     ) -> SyncReceipt:
-        """Upload one adapter file (shared/adapters.py). `digest`: its Content-Digest, if known.
+        """Upload one adapter file (shared/adapters.py). `digest` is its Content-Digest, if known.
 
-        A `probe` serves one /score and leaves; its run_id is its own.
+        A `probe` serves a single /score request and is then retired; it has its own run_id.
         """
         return await self._call(
             SyncReceipt,
@@ -175,7 +174,7 @@ class RolloutClient(ServiceClient):
 
 
 async def _pieces(content: bytes | memoryview) -> AsyncGenerator[bytes]:
-    """A body that is sent without another copy of all of it."""
+    """The content in pieces, which avoids a second copy of the whole body."""
     view = memoryview(content)
     for start in range(0, len(view), _PIECE_BYTES):
         yield bytes(view[start : start + _PIECE_BYTES])

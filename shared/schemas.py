@@ -1,4 +1,4 @@
-"""Every type that crosses HTTP.
+"""Every type that travels over HTTP.
 
                       GenerateRequest  ──▶            ──▶ GenerateResponse, or StreamRecords
     trainer           adapter file     ──▶  rollout   ──▶ SyncReceipt
@@ -8,8 +8,9 @@
     client            TrainRequest     ──▶  trainer   ──▶ TrainResponse
                       run config       ──▶            ──▶ RunStatus, RunEvent (server-sent)
 
-All models are frozen, refuse unknown fields and non-finite floats, and hold tuples: a record that
-was accepted cannot change. `logprobs` are natural logarithms; `_s` is seconds, `_bytes` is bytes.
+All models are frozen, hold tuples, and refuse unknown fields and non-finite floats, so a record
+cannot change once it is accepted. `logprobs` are natural logarithms; `_s` means seconds, `_bytes`
+means bytes.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from pydantic import (
 
 
 class Wire(BaseModel):
-    """Base of every type on the wire."""
+    """Base class of every wire type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 TokenId = Annotated[int, Field(ge=0, strict=True)]
-Logprob = Annotated[float, Field(ge=-1e6, le=1e-3)]  # rounding may leave it a hair above 0
+Logprob = Annotated[float, Field(ge=-1e6, le=1e-3)]  # Rounding can push it slightly above 0.
 MAX_SEED = 2**62
 Seed = Annotated[int, Field(ge=0, lt=MAX_SEED)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256 in hex
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256 in hex.
 RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
@@ -47,15 +48,15 @@ RunId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
 class PolicyId(Wire):
-    """One policy version: `version` updates after the base, in one life (`incarnation`) of a run.
+    """One policy version of one life of a run.
 
-    Version 0 is the base without an adapter. A run that resumes keeps its `run_id` and increments
-    `incarnation`; a higher incarnation supersedes every version of a lower one.
+    A run that resumes keeps its `run_id` and increments its `incarnation`; a higher incarnation
+    supersedes every version of a lower one.
     """
 
-    run_id: RunId
-    incarnation: int = Field(ge=1, default=1)
-    version: int = Field(ge=0)
+    run_id: RunId  # Name of the run.
+    incarnation: int = Field(ge=1, default=1)  # Life of the run; each resume adds 1.
+    version: int = Field(ge=0)  # Policy updates since the base; 0 is the base without an adapter.
 
     @property
     def is_base(self) -> bool:
@@ -63,7 +64,7 @@ class PolicyId(Wire):
 
     @property
     def age_key(self) -> tuple[int, int]:
-        """Orders the versions of one run."""
+        """Sort key of the versions of one run."""
         return self.incarnation, self.version
 
     @property
@@ -77,70 +78,74 @@ class PolicyId(Wire):
         return f"{self.run_id}.{self.incarnation}@{self.version}"
 
 
-BASE_POLICY = PolicyId(run_id="base", version=0)  # what a replica without a run serves
+BASE_POLICY = PolicyId(run_id="base", version=0)  # A replica without a run serves this one.
 
 
 class QuantizationRecipe(Wire):
-    """How linears become 4-bit: the arguments of bitsandbytes that change a weight."""
+    """How linear weights are quantized to 4 bits: the bitsandbytes arguments that affect them."""
 
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    double_quant: bool = True
-    block_size: int = 64
-    source_dtype: Literal["bfloat16"] = "bfloat16"
-    skipped_modules: tuple[str, ...] = ("lm_head",)
+    quant_type: Literal["nf4", "fp4"] = "nf4"  # 4-bit data type.
+    double_quant: bool = True  # Whether the scales of the blocks are quantized too.
+    block_size: int = 64  # Weights that share one scale.
+    source_dtype: Literal["bfloat16"] = "bfloat16"  # Data type of the weights before quantization.
+    skipped_modules: tuple[str, ...] = ("lm_head",)  # Modules that keep their 16-bit weights.
 
 
 class BaseIdentity(Wire):
-    """What must be equal for two processes to hold the same base.
+    """Digests that identify a base: two processes with equal digests hold the same base."""
 
-    `weights`: digest of the source checkpoint (tensors and architecture). `recipe`: digest of the
-    quantization recipe whose result is computed with, None for the original 16-bit weights.
-    """
-
-    weights: Digest
-    recipe: Digest | None
-    tokenizer: Digest
-    chat_template: Digest | None
+    weights: Digest  # Tensors and architecture of the source checkpoint.
+    recipe: Digest | None  # Quantization recipe; None for the original 16-bit weights.
+    tokenizer: Digest  # Tokenizer files.
+    chat_template: Digest | None  # Chat template; None if the checkpoint has none.
 
 
 # --- generation ---------------------------------------------------------------------------------
 
 
 class SamplingParams(Wire):
-    """What shapes the distribution and its length, under vLLM's names and meanings."""
+    """How completions are sampled and when they end, with vLLM's names and meanings."""
 
-    n: int = Field(ge=1, default=1)  # completions per prompt
-    temperature: float = Field(ge=0, le=100, default=1.0)  # 0 is greedy, else at least 0.01
-    max_tokens: int | None = Field(ge=1, default=None)  # None: up to the context
-    min_tokens: int = Field(ge=0, default=0)  # no stop before
-    top_p: float = Field(gt=0, le=1, default=1.0)  # 1 is off
-    top_k: int = Field(ge=0, default=0)  # 0 is off
-    min_p: float = Field(ge=0, le=1, default=0.0)  # 0 is off
-    presence_penalty: float = Field(ge=-2, le=2, default=0.0)  # 0 is off
-    frequency_penalty: float = Field(ge=-2, le=2, default=0.0)  # 0 is off
-    repetition_penalty: float = Field(gt=0, le=10, default=1.0)  # 1 is off
-    seed: Seed | None = None  # completion k of the request uses seed + k
-    # texts that end a completion
+    n: int = Field(ge=1, default=1)  # Completions per prompt.
+    # Softmax temperature: 0 samples greedily; any other value must be at least 0.01.
+    temperature: float = Field(ge=0, le=100, default=1.0)
+    # Maximum tokens of a completion; None allows as many as fit into the context.
+    max_tokens: int | None = Field(ge=1, default=None)
+    min_tokens: int = Field(ge=0, default=0)  # Tokens before a completion may stop.
+    # Samples from the smallest set of tokens whose probabilities reach this sum; 1 turns it off.
+    top_p: float = Field(gt=0, le=1, default=1.0)
+    top_k: int = Field(ge=0, default=0)  # Samples from this many top tokens; 0 turns it off.
+    # Drops tokens below this fraction of the top token's probability; 0 turns it off.
+    min_p: float = Field(ge=0, le=1, default=0.0)
+    # Subtracted from the logit of a token that the completion already has; 0 turns it off.
+    presence_penalty: float = Field(ge=-2, le=2, default=0.0)
+    # Subtracted from a token's logit for each time the completion has it; 0 turns it off.
+    frequency_penalty: float = Field(ge=-2, le=2, default=0.0)
+    # Scales down the logits of tokens in the prompt or completion; 1 turns it off.
+    repetition_penalty: float = Field(gt=0, le=10, default=1.0)
+    # Completion k of the request uses seed + k; None leaves it to the replica's ROLLOUT_SEED.
+    seed: Seed | None = None
+    # Texts that end a completion.
     stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
         max_length=16, default=()
     )
-    # tokens that end one, beside EOS
+    # Tokens that end a completion, in addition to EOS.
     stop_token_ids: tuple[TokenId, ...] = Field(max_length=64, default=())
-    ignore_eos: bool = False  # go on to max_tokens
-    detokenize: bool = True  # False leaves `Completion.text` None and saves the work
+    ignore_eos: bool = False  # Whether sampling continues after EOS.
+    detokenize: bool = True  # False skips detokenization: `Completion.text` is then None.
 
     @field_validator("temperature")
     @classmethod
     def _is_sampled_at_as_asked(cls, temperature: float) -> float:
         if 0 < temperature < 0.01:
-            raise ValueError("vLLM would sample at 0.01 instead: use 0 (greedy) or at least 0.01")
+            raise ValueError("vLLM raises it to 0.01: use 0 (greedy) or at least 0.01")
         return temperature
 
     def gradient_obstacles(self) -> tuple[str, ...]:
-        """The settings under which sampler logprobs are not those of the tempered policy.
+        """The settings that make sampler logprobs differ from the policy's at this temperature.
 
-        A policy gradient needs the support of the full softmax, so a training request may change
-        the temperature and nothing else. Empty when the completions can be trained on.
+        A policy gradient needs the full softmax, so a training request may change the temperature
+        and none of these. Empty when the completions can be trained on.
         """
         neutral = SamplingParams()
         names = (
@@ -161,30 +166,34 @@ class SamplingParams(Wire):
 
 
 class ToolFunction(Wire):
-    name: str
-    arguments: dict[str, Any]
+    """The function that a tool call names."""
+
+    name: str  # Name of the function.
+    arguments: dict[str, Any]  # An object, or JSON text of one as OpenAI's clients send it.
 
     @field_validator("arguments", mode="before")
     @classmethod
     def _from_json(cls, arguments: object) -> object:
-        """OpenAI's clients send JSON in a string; chat templates take the object."""
+        """OpenAI's clients send JSON text, but chat templates take an object."""
         return json.loads(arguments) if isinstance(arguments, str) else arguments
 
 
 class ToolCall(Wire):
-    id: str | None = None
+    """A tool call in an assistant's message."""
+
+    id: str | None = None  # Name by which a tool's message refers to this call.
     type: Literal["function"] = "function"
-    function: ToolFunction
+    function: ToolFunction  # What the assistant calls, and with which arguments.
 
 
 class ChatMessage(Wire):
-    """What a chat template renders: what it does not ask for is not in the prompt."""
+    """One message of a chat. A field that the chat template ignores does not reach the prompt."""
 
-    role: str = Field(min_length=1, max_length=64)
-    content: str
-    name: str | None = None
-    tool_calls: tuple[ToolCall, ...] | None = None  # of an assistant
-    tool_call_id: str | None = None  # that a tool's message answers
+    role: str = Field(min_length=1, max_length=64)  # A role that the chat template knows.
+    content: str  # Text of the message.
+    name: str | None = None  # Name of the author.
+    tool_calls: tuple[ToolCall, ...] | None = None  # Tool calls that an assistant makes.
+    tool_call_id: str | None = None  # The call that a tool's message answers.
 
 
 def _prompt_kind(value: object) -> str:
@@ -203,19 +212,17 @@ PromptInput = Annotated[
 
 
 class GenerateRequest(Wire):
-    """`POST /generate`: prompts × `sampling.n` completions.
+    """Body of `POST /generate`, which samples `sampling.n` completions of every prompt."""
 
-    A prompt is a list of token ids, a text, or a list of chat messages. `policy` pins a version;
-    without it the newest resident one answers. `completion_prefix` continues one completion: its
-    ids are context, not output, and the prompt then stands alone with n = 1.
-    """
-
+    # Each prompt is a list of token ids, a text, or a list of chat messages.
     prompts: tuple[PromptInput, ...] = Field(min_length=1)
-    sampling: SamplingParams = SamplingParams()
-    policy: PolicyId | None = None
+    sampling: SamplingParams = SamplingParams()  # Applies to every prompt.
+    policy: PolicyId | None = None  # Version to sample from; None picks the newest resident one.
+    # `train` refuses sampling settings that a policy gradient cannot use.
     purpose: Literal["train", "eval"] = "eval"
+    # Tokens of a completion to continue; they are context, not output. Needs one prompt and n = 1.
     completion_prefix: tuple[TokenId, ...] = ()
-    stream: bool = False  # NDJSON, one StreamRecord per line, as tokens come
+    stream: bool = False  # Whether to answer in NDJSON, a StreamRecord per line as tokens arrive.
 
     @model_validator(mode="after")
     def _prefix_belongs_to_one_completion(self) -> GenerateRequest:
@@ -225,94 +232,102 @@ class GenerateRequest(Wire):
 
 
 class Segment(Wire):
-    """The next `num_tokens` tokens of a completion were sampled by `policy`."""
+    """Consecutive tokens of a completion that one policy version sampled."""
 
-    policy: PolicyId
-    num_tokens: int = Field(ge=1)
+    policy: PolicyId  # The version that sampled them.
+    num_tokens: int = Field(ge=1)  # How many tokens the segment has.
 
 
 class Completion(Wire):
-    """One sampled sequence. `token_ids` include the stop token; `logprobs` are those of the
-    distribution actually sampled, one per token."""
+    """One sampled sequence of tokens."""
 
-    token_ids: tuple[TokenId, ...]
-    logprobs: tuple[Logprob, ...]
-    segments: tuple[Segment, ...]
+    token_ids: tuple[TokenId, ...]  # Sampled tokens, including the stop token.
+    logprobs: tuple[Logprob, ...]  # One per token, under the distribution it was sampled from.
+    segments: tuple[Segment, ...]  # Which version sampled which tokens, in order.
+    # `stop`: a stop token or text; `length`: the token limit; `interrupted`: a sync or drain.
     finish_reason: Literal["stop", "length", "interrupted"]
-    text: str | None = None
+    text: str | None = None  # Detokenized completion; None if it was not requested.
 
     @model_validator(mode="after")
     def _every_token_has_a_logprob_and_a_version(self) -> Completion:
         num_segment_tokens = sum(segment.num_tokens for segment in self.segments)
         if not len(self.token_ids) == len(self.logprobs) == num_segment_tokens:
             raise ValueError(
-                f"{len(self.token_ids)} token_ids, {len(self.logprobs)} logprobs and segments for "
-                f"{num_segment_tokens} tokens must be equally many"
+                f"there are {len(self.token_ids)} token_ids, {len(self.logprobs)} logprobs and "
+                f"{num_segment_tokens} tokens in segments: the three counts must be equal"
             )
         return self
 
 
 class CompletionGroup(Wire):
-    """The completions of one prompt, and the sampling that was applied to them."""
+    """The completions of one prompt and the sampling settings that produced them."""
 
-    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)
-    completions: tuple[Completion, ...] = Field(min_length=1)
-    sampling: SamplingParams
+    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the prompt.
+    completions: tuple[Completion, ...] = Field(min_length=1)  # The `sampling.n` completions.
+    sampling: SamplingParams  # Settings of this prompt: its own seed, max_tokens as a number.
 
 
 class GenerateResponse(Wire):
-    groups: tuple[CompletionGroup, ...]
-    boot_id: str
+    """Answer of `POST /generate` to a request that does not stream."""
+
+    groups: tuple[CompletionGroup, ...]  # One group per prompt, in the order of the prompts.
+    boot_id: str  # Random id of the replica's process; it changes with every restart.
 
 
 class StreamStart(Wire):
-    """Group `group` of a stream begins: before any of its tokens, and in the order of prompts."""
+    """Announces one group of a stream, before its first token and in the order of the prompts."""
 
     kind: Literal["start"] = "start"
-    group: int = Field(ge=0)
-    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)
-    sampling: SamplingParams  # as applied
-    policy: PolicyId  # samples every token of the group
-    boot_id: str
+    group: int = Field(ge=0)  # Index of the prompt, from 0.
+    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the prompt.
+    sampling: SamplingParams  # Settings of this prompt: its own seed, max_tokens as a number.
+    policy: PolicyId  # The version that samples every token of the group.
+    boot_id: str  # Random id of the replica's process; it changes with every restart.
 
 
 class StreamTokens(Wire):
-    """The next tokens of one completion. The record of its last tokens, and no other, has a finish
-    reason: a completion is never complete without its end being said."""
+    """The next tokens of one completion.
+
+    Exactly one record of every completion has a finish reason: the one with its last tokens.
+    """
 
     kind: Literal["tokens"] = "tokens"
-    group: int = Field(ge=0)
-    completion: int = Field(ge=0)
-    token_ids: tuple[TokenId, ...]
-    logprobs: tuple[Logprob, ...]
+    group: int = Field(ge=0)  # Index of the prompt, from 0.
+    completion: int = Field(ge=0)  # Index of the completion in its group, from 0.
+    token_ids: tuple[TokenId, ...]  # Tokens sampled since the last record.
+    logprobs: tuple[Logprob, ...]  # One per token, under the distribution it was sampled from.
+    # Why the completion ended; None until its last record.
     finish_reason: Literal["stop", "length", "interrupted"] | None = None
-    text: str | None = None  # of these tokens, when the request asks for it
+    text: str | None = None  # Text of these tokens; None if it was not requested.
 
     @model_validator(mode="after")
     def _every_token_has_a_logprob(self) -> StreamTokens:
         if len(self.token_ids) != len(self.logprobs):
-            raise ValueError(f"{len(self.token_ids)} token_ids, {len(self.logprobs)} logprobs")
+            raise ValueError(
+                f"there are {len(self.token_ids)} token_ids and {len(self.logprobs)} logprobs: the "
+                "two counts must be equal"
+            )
         return self
 
 
 class StreamAlive(Wire):
-    """Sent while there is nothing else to send: silence means that the replica hangs."""
+    """Heartbeat of a stream without new tokens: a silent stream means that the replica hangs."""
 
     kind: Literal["alive"] = "alive"
 
 
 class StreamError(Wire):
-    """The last record of a stream that failed; `problem` is the RFC 9457 object."""
+    """The last record of a stream that failed."""
 
     kind: Literal["error"] = "error"
-    problem: dict[str, Any]
+    problem: dict[str, Any]  # RFC 9457 problem object.
 
 
 class StreamEnd(Wire):
-    """The last record of every other stream. One that ends without it was cut."""
+    """The last record of a successful stream: a stream that ends without it was cut off."""
 
     kind: Literal["end"] = "end"
-    boot_id: str
+    boot_id: str  # Random id of the replica's process; it changes with every restart.
 
 
 StreamRecord = Annotated[
@@ -321,36 +336,38 @@ StreamRecord = Annotated[
 
 
 class ScoreRequest(Wire):
-    """`POST /score`: the logprobs of given tokens under one version, at temperature 1."""
+    """Body of `POST /score`, which computes the logprobs of given tokens at temperature 1."""
 
+    # Token ids of each sequence to score.
     sequences: tuple[Annotated[tuple[TokenId, ...], Field(min_length=2)], ...] = Field(min_length=1)
-    policy: PolicyId | None = None
+    policy: PolicyId | None = None  # Version to score under; None picks the newest resident one.
 
 
 class ScoreResponse(Wire):
-    """`logprobs[i][t]` is log p(sequences[i][t + 1] | sequences[i][: t + 1])."""
+    """Answer of `POST /score`."""
 
+    # `logprobs[i][t]` is log p(sequences[i][t + 1] | sequences[i][: t + 1]).
     logprobs: tuple[tuple[Logprob, ...], ...]
-    policy: PolicyId
-    boot_id: str
+    policy: PolicyId  # The version that scored them.
+    boot_id: str  # Random id of the replica's process; it changes with every restart.
 
 
 # --- weights ------------------------------------------------------------------------------------
 
 
 class AdapterManifest(Wire):
-    """What an adapter file says of itself; travels in the safetensors metadata.
+    """Self-description of an adapter file, stored in its safetensors metadata.
 
-    One rank and one `scaling` (the factor on B·A) hold for every target module: per-module
-    patterns, DoRA and biases do not exist here, and naming one is an unknown field.
+    All target modules share one rank and one scaling. Per-module patterns, DoRA and biases are not
+    supported; a manifest that has a field for one is refused.
     """
 
-    format: Literal["tandem-adapter-1"] = "tandem-adapter-1"
-    policy: PolicyId
-    base: BaseIdentity
-    rank: int = Field(ge=1)
-    scaling: float = Field(gt=0, le=1e4)
-    target_modules: tuple[str, ...] = Field(min_length=1)
+    format: Literal["tandem-adapter-1"] = "tandem-adapter-1"  # Version of this format.
+    policy: PolicyId  # The version that the adapter makes of the base; at least version 1.
+    base: BaseIdentity  # The base that the adapter was trained on.
+    rank: int = Field(ge=1)  # LoRA rank of every target module.
+    scaling: float = Field(gt=0, le=1e4)  # Factor on B·A; lora_alpha / rank in PEFT's terms.
+    target_modules: tuple[str, ...] = Field(min_length=1)  # Adapted linear layers, such as q_proj.
 
     @field_validator("policy")
     @classmethod
@@ -361,72 +378,84 @@ class AdapterManifest(Wire):
 
 
 class SyncReceipt(Wire):
-    """What `POST /sync_weights` answers once the version is resident."""
+    """Answer of `POST /sync_weights`, sent once the version is resident."""
 
-    policy: PolicyId
-    digest: Digest
-    outcome: Literal["loaded", "already_resident"]
-    newest: PolicyId
-    retired: tuple[PolicyId, ...] = ()
-    num_bytes: int
-    receive_s: float = 0.0  # body and digest
-    verify_s: float = 0.0  # header, tensor table, finite values
-    wait_s: float = 0.0  # for a free slot
-    load_s: float = 0.0  # in the engine
-    boot_id: str
+    policy: PolicyId  # The version that was uploaded.
+    digest: Digest  # Digest of the adapter file.
+    outcome: Literal["loaded", "already_resident"]  # Whether the engine loaded it or had it.
+    newest: PolicyId  # The version that serves requests without a pinned one.
+    retired: tuple[PolicyId, ...] = ()  # Versions removed to free adapter slots.
+    num_bytes: int  # Size of the adapter file.
+    receive_s: float = 0.0  # Time to receive the body and compute its digest.
+    verify_s: float = 0.0  # Time to check the header, the tensor table and the values.
+    wait_s: float = 0.0  # Time spent waiting for a free adapter slot.
+    load_s: float = 0.0  # Time the engine took to load it.
+    boot_id: str  # Random id of the replica's process; it changes with every restart.
 
 
 class ResidentPolicy(Wire):
-    policy: PolicyId
-    digest: Digest
-    num_bytes: int
-    num_leases: int  # requests that run under it
-    accepts_requests: bool  # False: superseded, leaves when its leases end
+    """One policy version whose adapter a replica holds."""
+
+    policy: PolicyId  # The version.
+    digest: Digest  # Digest of its adapter file.
+    num_bytes: int  # Size of its adapter file.
+    num_leases: int  # Requests that run under it.
+    # False for a probe, and for a superseded version, which is retired when its leases end.
+    accepts_requests: bool
 
 
 class PoliciesResponse(Wire):
-    newest: PolicyId
-    resident: tuple[ResidentPolicy, ...]  # version 0 is always resident and not listed
-    boot_id: str
+    """Answer of `GET /policies`."""
+
+    newest: PolicyId  # The version that serves requests without a pinned one.
+    resident: tuple[ResidentPolicy, ...]  # Versions with an adapter: the base is not listed.
+    boot_id: str  # Random id of the replica's process; it changes with every restart.
 
 
 class RolloutLimits(Wire):
-    max_model_len: int  # prompt + completion tokens
-    max_lora_rank: int
-    max_live_policies: int
-    max_num_seqs: int  # sequences that run at once
-    max_completions: int  # per request; queued and running ones of all requests together
-    max_adapter_bytes: int
-    max_body_bytes: int  # of a JSON request
+    """What one replica accepts."""
+
+    max_model_len: int  # Maximum tokens of a prompt and its completion together.
+    max_lora_rank: int  # Largest LoRA rank of an adapter.
+    max_live_policies: int  # Resident adapters; one more slot receives the next version.
+    max_num_seqs: int  # Sequences that the engine runs at once.
+    # Completions of one request, and queued or running completions of all requests together.
+    max_completions: int
+    max_adapter_bytes: int  # Maximum size of an adapter file.
+    max_body_bytes: int  # Maximum size of a JSON request body.
 
 
 ServingMode = Literal["lora", "merged"]
 
 
 class RolloutStatus(Wire):
+    """State, limits and load of one replica."""
+
+    # `draining`: it finishes its requests, then exits; `dead`: it is about to exit.
     state: Literal["starting", "ready", "draining", "dead"]
-    detail: str
-    boot_id: str
-    model: str
-    vllm_version: str
-    kv_cache_dtype: str
+    detail: str  # What it is doing, or why it is dead; empty while it is ready.
+    boot_id: str  # Random id of the replica's process; it changes with every restart.
+    model: str  # Checkpoint folder or hub id, as configured.
+    vllm_version: str  # Version of vLLM that it runs.
+    kv_cache_dtype: str  # Data type of the KV cache, in vLLM's terms.
+    # `lora`: several adapters next to the base; `merged`: one, added to the weights of the base.
     serving_mode: ServingMode = "lora"
-    base: BaseIdentity | None  # None while starting
-    limits: RolloutLimits
-    newest: PolicyId
-    resident: tuple[ResidentPolicy, ...]
-    num_outstanding_completions: int
+    base: BaseIdentity | None  # Identity of its base; None while it starts.
+    limits: RolloutLimits  # What it accepts.
+    newest: PolicyId  # The version that serves requests without a pinned one.
+    resident: tuple[ResidentPolicy, ...]  # Versions with an adapter: the base is not listed.
+    num_outstanding_completions: int  # Completions that are queued or running.
 
 
 # --- training -----------------------------------------------------------------------------------
 
 
 class ScoredCompletion(Wire):
-    """A completion and how good it is. `rewards` are the parts that `reward` is the sum of, one per
-    reward of the run in the same order for all completions; without them it is the only part."""
+    """A completion and its reward."""
 
-    completion: Completion
-    reward: float
+    completion: Completion  # The completion that was scored.
+    reward: float  # How good the completion is: the sum of `rewards` if there are any.
+    # Weighted rewards, in the same order for all completions; may be empty.
     rewards: tuple[float, ...] = ()
 
     @model_validator(mode="after")
@@ -434,47 +463,47 @@ class ScoredCompletion(Wire):
         error = abs(sum(self.rewards) - self.reward)
         if self.rewards and error > 1e-6 * sum(map(abs, self.rewards)):
             raise ValueError(
-                f"rewards add up to {sum(self.rewards)}, reward is {self.reward}: weigh each, and "
-                "let reward be their sum"
+                f"rewards add up to {sum(self.rewards)} but reward is {self.reward}: weight each "
+                "of rewards, and set reward to their sum"
             )
         return self
 
 
 class ScoredGroup(Wire):
-    """A group whose completions have a reward: what one policy update learns from."""
+    """The completions of one prompt with their rewards. A policy update learns from such groups."""
 
-    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)
-    sampling: SamplingParams
-    completions: tuple[ScoredCompletion, ...] = Field(min_length=1)
+    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the prompt.
+    sampling: SamplingParams  # Settings that produced the completions.
+    completions: tuple[ScoredCompletion, ...] = Field(min_length=1)  # Each with its reward.
 
 
 class PreferencePair(Wire):
-    """Two answers to a prompt, of which one is the better: what DPO learns from."""
+    """A better and a worse answer to one prompt. DPO learns from such pairs."""
 
-    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)
-    chosen_token_ids: tuple[TokenId, ...] = Field(min_length=1)
-    rejected_token_ids: tuple[TokenId, ...] = Field(min_length=1)
+    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the prompt.
+    chosen_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the better answer.
+    rejected_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the worse answer.
 
     @property
     def num_positions(self) -> int:
-        """Tokens of the prompt and its longer answer."""
+        """Tokens of the prompt and the longer answer."""
         longest = max(len(self.chosen_token_ids), len(self.rejected_token_ids))
         return len(self.prompt_token_ids) + longest
 
 
 class TrainRequest(Wire):
-    """`POST /train`: one policy update, from groups that somebody else sampled and scored, or, for
-    the algorithm `dpo`, from pairs."""
+    """Body of `POST /train`, which makes one policy update from the caller's groups or pairs."""
 
-    groups: tuple[ScoredGroup, ...] = ()
-    pairs: tuple[PreferencePair, ...] = ()
-    expected_policy: PolicyId
+    groups: tuple[ScoredGroup, ...] = ()  # Scored groups, for every algorithm but `dpo`.
+    pairs: tuple[PreferencePair, ...] = ()  # Preference pairs, for the algorithm `dpo`.
+    expected_policy: PolicyId  # The current version; the request is refused if it has changed.
+    # Names this update: a repeated request with the same key gets the first answer again.
     idempotency_key: str = Field(min_length=1, max_length=128)
 
     @model_validator(mode="after")
     def _has_groups_or_pairs(self) -> TrainRequest:
         if bool(self.groups) == bool(self.pairs):
-            raise ValueError("send groups or pairs, one of them and not both")
+            raise ValueError("send either groups or pairs, not both")
         return self
 
 
@@ -686,15 +715,15 @@ class EvalRecord(Wire):
     eval_s: float = statistic("s", "Duration of the evaluation.", ...)
 
 
-RunState = Literal[
-    "running", "stopping", "stopped", "completed", "failed", "external", "suspended"
-]  # suspended: the trainer went away and takes the run up again when it returns
+RunState = Literal["running", "stopping", "stopped", "completed", "failed", "external", "suspended"]
 
 
 class StateRecord(Wire):
+    """The run changed its state."""
+
     kind: Literal["state"] = "state"
-    state: RunState
-    detail: str = ""
+    state: RunState  # The new state.
+    detail: str = ""  # Why it changed, in words.
 
 
 RunEvent = Annotated[StepRecord | EvalRecord | StateRecord, Field(discriminator="kind")]
@@ -707,18 +736,20 @@ _REPLICA_URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[\w-]+(\.[\w-]+)*):(\d{
 
 
 class ReplicaRegistration(Wire):
-    """`POST /replicas`: a replica at `url` may serve; with a lease it says so again in time."""
+    """Body of `POST /replicas`, which adds a replica to the fleet or renews its lease."""
 
-    url: str = Field(max_length=300)
-    lease_s: float | None = Field(gt=0, le=86400, default=None)  # None: until it is removed
-    boot_id: str | None = None  # of the process; a new one ends an earlier removal
+    url: str = Field(max_length=300)  # Where the trainer reaches it, as http://host:port.
+    # How long the registration lasts unless it is renewed; None: until the replica is removed.
+    lease_s: float | None = Field(gt=0, le=86400, default=None)
+    # Id of the replica's process; a new one ends an earlier removal or quarantine.
+    boot_id: str | None = None
 
     @field_validator("url")
     @classmethod
     def _names_one_address(cls, url: str) -> str:
         match = _REPLICA_URL.fullmatch(url)
         if match is None or not 0 < int(match[3]) < 65536:
-            raise ValueError("write http://host:port, without a path")
+            raise ValueError("write it as http://host:port, without a path")
         return url
 
 
@@ -728,91 +759,105 @@ ReplicaState = Literal["discovered", "admitting", "serving", "draining", "quaran
 class ReplicaStatus(Wire):
     """One replica as the trainer sees it.
 
-    discovered: known, not proven, asked again with growing pauses · admitting: being checked and
-    given the policy · serving: proven, takes requests · draining: finishes what it has, takes
-    nothing new · quarantined: failed a check, takes nothing until it restarts or is registered
-    again · gone.
+    A replica is `discovered` when it is known but not proven, and the trainer tries it again with
+    growing pauses; `admitting` while the trainer checks it and gives it the policy; `serving` when
+    it is proven and takes requests; `draining` while it finishes its requests and takes no new
+    ones; `quarantined` when it failed a check, until it restarts or is registered again; and `gone`
+    when it has left the fleet.
     """
 
-    id: str  # host:port
-    url: str
-    source: Literal["configured", "registered"]
-    state: ReplicaState
-    detail: str
-    boot_id: str | None
-    policy: PolicyId | None  # the newest it was proven to serve
-    num_outstanding_completions: int
-    num_outstanding_tokens: int  # at most to come, of the requests it has
-    logprob_gap: float | None  # mean |replica - trainer| on the probe, at the last check
-    last_sync_s: float | None  # upload, load and proof of `policy`
-    num_failures: int  # in a row; 0 once it has served
+    id: str  # Its host:port.
+    url: str  # Where the trainer reaches it.
+    source: Literal["configured", "registered"]  # How the trainer learned of it.
+    state: ReplicaState  # See above.
+    detail: str  # Why it is in this state, in words.
+    boot_id: str | None  # Id of its process, which changes with every restart; None until known.
+    policy: PolicyId | None  # The newest version that it is proven to serve; None without one.
+    num_outstanding_completions: int  # Completions of the trainer's requests that it works on.
+    num_outstanding_tokens: int  # The most tokens that those completions may still have.
+    # Mean |replica - trainer| logprob on the probe of the last check, in nats.
+    logprob_gap: float | None
+    last_sync_s: float | None  # Time that the last upload, load and proof of a version took.
+    num_failures: int  # Failures in a row; a success resets it to 0.
 
 
 class TrainResponse(Wire):
-    policy: PolicyId
-    step: StepRecord
-    receipts: tuple[SyncReceipt, ...]  # of the replicas that took the new version
-    replicas: tuple[ReplicaStatus, ...]
+    """Answer of `POST /train`."""
+
+    policy: PolicyId  # The version that the update made.
+    step: StepRecord  # The numbers of the update.
+    receipts: tuple[SyncReceipt, ...]  # One per replica that loaded the new version.
+    replicas: tuple[ReplicaStatus, ...]  # The fleet after the sync.
 
 
 class RunStatus(Wire):
-    run_id: RunId
+    """State and progress of a run."""
+
+    run_id: RunId  # Name of the run.
+    # `external`: the caller runs the loop; `suspended`: it resumes when the trainer restarts.
     state: RunState
-    detail: str
-    stalls: tuple[str, ...] = ()  # what keeps it from learning now, a sentence each
-    step: int
-    num_steps: int | None  # None: the loop is somebody else's
-    policy: PolicyId
-    last_step: StepRecord | None
-    last_eval: EvalRecord | None
-    run_dir: str
+    detail: str  # Why it is in this state, in words.
+    stalls: tuple[str, ...] = ()  # What currently keeps it from learning, one sentence each.
+    step: int  # Number of the last step.
+    num_steps: int | None  # Step at which the run ends; None if the caller's own loop decides.
+    policy: PolicyId  # The newest version.
+    last_step: StepRecord | None  # The numbers of the last step; None before the first.
+    last_eval: EvalRecord | None  # The last evaluation; None before the first.
+    run_dir: str  # Folder of the run on the trainer's machine.
 
 
 class RecentCompletion(Wire):
-    """A scored completion in words. `rewards` are the parts of `reward`, weighted."""
+    """A scored completion as text."""
 
-    text: str  # special tokens left out
-    reward: float
-    rewards: tuple[float, ...]
-    segments: tuple[Segment, ...]
+    text: str  # The completion without special tokens.
+    reward: float  # How good the completion is: the sum of `rewards` if there are any.
+    rewards: tuple[float, ...]  # Weighted rewards, in the order of `reward_names`.
+    segments: tuple[Segment, ...]  # Which version sampled which tokens, in order.
+    # `stop`: a stop token or text; `length`: the token limit; `interrupted`: a sync or drain.
     finish_reason: Literal["stop", "length", "interrupted"]
-    num_tokens: int
+    num_tokens: int  # Tokens of the completion.
 
 
 class RecentGroup(Wire):
-    """The completions of one prompt that step `step` was given to learn from."""
+    """The completions of one prompt in the batch of a step."""
 
-    step: int
-    group: int  # its place in the batch of the step
-    prompt: str
-    num_prompt_tokens: int
-    completions: tuple[RecentCompletion, ...]
+    step: int  # The step that learns from it.
+    group: int  # Index of the group in the batch of the step, from 0.
+    prompt: str  # The prompt without special tokens.
+    num_prompt_tokens: int  # Tokens of the prompt.
+    completions: tuple[RecentCompletion, ...]  # Each with its reward.
 
 
 class CompletionsResponse(Wire):
-    """`GET /runs/current/completions`: the newest groups, newest first."""
+    """Answer of `GET /runs/current/completions`."""
 
-    run_id: RunId
-    reward_names: tuple[str, ...]  # of `rewards`; () when somebody else scored
-    groups: tuple[RecentGroup, ...]
+    run_id: RunId  # Name of the run.
+    reward_names: tuple[str, ...]  # Names of the `rewards`; empty if the caller scored them.
+    groups: tuple[RecentGroup, ...]  # The newest group is first.
 
 
 class PolicyStatus(Wire):
-    policy: PolicyId
-    base: BaseIdentity
-    rank: int
-    scaling: float
-    target_modules: tuple[str, ...]
-    kept_adapters: tuple[int, ...]  # versions that GET /policy/adapters/{version} still has
+    """The policy that the trainer holds."""
+
+    policy: PolicyId  # The newest version.
+    base: BaseIdentity  # Identity of its base.
+    rank: int  # LoRA rank of every target module.
+    scaling: float  # Factor on B·A; lora_alpha / rank in PEFT's terms.
+    target_modules: tuple[str, ...]  # Adapted linear layers, such as q_proj.
+    kept_adapters: tuple[int, ...]  # Versions that GET /policy/adapters/{version} serves.
 
 
 class ReplicasResponse(Wire):
-    replicas: tuple[ReplicaStatus, ...]
+    """Answer of `GET /replicas`."""
+
+    replicas: tuple[ReplicaStatus, ...]  # Every replica that the trainer knows.
 
 
 class TrainerStatus(Wire):
-    state: Literal["starting", "ready", "dead"]
-    detail: str
-    model: str
-    base: BaseIdentity | None
-    run: RunStatus | None
+    """State of the trainer and its run."""
+
+    state: Literal["starting", "ready", "dead"]  # Only a ready trainer starts runs.
+    detail: str  # What it is doing, or why it is dead.
+    model: str  # Checkpoint folder or hub id, as configured.
+    base: BaseIdentity | None  # Identity of its base; None while it starts.
+    run: RunStatus | None  # The current run, or the last one; None before the first.

@@ -30,8 +30,9 @@ _EVENT: TypeAdapter[RunEvent] = TypeAdapter(RunEvent)
 
 class TrainerClient(ServiceClient):
     async def start_run(self, config: Mapping[str, Any] | bytes) -> RunStatus:
-        """Start a run. `config` is a run config (services/trainer/run_config.py), or a file of one,
-        in YAML or JSON, as it is: what the trainer says of it then names its lines."""
+        """Start a run. `config` is a run config (services/trainer/run_config.py), or the unchanged
+        content of a YAML or JSON file with one, whose line numbers the trainer's errors then name.
+        """
         return await self._call(
             RunStatus,
             "POST",
@@ -47,9 +48,10 @@ class TrainerClient(ServiceClient):
         return await self._call(RunStatus, "POST", "/runs/current/stop", timeout_s=60)
 
     async def events(self, *, silence_s: float = 60.0) -> AsyncIterator[RunEvent]:
-        """The events of the current run from its first on, until it ends.
+        """Yield the events of the current run from its first one until it ends.
 
-        The service sends a comment every few seconds; `silence_s` without one raises Unavailable.
+        Raises Unavailable after `silence_s` without data; the service sends a comment every few
+        seconds.
         """
         timeout = httpx.Timeout(silence_s, connect=5.0)
         try:
@@ -61,10 +63,10 @@ class TrainerClient(ServiceClient):
                     if line.startswith("data:"):
                         yield _EVENT.validate_json(line.removeprefix("data:").strip())
         except httpx.TransportError as error:
-            raise Unavailable(f"the event stream of {self.url} broke: {error!r}") from error
+            raise Unavailable(f"the event stream of {self.url} failed: {error!r}") from error
 
     async def completions(self, *, num_groups: int = 64) -> CompletionsResponse:
-        """The newest scored groups of the current run, at most so many."""
+        """The newest scored groups of the current run, at most `num_groups`."""
         path = f"/runs/current/completions?num_groups={num_groups}"
         return await self._call(CompletionsResponse, "GET", path, timeout_s=10)
 
@@ -85,7 +87,7 @@ class TrainerClient(ServiceClient):
         return await self._call(ReplicaStatus, "POST", "/replicas", body=registration, timeout_s=5)
 
     async def remove(self, replica_id: str) -> None:
-        """Take a replica out of the fleet. Its id is host:port."""
+        """Remove a replica from the fleet. Its id is its host:port."""
         await self._request("DELETE", f"/replicas/{quote(replica_id, safe='')}", timeout_s=10)
 
     async def status(self) -> TrainerStatus:

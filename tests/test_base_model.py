@@ -1,4 +1,4 @@
-"""Where a base comes from, and what is said when it is not there or not whole."""
+"""How a base is found, and which errors describe a missing or incomplete one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PUBLISHED = [
 def test_every_file_of_a_bases_identity_is_downloaded(
     monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
 ) -> None:
-    """Else it would depend on what another tool has left in the hub's cache."""
+    """Otherwise the identity would depend on what another tool left in the hub's cache."""
     downloaded: list[str] = []
 
     def snapshot_download(_: str, *, allow_patterns: list[str], **_wanted: object) -> str:
@@ -76,11 +76,14 @@ def name_a_second_shard(folder: Path) -> None:
         (remove("config.json"), "the folder has no config.json"),
         (cut_config, "config.json cannot be read"),
         (remove("model.safetensors"), "the folder has no \\*.safetensors"),
-        (name_a_second_shard, "1 of its 2 weight files are missing, model-00002.safetensors"),
+        (
+            name_a_second_shard,
+            "1 of its 2 weight files are missing, for example model-00002.safetensors",
+        ),
         (remove("tokenizer.json", "tokenizer_config.json"), "the folder has no tokenizer"),
     ],
 )
-def test_a_checkpoint_that_is_not_whole_is_refused_in_one_sentence(
+def test_an_incomplete_checkpoint_is_refused_in_one_sentence(
     tiny_checkpoint: Path, tmp_path: Path, damage: Callable[[Path], None], sentence: str
 ) -> None:
     folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
@@ -90,7 +93,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_in_one_sentence(
     assert "\n" not in str(raised.value)
 
 
-def test_an_empty_folder_is_called_empty(tmp_path: Path) -> None:
+def test_an_empty_folder_is_reported_as_empty(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the folder is empty"):
         resolve_checkpoint(str(tmp_path))
 
@@ -103,16 +106,16 @@ def answered(cls: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
 @pytest.mark.parametrize(
     ("error", "raised", "sentence"),
     [
-        (answered(RepositoryNotFoundError, 404), ValueError, "neither a folder here nor a model"),
-        (answered(GatedRepoError, 401), ValueError, "it is gated; set HF_TOKEN"),
-        (answered(HfHubHTTPError, 401), ValueError, "refuses HF_TOKEN"),
+        (answered(RepositoryNotFoundError, 404), ValueError, "neither a local folder nor a model"),
+        (answered(GatedRepoError, 401), ValueError, "is gated; accept .* and set HF_TOKEN"),
+        (answered(HfHubHTTPError, 401), ValueError, "rejected HF_TOKEN"),
         (answered(HfHubHTTPError, 429), ConnectionError, "two$"),
         (LocalEntryNotFoundError("no"), ConnectionError, "does not answer"),
-        (OSError(30, "Read-only file system"), ValueError, "HF_HOME=.* cannot be written"),
+        (OSError(30, "Read-only file system"), ValueError, "HF_HOME=.* is not writable"),
         (OSError(28, "No space left on device"), ValueError, "HF_HOME=.* is full"),
     ],
 )
-def test_why_a_model_of_the_hub_cannot_be_had_is_one_sentence(
+def test_a_failed_download_is_explained_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[Exception], sentence: str
 ) -> None:
     def snapshot_download(_: str, *, allow_patterns: list[str], **_wanted: object) -> str:
@@ -126,13 +129,13 @@ def test_why_a_model_of_the_hub_cannot_be_had_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_who_has_a_token_is_told_to_ask_for_access(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_model_with_a_token_asks_to_request_access(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(_: str, *, allow_patterns: list[str], **_wanted: object) -> str:
         raise answered(GatedRepoError, 403)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
-    with pytest.raises(ValueError, match=r"the owner of HF_TOKEN has to be granted access"):
+    with pytest.raises(ValueError, match=r"request access for the HF_TOKEN account"):
         resolve_checkpoint("owner/model")
 
 
@@ -144,7 +147,7 @@ def test_a_revision_that_the_hub_does_not_have_is_named(monkeypatch: pytest.Monk
         raise answered(RevisionNotFoundError, 404)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ValueError, match=r"owner/model has no revision 'v9'; name a branch, a tag"):
+    with pytest.raises(ValueError, match=r"owner/model has no revision 'v9'; name a branch, tag"):
         resolve_checkpoint("owner/model", revision="v9", token="hf_own")
     assert (asked["revision"], asked["token"]) == ("v9", "hf_own")
 

@@ -1,4 +1,4 @@
-"""What the exit code says, and what an operator reads."""
+"""Exit codes, the sentences that an operator reads, and memory after the start."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Limits(BaseModel):
     ],
     ids=lambda value: str(value),
 )
-def test_2_is_for_what_another_start_cannot_mend(
+def test_2_means_that_a_restart_does_not_help(
     error: Exception, exit_code: int, has_trace: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "services")
@@ -40,7 +40,7 @@ def test_2_is_for_what_another_start_cannot_mend(
     assert bool(record.exc_info) is has_trace
 
 
-def test_the_trace_of_a_foreseen_failure_is_for_debugging(
+def test_the_traceback_of_a_foreseen_failure_is_logged_at_debug(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG, "services")
@@ -49,13 +49,13 @@ def test_the_trace_of_a_foreseen_failure_is_for_debugging(
     assert caplog.records[1].exc_info
 
 
-def test_of_many_lines_the_first_paragraph_is_said_in_one() -> None:
+def test_the_first_paragraph_of_a_message_becomes_one_line() -> None:
     assert one_line(ValueError("no such\n  architecture\n\nupgrade with pip")) == (
         "no such architecture"
     )
 
 
-def test_an_error_that_says_little_has_its_class() -> None:
+def test_an_error_with_a_short_message_is_prefixed_with_its_class() -> None:
     assert one_line(KeyError("x")) == "KeyError: 'x'"
     assert one_line(MemoryError()) == "MemoryError"
 
@@ -66,7 +66,7 @@ def test_a_validation_error_is_its_field_and_message() -> None:
     assert one_line(raised.value) == "share: Input should be less than or equal to 1"
 
 
-def test_what_exists_at_the_start_is_not_looked_through_again() -> None:
+def test_the_garbage_collector_ignores_what_exists_at_the_start() -> None:
     before = len(gc.get_objects())
     settle_memory()
     try:
@@ -75,8 +75,8 @@ def test_what_exists_at_the_start_is_not_looked_through_again() -> None:
         gc.unfreeze()
 
 
-def test_memory_that_uploads_took_is_used_again() -> None:
-    """Not given back and asked for anew, with a page fault for every 4 KiB of it."""
+def test_the_memory_of_uploads_is_reused() -> None:
+    """Returning it to the kernel would cause a page fault for every 4 KiB of the next upload."""
     script = """
 import resource
 from services.boot import settle_memory
@@ -89,4 +89,4 @@ for measured in (False, True):
 print(faults() - start)
 """
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert int(answer.stdout) < 1000, answer.stderr  # of 100,000 that would be one for each
+    assert int(answer.stdout) < 1000, answer.stderr  # Without reuse it would be about 100,000.

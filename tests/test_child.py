@@ -44,7 +44,7 @@ def test_a_service_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process has not ended; nobody may have waited for it yet."""
+    """Whether the process still runs. A zombie, which nobody has waited for yet, does not count."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The proxy itself, in front of a toy server that answers what it received."""
+"""The proxy itself, in front of a toy server that reports what it received."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _LINES = 20
 
 
 class Toy:
-    """Answers the length of a body at once, or with /stream in chunked lines."""
+    """Answers with the length of the body, as one answer or, for /stream, as chunked lines."""
 
     def __init__(self) -> None:
-        self.received: list[int] = []  # bytes of each body, whole or not
+        self.received: list[int] = []  # Bytes of each body, complete or not.
         self.url = ""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await self._answer(reader, writer)
-        except ConnectionError:  # the proxy cuts
+        except ConnectionError:  # The proxy cut the connection.
             pass
         finally:
             writer.transport.abort()
@@ -82,7 +82,7 @@ async def http(proxy: FaultyProxy) -> AsyncIterator[httpx.AsyncClient]:
         yield http
 
 
-async def test_what_passes_is_counted_by_path_in_both_directions(
+async def test_traffic_is_counted_by_path_in_both_directions(
     proxy: FaultyProxy, http: httpx.AsyncClient
 ) -> None:
     assert (await http.post("/a?x=1", content=bytes(200_000))).text == "200000"
@@ -94,7 +94,7 @@ async def test_what_passes_is_counted_by_path_in_both_directions(
     assert 0 < b.down_bytes < a.down_bytes < 1000
 
 
-async def test_an_upload_is_cut_after_the_asked_bytes_and_the_next_one_passes(
+async def test_an_upload_is_cut_after_the_requested_bytes_and_the_next_one_passes(
     toy: Toy, proxy: FaultyProxy, http: httpx.AsyncClient
 ) -> None:
     cut = proxy.cut("up", after_bytes=50_000, match="POST /upload")
@@ -109,7 +109,7 @@ async def test_an_upload_is_cut_after_the_asked_bytes_and_the_next_one_passes(
     assert proxy.traffic["/upload"].up_bytes < 151_000
 
 
-async def test_a_stream_is_cut_after_the_asked_bytes(
+async def test_a_stream_is_cut_after_the_requested_bytes(
     proxy: FaultyProxy, http: httpx.AsyncClient
 ) -> None:
     proxy.cut("down", after_bytes=150, match="/stream")
@@ -142,7 +142,8 @@ async def test_a_stalled_proxy_accepts_and_forwards_nothing_until_it_is_resumed(
 ) -> None:
     await http.get("/a")
     proxy.stall()
-    waiting = [asyncio.ensure_future(http.get("/a")) for _ in range(2)]  # kept and new connection
+    # One request takes the kept connection, the other a new one.
+    waiting = [asyncio.ensure_future(http.get("/a")) for _ in range(2)]
     with pytest.raises(httpx.ReadTimeout):
         await http.get("/a", timeout=0.2)
     assert len(toy.received) == 1
@@ -150,7 +151,7 @@ async def test_a_stalled_proxy_accepts_and_forwards_nothing_until_it_is_resumed(
     assert [answer.text for answer in await asyncio.gather(*waiting)] == ["0", "0"]
 
 
-async def test_a_service_that_is_away_closes_the_connection() -> None:
+async def test_a_proxy_without_its_service_closes_the_connection() -> None:
     async with FaultyProxy("http://127.0.0.1:1") as proxy, httpx.AsyncClient() as http:
         with pytest.raises(httpx.TransportError):
             await http.get(proxy.url)

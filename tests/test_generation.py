@@ -1,4 +1,4 @@
-"""Drafts: what one replica did not finish, another is asked for."""
+"""Drafts: a replica is asked for what another one did not finish."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def request(num_prompts: int = 1, n: int = 2, **sampling: Any) -> GenerateReques
 
 
 def serve(draft: Draft, part: Part, num_tokens: int) -> None:
-    """Stream `num_tokens` of each completion that `part` asks for, or up to its end."""
+    """Stream `num_tokens` tokens of each completion that `part` requests, or fewer at its end."""
     asked = part.request
     assert asked.policy
     assert asked.sampling.max_tokens
@@ -80,7 +80,7 @@ def finish(draft: Draft, version: int) -> list[CompletionGroup]:
     n=st.integers(1, 2),
 )
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_completions_are_whole_however_often_and_wherever_their_streams_are_cut(
+def test_completions_are_complete_wherever_and_however_often_their_streams_are_cut(
     attempts: list[list[int]], num_prompts: int, n: int
 ) -> None:
     draft = Draft(request(num_prompts, n))
@@ -92,7 +92,7 @@ def test_completions_are_whole_however_often_and_wherever_their_streams_are_cut(
     check_groups(groups, n=n, max_tokens=MAX_TOKENS)
 
 
-def test_a_request_of_which_nothing_came_is_repeated_as_it_was() -> None:
+def test_a_request_without_any_token_is_repeated_unchanged() -> None:
     draft = Draft(request(num_prompts=2))
     (first,) = draft.parts(policy_at(1))
     serve(draft, first, 0)
@@ -102,7 +102,7 @@ def test_a_request_of_which_nothing_came_is_repeated_as_it_was() -> None:
     assert draft.num_continued == 0
 
 
-def test_the_rest_is_asked_for_with_the_tokens_so_far_and_noise_of_its_own() -> None:
+def test_the_rest_is_requested_with_the_tokens_so_far_and_new_noise() -> None:
     draft = Draft(request(min_tokens=4))
     (whole,) = draft.parts(policy_at(1))
     serve(draft, whole, 2)
@@ -121,18 +121,18 @@ def test_the_rest_is_asked_for_with_the_tokens_so_far_and_noise_of_its_own() -> 
     assert draft.num_continued == 2
 
 
-def test_a_completion_without_a_token_yet_is_asked_for_with_its_first_seed() -> None:
+def test_a_completion_without_a_token_is_requested_with_its_original_seed() -> None:
     draft = Draft(request())
     (whole,) = draft.parts(policy_at(1))
     serve(draft, whole, 0)
     draft.add(whole, tokens(policy_at(1), 0, 0, 0, whole.request.sampling))
     _, second = draft.parts(policy_at(1))
     assert second.request.completion_prefix == ()
-    assert second.request.sampling.seed == 8  # completion k uses seed + k
+    assert second.request.sampling.seed == 8  # Completion k uses seed + k.
 
 
 @pytest.mark.parametrize("sampling", [{"stop": ("x",)}, {"presence_penalty": 1.0}])
-def test_a_completion_that_its_first_tokens_as_context_would_change_starts_again(
+def test_a_completion_that_cannot_be_continued_starts_again(
     sampling: dict[str, Any],
 ) -> None:
     draft = Draft(request(**sampling))
@@ -155,11 +155,11 @@ def test_an_interrupted_completion_is_not_complete() -> None:
     assert part.request.completion_prefix == (1000, 1001)
 
 
-def test_records_out_of_place_are_refused() -> None:
+def test_unexpected_records_are_refused() -> None:
     draft = Draft(request(n=1))
     (whole,) = draft.parts(policy_at(1))
     early = tokens(policy_at(1), 0, 0, 0, whole.request.sampling)
-    with pytest.raises(ServiceError, match="out of place"):
+    with pytest.raises(ServiceError, match="whose group has not started"):
         draft.add(whole, early)
     other = StreamStart(
         group=0,
@@ -168,8 +168,8 @@ def test_records_out_of_place_are_refused() -> None:
         policy=policy_at(2),
         boot_id="boot",
     )
-    with pytest.raises(ServiceError, match=r"asked for .*@1, served .*@2"):
+    with pytest.raises(ServiceError, match=r"@1 was requested, but a stream is served by .*@2"):
         draft.add(whole, other)
     serve(draft, whole, MAX_TOKENS)
-    with pytest.raises(ServiceError, match="was complete"):
+    with pytest.raises(ServiceError, match="already complete"):
         draft.add(whole, early)

@@ -1,4 +1,4 @@
-"""Who may ask a service that has no key: nobody's web page but its own."""
+"""Which requests a service without a key accepts: from web pages only those of its own page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OWN = "http://127.0.0.1:8080"
 async def answer(
     headers: dict[str, str], *, url: str = OWN, path: str = "/runs", api_key: str | None = None
 ) -> httpx.Response:
-    """Of a service that is reached at `url`, whatever the headers say."""
+    """The answer of a service at `url`, whatever host the headers name."""
     app = FastAPI()
     prepare_app(
         app,
@@ -39,15 +39,15 @@ async def answer(
 @pytest.mark.parametrize(
     "headers",
     [
-        {},  # no browser
+        {},  # Not a browser.
         {"Origin": OWN, "Sec-Fetch-Site": "same-origin"},
         {"Origin": "http://LOCALHOST:8080", "Host": "localhost:8080"},
-        {"Origin": "https://[::1]:8080", "Host": "[::1]:8080"},  # TLS ends before the service
-        {"Sec-Fetch-Site": "none"},  # the user typed it
+        {"Origin": "https://[::1]:8080", "Host": "[::1]:8080"},  # A proxy terminates TLS.
+        {"Sec-Fetch-Site": "none"},  # The user typed the address.
         {"Host": "127.1.2.3"},
     ],
 )
-async def test_programs_and_its_own_page_may_ask_a_service_without_a_key(
+async def test_a_service_without_a_key_accepts_programs_and_its_own_page(
     headers: dict[str, str],
 ) -> None:
     assert (await answer(headers)).status_code == 200
@@ -57,13 +57,13 @@ async def test_programs_and_its_own_page_may_ask_a_service_without_a_key(
     "headers",
     [
         {"Origin": "https://evil.example"},
-        {"Origin": "null"},  # a page in a sandbox
-        {"Origin": "http://127.0.0.1:3000"},  # another service of this machine
+        {"Origin": "null"},  # A sandboxed page.
+        {"Origin": "http://127.0.0.1:3000"},  # Another service on this machine.
         {"Origin": "http://127.0.0.1"},
         {"Sec-Fetch-Site": "cross-site"},
     ],
 )
-async def test_pages_of_other_sites_may_not(headers: dict[str, str]) -> None:
+async def test_a_service_without_a_key_refuses_pages_of_others(headers: dict[str, str]) -> None:
     refused = await answer({"Content-Type": "text/plain", **headers})
     assert refused.status_code == 403
     assert refused.headers["content-type"] == MEDIA_TYPE
@@ -72,15 +72,16 @@ async def test_pages_of_other_sites_may_not(headers: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8080", "10.0.0.1", "["])
-async def test_a_name_that_leads_to_loopback_is_not_the_service(host: str) -> None:
-    """A page of that name has the right Origin: DNS rebinding."""
+async def test_a_foreign_name_for_loopback_is_refused(host: str) -> None:
+    """With DNS rebinding a page of that name has a matching Origin."""
     refused = await answer({"Host": host, "Origin": f"http://{host}"})
     assert refused.status_code == 403
-    assert f"listens on 127.0.0.1, and was asked as {host}" in refused.json()["detail"]
+    detail = refused.json()["detail"]
+    assert f"listens on 127.0.0.1, but the request names the host {host}" in detail
 
 
-async def test_a_service_with_a_key_is_behind_any_name() -> None:
-    """No browser adds the key by itself."""
+async def test_a_service_with_a_key_accepts_any_name() -> None:
+    """A browser does not add the key on its own."""
     headers = {"Host": "tandem.example", "Origin": "https://evil.example"}
     key = {"Authorization": "Bearer key"}
     assert (await answer({**headers, **key}, api_key="key")).status_code == 200

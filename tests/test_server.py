@@ -1,4 +1,4 @@
-"""How a service process ends, as its clients see it."""
+"""How a service process stops, from its clients' point of view."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import httpx
 
 from examples.demo.processes import free_ports
 
-# The app forks a process that outlives the service for a moment, as an engine does.
+# The app forks a process that briefly outlives the service, as an engine does.
 SERVICE = """
 import asyncio, os, sys, time
 from fastapi import FastAPI
@@ -45,8 +45,8 @@ sys.exit(server.run_until_exit())
 """
 
 
-def test_clients_of_a_service_that_ends_are_answered_or_refused() -> None:
-    """Never cut off, though a process that was forked holds the listening socket, too."""
+def test_a_stopping_service_answers_or_refuses_its_clients() -> None:
+    """No request is cut off, even though a forked process also holds the listening socket."""
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     results: Counter[str] = Counter()
@@ -60,7 +60,7 @@ def test_clients_of_a_service_that_ends_are_answered_or_refused() -> None:
                 results[type(error).__name__] += 1
 
     with subprocess.Popen([sys.executable, "-c", SERVICE, str(port)]) as service:
-        transport = httpx.HTTPTransport(retries=10)  # until it listens
+        transport = httpx.HTTPTransport(retries=10)  # Until the service listens.
         with httpx.Client(transport=transport, trust_env=False, timeout=20) as http:
             child = http.get(f"{url}/fork").json()
         clients = [threading.Thread(target=client) for _ in range(4)]
@@ -78,7 +78,7 @@ def test_clients_of_a_service_that_ends_are_answered_or_refused() -> None:
     assert set(results) <= {"200"}
 
 
-def test_a_second_ctrl_c_ends_it_at_once_with_one_sentence() -> None:
+def test_a_second_ctrl_c_exits_at_once_with_one_sentence() -> None:
     (port,) = free_ports(1)
     command = [sys.executable, "-c", SERVICE.replace("server.exit(0)", "None"), str(port)]
     with (
@@ -90,11 +90,11 @@ def test_a_second_ctrl_c_ends_it_at_once_with_one_sentence() -> None:
             http.get(f"http://127.0.0.1:{port}/slow", timeout=0.5)
         service.send_signal(signal.SIGINT)
         time.sleep(0.5)
-        assert service.poll() is None  # it waits for its request
+        assert service.poll() is None  # It waits for the running request.
         service.send_signal(signal.SIGINT)
         _, errors = service.communicate(timeout=20)
     assert service.returncode == 1
-    assert errors == "told to stop once more: not waiting for what still runs\n"
+    assert errors == "second stop signal: exiting without waiting for running requests\n"
 
 
 def httpx_error(url: str) -> Exception:

@@ -1,4 +1,4 @@
-"""What a program imports."""
+"""What importing Tandem loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def test_importing_tandem_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_the_policy_model_is_there_when_it_is_asked_for() -> None:
+def test_the_policy_model_is_exported() -> None:
     from tandem import PolicyModel
     from tandem.model.policy_model import PolicyModel as Expected
 

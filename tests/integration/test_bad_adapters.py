@@ -191,7 +191,7 @@ REFUSALS = [
         lambda _: Upload(struct.pack("<Q", (1 << 20) + 1) + b"{}"),
         422,
         INVALID,
-        "1048577 bytes, the limit is 1048576",
+        "1048577 bytes, but the limit is 1048576",
     ),
     Refusal(
         "a header longer than the file",
@@ -312,21 +312,21 @@ REFUSALS = [
         with_tensors(lora_B=torch.ones(64, 8)),
         422,
         INVALID,
-        "has shape [64, 8], this base and rank 8 need [128, 8]",
+        "has shape [64, 8], but this base and rank 8 need [128, 8]",
     ),
     Refusal(
         "tensors of another rank than the manifest's",
         with_tensors(lora_A=torch.ones(4, 128), lora_B=torch.ones(128, 4)),
         422,
         INVALID,
-        "has shape [4, 128], this base and rank 8 need [8, 128]",
+        "has shape [4, 128], but this base and rank 8 need [8, 128]",
     ),
     Refusal(
         "a dtype F64",
         with_tensors(lora_A=torch.ones(8, 128, dtype=torch.float64)),
         422,
         INVALID,
-        "has dtype F64, expected one of BF16, F16, F32",
+        "has dtype F64: write it as one of BF16, F16, F32",
     ),
     Refusal(
         "a dtype I8",
@@ -408,7 +408,7 @@ REFUSALS = [
             with_manifest_field(name, value),
             422,
             INVALID,
-            f"the manifest names '{name}', which is not supported",
+            f"the manifest has the unsupported field '{name}'",
         )
         for name, value in {
             "rank_pattern": {"q_proj": 4},

@@ -52,7 +52,7 @@ REFUSALS = [
     generate("an empty text", "prompts.0.text is ''", prompts=[""]),
     generate(
         "an id out of vocabulary",
-        "token id 16 is out of vocabulary: ids go up to 15",
+        "token id 16 is out of vocabulary: the largest id is 15",
         prompts=[[1, 16]],
     ),
     generate("a negative id", "is -1", prompts=[[1, -1]]),
@@ -172,7 +172,7 @@ def test_what_does_not_exist_is_a_404_problem(path: str, replica: ReplicaProcess
 
 
 def test_a_method_that_a_route_does_not_have_is_named(replica: ReplicaProcess) -> None:
-    assert "there is no GET /generate" in replica.get("/generate").json()["detail"]
+    assert "there is no route GET /generate" in replica.get("/generate").json()["detail"]
 
 
 async def test_an_unresident_version_names_the_resident_ones(publisher: Publisher) -> None:

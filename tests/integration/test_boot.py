@@ -65,7 +65,10 @@ def test_a_model_that_is_not_there_is_named(name: Name, tmp_path: Path) -> None:
 @both
 def test_a_hub_id_that_cannot_be_downloaded_is_named(name: Name, tmp_path: Path) -> None:
     line = refusal(name, tmp_path, model="owner/model")
-    assert f"{name.upper()}_MODEL owner/model: not in the cache {tmp_path / 'hub'}" in line
+    assert (
+        f"{name.upper()}_MODEL owner/model: the model is not in the cache {tmp_path / 'hub'}"
+        in line
+    )
 
 
 @both

@@ -385,7 +385,7 @@ async def test_a_wrong_key_is_401_and_an_unknown_route_404_in_openais_shape(
     assert refused.json()["error"]["code"] == "invalid_api_key"
     missing = await service.get("/v1/embeddings", Authorization=f"Bearer {KEY}")
     assert missing.status_code == 404
-    assert "there is no GET /v1/embeddings" in missing.json()["error"]["message"]
+    assert "there is no route GET /v1/embeddings" in missing.json()["error"]["message"]
     starting = await service.get("/v1/models", Authorization=f"Bearer {KEY}")
     assert starting.status_code == 503
     assert starting.json()["error"]["type"] == "server_error"

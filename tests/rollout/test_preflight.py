@@ -77,7 +77,9 @@ def test_a_kv_cache_larger_than_the_machine_is_refused(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     here = {"model": str(tiny_checkpoint), "adapter_dir": tmp_path}
-    with pytest.raises(ValueError, match=r"KV cache 1048576.0 GiB, vLLM 512 MiB\), and .* free"):
+    with pytest.raises(
+        ValueError, match=r"KV cache 1048576.0 GiB, vLLM 512 MiB\), but only .* free"
+    ):
         check_start(settings(**here, kv_cache_memory_bytes=1 << 50))
 
 

@@ -31,7 +31,7 @@ BASE = BaseIdentity(weights="0" * 64, recipe=None, tokenizer="1" * 64, chat_temp
 POLICY = PolicyId(run_id="run", version=1)
 Q_PROJ, UP_PROJ = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 LINEAR_SHAPES = {Q_PROJ: (4, 6), UP_PROJ: (12, 6)}
-EMPTY_SHA256 = "sha-256=:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=:"  # RFC 9530's empty body
+EMPTY_SHA256 = "sha-256=:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=:"  # Empty body (RFC 9530).
 
 
 def manifest(**fields: Any) -> AdapterManifest:
@@ -57,7 +57,7 @@ def entry(*shape: int, dtype: str = "F32", start: int = 0, end: int | None = Non
 # --- digest -------------------------------------------------------------------------------------
 
 
-def test_the_digest_header_is_that_of_rfc_9530() -> None:
+def test_the_digest_header_has_the_form_of_rfc_9530() -> None:
     assert content_digest(hashlib.sha256(b"").digest()) == EMPTY_SHA256
 
 
@@ -80,13 +80,13 @@ def test_the_announced_digest_is_read_back_in_hex() -> None:
         "xsha-256=:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=:",
     ],
 )
-def test_a_header_that_is_no_sha_256_is_refused_and_quoted(header: str | None) -> None:
+def test_a_header_that_is_not_a_sha_256_is_refused_and_quoted(header: str | None) -> None:
     with pytest.raises(InvalidRequest) as refused:
         parse_content_digest(header)
     assert repr(header) in refused.value.detail
 
 
-def test_other_bytes_than_announced_are_refused() -> None:
+def test_a_body_that_differs_from_its_announced_digest_is_refused() -> None:
     check_digest(announced="ab", received="ab", num_bytes=1)
     with pytest.raises(DigestMismatch, match="the 7 bytes received have SHA-256 cd"):
         check_digest(announced="ab", received="cd", num_bytes=7)
@@ -124,7 +124,7 @@ def test_the_manifest_and_the_tensor_table_are_read(tmp_path: Path) -> None:
     ],
     ids=lambda value: value[:12].hex() if isinstance(value, bytes) else None,
 )
-def test_a_file_that_is_no_safetensors_file_is_refused(
+def test_a_file_that_is_not_safetensors_is_refused(
     content: bytes, says: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "a"
@@ -144,7 +144,7 @@ def test_a_file_that_is_no_safetensors_file_is_refused(
         ({"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}, "'t' is malformed"),
         ({"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 4]}, "'t' is malformed"),
         ({"dtype": "F32", "shape": [float("nan")], "data_offsets": [0, 4]}, "'t' is malformed"),
-        (entry(2, 6, dtype="F64"), "dtype F64, expected one of BF16, F16, F32"),
+        (entry(2, 6, dtype="F64"), "dtype F64: write it as one of BF16, F16, F32"),
         (entry(2, 6, end=47), r"shape \[2, 6\] and dtype F32 spans 47 bytes"),
         (entry(2, 6, dtype="BF16"), "dtype BF16 spans 48 bytes"),
         (entry(-2, 6, end=48), "spans 48 bytes"),
@@ -177,15 +177,13 @@ def test_metadata_without_a_manifest_is_refused(
 
 
 @pytest.mark.parametrize(("padding", "dtype"), [(1, "BF16"), (2, "F32")])
-def test_a_tensor_that_lies_across_its_elements_is_refused(
-    tmp_path: Path, padding: int, dtype: str
-) -> None:
-    """safetensors reads it; a view of its bytes on a GPU cannot be made."""
+def test_a_misaligned_tensor_is_refused(tmp_path: Path, padding: int, dtype: str) -> None:
+    """safetensors reads such a file, but its bytes on a GPU cannot be viewed as a tensor."""
     name, size = f"base_model.model.{Q_PROJ}.lora_A.weight", 12 * ELEMENT_BYTES[dtype]
     entry = {"dtype": dtype, "shape": [2, 6], "data_offsets": [0, size]}
     header = json.dumps({"__metadata__": manifest_metadata(manifest()), name: entry}).encode()
     path = write(tmp_path / "a", header + b" " * (-len(header) % 8 + padding), bytes(size))
-    with pytest.raises(InvalidAdapter, match=f"no multiple of {ELEMENT_BYTES[dtype]}"):
+    with pytest.raises(InvalidAdapter, match=f"not a multiple of {ELEMENT_BYTES[dtype]}"):
         read_header(path)
 
 
@@ -234,7 +232,7 @@ def test_missing_extra_and_misshapen_tensors_are_named() -> None:
 
 
 @pytest.mark.parametrize(("scaling", "alpha"), [(2.0, 4), (0.5, 1), (1.25, 2.5)])
-def test_peft_gets_the_alpha_under_which_alpha_over_rank_is_the_scaling(
+def test_peft_gets_an_alpha_so_that_alpha_over_rank_is_the_scaling(
     scaling: float, alpha: float
 ) -> None:
     config = peft_config(manifest(scaling=scaling), "base")

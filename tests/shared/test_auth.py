@@ -19,7 +19,7 @@ def test_beyond_this_machine_a_key_is_needed(host: str, api_key: str | None) -> 
     check_bind(host, "key")
 
 
-def test_what_the_client_sends_is_what_the_service_takes() -> None:
+def test_the_service_accepts_the_header_that_the_client_sends() -> None:
     check_authorization(authorization("key")["Authorization"], "key")
     check_authorization("bearer key", "key")
 
@@ -32,6 +32,6 @@ def test_anything_but_the_bearer_key_is_unauthorized(header: str | None) -> None
         check_authorization(header, "key")
 
 
-def test_without_a_key_everyone_may() -> None:
+def test_without_a_key_everyone_is_authorized() -> None:
     assert authorization(None) == {}
     check_authorization(None, None)

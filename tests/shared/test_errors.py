@@ -68,5 +68,5 @@ def test_a_class_carries_its_status(cls: type[ServiceError], status: int) -> Non
 
 
 @pytest.mark.parametrize("cls", [Overloaded, NoFreeSlot, DeadlineExceeded])
-def test_what_may_be_tried_again_is_unavailable(cls: type[ServiceError]) -> None:
+def test_every_error_worth_a_retry_is_unavailable(cls: type[ServiceError]) -> None:
     assert issubclass(cls, Unavailable)

@@ -1,4 +1,4 @@
-"""What a client makes of answers, errors and silence, without a socket."""
+"""How a client handles answers, errors and silence, without a socket."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def test_an_error_answer_raises_the_class_that_the_service_named() -> None
 
 
 @pytest.mark.parametrize("body", ["<html>Bad Gateway</html>", "[]", '"text"', ""])
-async def test_an_error_of_something_in_between_is_a_service_error(body: str) -> None:
+async def test_an_error_answer_of_a_proxy_is_a_service_error(body: str) -> None:
     async with client(lambda _: httpx.Response(502, text=body)) as replica:
         with pytest.raises(ServiceError) as raised:
             await replica.policies()
@@ -107,7 +107,7 @@ async def test_silence_ends_at_the_deadline() -> None:
 @pytest.mark.parametrize("body", ["<html>Welcome</html>", "{}", ""])
 async def test_an_answer_of_another_service_names_the_url(body: str) -> None:
     async with client(lambda _: httpx.Response(200, text=body)) as replica:
-        with pytest.raises(ServiceError, match="GET http://replica/policies answered something"):
+        with pytest.raises(ServiceError, match="GET http://replica/policies did not answer with"):
             await replica.policies()
 
 
@@ -115,7 +115,7 @@ async def test_an_answer_of_another_service_names_the_url(body: str) -> None:
 async def test_connections_are_kept_for_the_next_request(
     num_at_once: int, num_connections: int
 ) -> None:
-    """They take turns, so that many at once do not search one long list; a proxy is not asked."""
+    """Requests rotate among small pools, and never use a proxy."""
     num_opened = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -124,7 +124,7 @@ async def test_connections_are_kept_for_the_next_request(
         while await reader.readline():
             while await reader.readline() != b"\r\n":
                 pass
-            await asyncio.sleep(0.01)  # so that what is sent at once is open at once
+            await asyncio.sleep(0.01)  # Keeps concurrent connections open at the same time.
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
         writer.close()
 

@@ -1,4 +1,4 @@
-"""What Prometheus sees of the fleet and of a run."""
+"""The fleet and the run as Prometheus sees them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shared.schemas import PolicyId, StepRecord
 
 
 def step(*, grad_norm: float, num_fresh_tokens: int = 1) -> StepRecord:
-    """1 in every other field that has no default."""
+    """A step record whose other required fields are 1."""
     required = (name for name, field in StepRecord.model_fields.items() if field.is_required())
     return StepRecord.model_validate(
         {
@@ -21,7 +21,7 @@ def step(*, grad_norm: float, num_fresh_tokens: int = 1) -> StepRecord:
     )
 
 
-def test_replicas_are_counted_by_state_and_their_changes_by_the_new_one() -> None:
+def test_replicas_are_counted_by_state_and_their_changes_by_new_state() -> None:
     metrics = TrainerMetrics()
 
     def replicas(state: str) -> float | None:
@@ -42,7 +42,7 @@ def test_replicas_are_counted_by_state_and_their_changes_by_the_new_one() -> Non
     assert (replicas("serving"), replicas("gone"), transitions("gone")) == (0, 0, 1)
 
 
-def test_what_is_counted_is_0_before_it_happens() -> None:
+def test_counters_are_0_before_the_first_event() -> None:
     """A series that begins at 1 shows Prometheus no increase."""
     value = TrainerMetrics().registry.get_sample_value
     for state in ("discovered", "admitting", "serving", "draining", "quarantined", "gone"):
@@ -66,7 +66,7 @@ def test_steps_without_a_gradient_are_counted_in_a_row() -> None:
     assert metrics.registry.get_sample_value("tandem_trainer_steps_without_gradient") == 0
 
 
-def test_a_reward_service_that_is_away_shows_since_when(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_outage_of_a_reward_service_has_its_start_time(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = TrainerMetrics()
     seen = []
     for now, is_away in ((100, False), (200, True), (300, True), (400, False), (500, True)):
@@ -79,7 +79,7 @@ def test_a_reward_service_that_is_away_shows_since_when(monkeypatch: pytest.Monk
     assert metrics.registry.get_sample_value(name) == 0
 
 
-def test_the_numbers_of_a_run_leave_with_it_and_come_with_the_next() -> None:
+def test_a_new_run_drops_the_numbers_of_the_last_one() -> None:
     metrics = TrainerMetrics()
     for _ in range(2):
         metrics.record(step(grad_norm=1.0))
@@ -89,7 +89,7 @@ def test_the_numbers_of_a_run_leave_with_it_and_come_with_the_next() -> None:
     assert metrics.registry.get_sample_value("tandem_trainer_updates_total") == 2
 
 
-def test_a_number_that_a_step_does_not_have_is_no_gauge() -> None:
+def test_a_number_that_a_step_lacks_has_no_gauge() -> None:
     metrics = TrainerMetrics()
     metrics.record(step(grad_norm=1.0))
     assert metrics.registry.get_sample_value("tandem_trainer_sampler_kl") is None

@@ -1,4 +1,4 @@
-"""What the client makes of a stream, without a socket."""
+"""How the client reads a stream, without a socket."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def line(record: Wire) -> bytes:
 
 
 class Body(httpx.AsyncByteStream):
-    """Chunks, then an error, or silence with `hangs`; knows whether it was closed."""
+    """Yields chunks, then raises an error or, with `hangs`, stays silent. Records its closing."""
 
     def __init__(self, *chunks: bytes, error: Exception | None = None, hangs: bool = False) -> None:
         self.chunks = chunks
@@ -95,7 +95,7 @@ async def test_a_stream_yields_starts_and_tokens_and_asks_for_a_stream() -> None
     assert body.is_closed
 
 
-async def test_a_line_may_come_in_pieces() -> None:
+async def test_a_line_may_arrive_in_pieces() -> None:
     content = line(START) + line(TOKENS) + line(END)
     assert await records(Body(*(content[i : i + 7] for i in range(0, len(content), 7)))) == [
         START,
@@ -127,7 +127,7 @@ async def test_an_error_answer_is_raised_as_the_services_own_error() -> None:
     ],
     ids=["without an end", "within a line", "empty", "broken off", "reset"],
 )
-async def test_a_stream_that_is_cut_is_unavailable(body: Body) -> None:
+async def test_a_stream_that_is_cut_off_is_unavailable(body: Body) -> None:
     with pytest.raises(Unavailable, match="http://replica/generate"):
         await records(body)
     assert body.is_closed
@@ -136,15 +136,15 @@ async def test_a_stream_that_is_cut_is_unavailable(body: Body) -> None:
 @pytest.mark.parametrize(
     "content", [b"hello\n", b"{}\n", b'{"kind": "tokens"}\n', b'{"kind": "other"}\n', b"\n"]
 )
-async def test_a_line_that_is_no_record_names_the_service(content: bytes) -> None:
+async def test_an_invalid_line_raises_an_error_that_names_the_service(content: bytes) -> None:
     with pytest.raises(ServiceError, match="http://replica/generate sent a line") as raised:
         await records(Body(line(START), content))
     assert type(raised.value) is ServiceError
 
 
-async def test_silence_and_the_deadline_are_told_apart() -> None:
+async def test_silence_and_the_deadline_raise_different_errors() -> None:
     body = Body(line(START), hangs=True)
-    with pytest.raises(Unavailable, match=r"no sign of life for 0\.05 s"):
+    with pytest.raises(Unavailable, match=r"sent nothing for 0\.05 s"):
         await records(body, silence_s=0.05)
     assert body.is_closed
     with pytest.raises(DeadlineExceeded, match=r"did not end its stream within 0\.05 s"):

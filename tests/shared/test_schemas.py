@@ -52,7 +52,7 @@ def test_records_are_frozen_and_refuse_unknown_fields() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.009, 101.0])
-def test_a_temperature_is_finite_and_one_that_is_sampled_at_as_asked(value: float) -> None:
+def test_a_temperature_is_finite_and_one_that_vllm_does_not_change(value: float) -> None:
     with pytest.raises(ValidationError):
         SamplingParams(temperature=value)
 
@@ -102,14 +102,14 @@ def test_every_token_has_a_logprob_and_a_version() -> None:
     completion(3, 3, 1, 2)
     completion(0, 0)
     for wrong in ((3, 2, 3), (3, 3, 2), (3, 3), (0, 0, 1)):
-        with pytest.raises(ValidationError, match="must be equally many"):
+        with pytest.raises(ValidationError, match="counts must be equal"):
             completion(*wrong)
 
 
 @pytest.mark.parametrize("rewards", [(), (0.3,), (0.1, 0.2), (1e9, -1e9 + 0.3)])
 def test_the_parts_of_a_reward_add_up_to_it(rewards: tuple[float, ...]) -> None:
     ScoredCompletion(completion=completion(1, 1, 1), reward=0.3, rewards=rewards)
-    with pytest.raises(ValidationError, match="let reward be their sum"):
+    with pytest.raises(ValidationError, match="set reward to their sum"):
         ScoredCompletion(completion=completion(1, 1, 1), reward=0.3, rewards=(0.3, 0.3))
 
 
@@ -121,7 +121,7 @@ def test_a_train_request_has_groups_or_pairs() -> None:
     TrainRequest(pairs=(pair,), expected_policy=POLICY, idempotency_key="a")
     TrainRequest(groups=(group,), expected_policy=POLICY, idempotency_key="a")
     for pairs, groups in (((), ()), ((pair,), (group,))):
-        with pytest.raises(ValidationError, match="groups or pairs, one of them"):
+        with pytest.raises(ValidationError, match="either groups or pairs, not both"):
             TrainRequest(groups=groups, pairs=pairs, expected_policy=POLICY, idempotency_key="a")
 
 

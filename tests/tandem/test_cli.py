@@ -596,7 +596,10 @@ async def test_a_peft_folder_becomes_an_adapter_of_the_replicas_base(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"use_dora": True}, "was trained with use_dora: a replica serves LoRA with one rank"),
+        (
+            {"use_dora": True},
+            "was trained with use_dora: a replica serves LoRA adapters with one rank",
+        ),
         ({"rank_pattern": {"q_proj": 2}}, "was trained with rank_pattern"),
         ({"bias": "lora_only"}, "was trained with bias='lora_only', which no replica serves"),
     ],
