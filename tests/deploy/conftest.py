@@ -12,9 +12,9 @@ import pytest
 
 from tests.deploy.stack import ROOT, Stack, run
 
-IMAGES = {name: f"tandem-{name}:0.1.0-cpu" for name in ("trainer", "rollout")}
+IMAGES = {name: f"tandem-{name}:0.2.0-cpu" for name in ("trainer", "rollout")}
 
-SWAPPED_IMAGE = "tandem-rollout:0.1.0-swapped"
+SWAPPED_IMAGE = "tandem-rollout:0.2.0-swapped"
 
 
 @pytest.fixture(scope="session")

@@ -212,13 +212,13 @@ async def test_a_replica_is_swapped_under_load_without_a_failed_request(
 async def test_a_swap_to_an_image_that_does_not_start_comes_back(stack: Stack) -> None:
     """The trainer's image ends at once in that place, with its reason."""
     old = stack.inspect("rollout-1")["Config"]["Image"]
-    swap = ["deploy/scripts/swap-replica.sh", "rollout-1", "tandem-trainer:0.1.0-cpu"]
+    swap = ["deploy/scripts/swap-replica.sh", "rollout-1", "tandem-trainer:0.2.0-cpu"]
     async with running(stack):
         swapped = await asyncio.to_thread(stack.run, *swap)
         assert swapped.returncode == 1
         last = swapped.stderr.strip().splitlines()[-1]
         assert last == (
-            "swap-replica: rollout-1 did not come up with tandem-trainer:0.1.0-cpu: its last words "
+            "swap-replica: rollout-1 did not come up with tandem-trainer:0.2.0-cpu: its last words "
             f"are above; {old} serves again"
         )
         assert "TRAINER_MODEL: Field required" in swapped.stderr

@@ -20,7 +20,13 @@ from shared.schemas import EvalRecord, StepRecord
 from tests.docs.blocks import ALL_BLOCKS, PAGES, ROOT, Block
 
 DEMO_RUN = (ROOT / "examples/demo/run.yaml").read_text()
-LINKED_PAGES = [*PAGES, ROOT / "deploy/README.md", ROOT / "CHANGELOG.md"]
+LINKED_PAGES = [
+    *PAGES,
+    ROOT / "deploy/README.md",
+    ROOT / "benchmarks/README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+]
 
 
 def in_language(name: str) -> pytest.MarkDecorator:
@@ -83,3 +89,20 @@ def test_docs_metrics_says_unit_and_meaning_of_every_field_of_a_record_once(
     (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     rows = re.findall(r"^\| `(\w+)` \| (\S.*?) \| (\S.*?) \|$", section, re.MULTILINE)
     assert sorted(name for name, _, _ in rows) == sorted(record.model_fields)
+
+
+def test_the_readme_is_read_in_a_few_minutes() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1000
+
+
+def test_hosted_ci_calls_targets_that_exist() -> None:
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
+    called = {step["run"].split()[1] for step in steps if step.get("run", "").startswith("make ")}
+    assert called == {"setup", "check", "test", "demo"}
+    assert called <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_pre_commit_has_the_ruff_of_make_check() -> None:
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    pinned = (ROOT / "deploy/requirements/cpu.txt").read_text()
+    assert f"ruff=={repo['rev'].removeprefix('v')}\n" in pinned
