@@ -32,12 +32,12 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def own_rank() -> int:
-    """The rank of this process, as whoever started it says."""
+    """The rank of this process, as set by whatever started it."""
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def num_processes(requested: int, device: str) -> int:
-    """How many processes train: as many as torchrun started, otherwise as `requested`.
+    """How many processes train: as many as torchrun started, otherwise `requested`.
 
     `device` is the setting. Raises ValueError, in one sentence, for what this host cannot do.
     """
@@ -66,7 +66,7 @@ def num_processes(requested: int, device: str) -> int:
 
 @contextlib.contextmanager
 def followers(size: int) -> Iterator[None]:
-    """Inside, ranks 1..size-1 run, in processes of their own; one that fails ends this one too."""
+    """Inside, ranks 1..size-1 run in processes of their own; a failing one ends this one too."""
     processes: list[subprocess.Popen[bytes]] = []
     leaving = threading.Event()
     if size > 1 and not is_launched():
@@ -95,9 +95,10 @@ def followers(size: int) -> Iterator[None]:
 
 
 def _serve_rendezvous(size: int) -> Store:
-    """Where the ranks find each other; the environment says so, here and in what starts from here.
+    """Serve the store where the ranks meet, and export its address to this process and its
+    children.
 
-    Its socket is ours, because a store's own would listen on all interfaces.
+    The socket is our own, because a store's own would listen on all interfaces.
     """
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -143,7 +144,8 @@ def _watch(process: subprocess.Popen[bytes], rank: int, leaving: threading.Event
 
 
 def follow(load: Callable[[], Mirrored]) -> int:
-    """The life of a follower: load the policy, do what rank 0 does until it leaves; exit code."""
+    """The life of a follower: load the policy and obey rank 0 until it leaves; returns the exit
+    code."""
     # Rank 0 needs this process until it has stopped in good order.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -83,7 +83,7 @@ class _CurrentRun:
 
     @property
     def state_if_failed(self) -> RunState:
-        """When everything is told to exit at once, replicas may be gone before the trainer is."""
+        """When all services are told to exit, replicas may be gone before the trainer is."""
         return "suspended" if self.state_if_stopped == "suspended" else "failed"
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class Trainer:
         on_stuck: Callable[[], None] = lambda: None,
         abandon_boot: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_exit` begins the exit of the process; `on_stuck` ends it while a step still runs,
+        """`on_exit` starts the exit of the process; `on_stuck` ends it while a step still runs,
         `abandon_boot` while the trainer still boots."""
         self.settings = settings
         self.metrics = TrainerMetrics()
@@ -161,7 +161,7 @@ class Trainer:
             )
 
     async def _take_up_unfinished(self) -> None:
-        """Go on with the run that the last process in this runs_dir was in, if any."""
+        """Resume the run that the last process with this runs_dir was in, if any."""
         try:
             path = await asyncio.to_thread(newest_unfinished, self.settings.runs_dir)
             if path is None:
@@ -218,7 +218,7 @@ class Trainer:
         return self._learner
 
     def check_ready(self) -> None:
-        """Raises NotReady before the policy is loaded, and the unfinished run taken up."""
+        """Raises NotReady until the policy is loaded and an unfinished run is resumed."""
         if self._state != "ready":
             raise self._not_ready()
 
@@ -269,7 +269,7 @@ class Trainer:
         return self.run_status()
 
     async def _execute(self, current: _CurrentRun) -> None:
-        """The task of a run: whatever ends it is its last event."""
+        """The task of a run, whose last event says how it ended."""
         run = current.run
         try:
             log.info("run %s continues from %s", run.log.run_dir, run.policy.id)
@@ -329,7 +329,7 @@ class Trainer:
                 current.close()
 
     async def _end(self, run: Run, last: StateRecord) -> None:
-        """Save what was learned, however the run ended, and emit its last event."""
+        """Save the adapter, however the run ended, and emit its last event."""
         try:
             await asyncio.to_thread(save_adapter, run)
         except Exception as error:  # The run ends anyway, even with a broken device or a full disk.
@@ -408,7 +408,7 @@ class Trainer:
         return self._run().run.config
 
     async def completions(self, num_groups: int) -> CompletionsResponse:
-        """The newest groups of the run that has begun last, in words."""
+        """The newest groups of the latest run, as text."""
         run = self._run().run
         assert run.config.run_id
         groups = run.recent.newest(num_groups)

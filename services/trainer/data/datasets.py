@@ -31,7 +31,7 @@ _ANSWER: TypeAdapter[Answer] = TypeAdapter(Answer)
 def load_prompts(
     config: PromptDatasetConfig, encoder: PromptEncoder, *, seed: int, held_out: bool = False
 ) -> list[Prompt]:
-    """All prompts of a dataset, tokenized. Raises ValueError with the row that cannot be used."""
+    """All prompts of a dataset, tokenized. Raises ValueError naming a row that cannot be used."""
     if isinstance(config, SortDigitsDataset):
         problems = (
             held_out_problems()
@@ -50,8 +50,11 @@ def load_prompts(
 def load_pairs(
     config: PreferenceDataset, encoder: PromptEncoder, *, max_positions: int
 ) -> list[PreferencePair]:
-    """All pairs of a dataset, tokenized. Raises ValueError with the row that cannot be used, as one
-    that is longer than the model's `max_positions`."""
+    """All pairs of a dataset, tokenized.
+
+    Raises ValueError naming a row that cannot be used, for example one that exceeds
+    `max_positions`.
+    """
     kind = Path(config.path).suffix[1:]
     return [
         _encode_pair(row, f"row {number} of {config.path}", config, encoder, max_positions)
@@ -87,7 +90,8 @@ def _encode_pair(
 
 
 def _answer(row: Mapping[str, Any], column: str, prompt: PromptInput, where: str) -> str:
-    """The text of an answer, which may be the last message of a chat that begins as the prompt."""
+    """The text of an answer, which may be the last message of a chat that begins with the
+    prompt."""
     answer = _cell(row, column, _ANSWER, where)
     if isinstance(answer, str):
         return answer

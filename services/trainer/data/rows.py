@@ -21,7 +21,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row of the dataset. `text` is what the rewards see of the prompt."""
+    """One row of the dataset. `text` is the prompt as rewards see it."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -29,7 +29,7 @@ class Prompt:
 
 
 class RowStream(Generic[Row]):
-    """Rows without end, epoch after epoch; a position counts rows over all epochs."""
+    """An endless stream of rows, epoch after epoch. A position counts rows over all epochs."""
 
     def __init__(self, rows: Sequence[Row], *, seed: int) -> None:
         self.rows = rows
@@ -48,7 +48,7 @@ class RowStream(Generic[Row]):
 
 
 class ConsumedState(BaseModel):
-    """What of `Consumed` a checkpoint keeps."""
+    """The part of `Consumed` that a checkpoint keeps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,10 +60,10 @@ NOTHING_CONSUMED = ConsumedState()
 
 
 class Consumed:
-    """The positions of a stream that a run is done with, each once: all below `next`, and `beyond`.
+    """The positions of a stream that a run has finished with: all below `next`, and `beyond`.
 
-    Groups are trained in the order in which they become ready, so a late one leaves a hole: it
-    holds back `next`, and nothing else.
+    Groups are trained in the order in which they become ready, so a late one leaves a hole, which
+    holds back `next` and nothing else.
     """
 
     def __init__(self, state: ConsumedState = NOTHING_CONSUMED) -> None:
@@ -79,7 +79,7 @@ class Consumed:
         return list(islice((p for p in itertools.count(self.next) if p not in self), count))
 
     def add(self, positions: Iterable[int]) -> None:
-        """Raises ValueError, and adds none, when one of them was consumed before."""
+        """Raises ValueError, without adding any, when a position was consumed before."""
         new = list(positions)
         twice = sorted({p for p in new if p in self or new.count(p) > 1})
         if twice:

@@ -11,7 +11,7 @@ _NUM_HELD_OUT = 256
 
 
 def problem(rng: random.Random) -> tuple[str, str]:
-    """(prompt, answer)."""
+    """One problem as (prompt, answer)."""
     digits = [str(rng.randrange(10)) for _ in range(NUM_DIGITS)]
     return f"s{''.join(digits)}=", "".join(sorted(digits))
 
@@ -23,7 +23,7 @@ def held_out_problems() -> list[tuple[str, str]]:
 
 
 def training_problems(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Problems without end, in the order of `rng`."""
+    """An endless stream of problems drawn from `rng`."""
     held_out = {prompt for prompt, _ in held_out_problems()}
     while True:
         drawn = problem(rng)

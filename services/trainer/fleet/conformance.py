@@ -65,7 +65,7 @@ def distance(some: Logprobs, others: Logprobs) -> float:
 
 
 def noise_floor(trainer: Logprobs, replica: Logprobs) -> float:
-    """The gap under the base, with two standard errors on top: the probe may be short."""
+    """The gap under the base plus two standard errors, because the probe may be short."""
     gaps = [abs(a - b) for a, b in zip(trainer, replica, strict=True)]
     return max(MIN_FLOOR, fmean(gaps) + 2 * stdev(gaps) / math.sqrt(len(gaps)))
 
@@ -73,7 +73,7 @@ def noise_floor(trainer: Logprobs, replica: Logprobs) -> float:
 def fault(
     trainer: Scores, replica: Scores, *, floor: float, others: Mapping[str, Logprobs]
 ) -> str | None:
-    """What contradicts that the replica serves the policy, or None.
+    """What contradicts the claim that the replica serves the policy, or None.
 
     `others`: the trainer's logprobs under policies that it may serve instead.
     """
@@ -98,7 +98,7 @@ def fault(
 
 
 def effect_fault(trainer: Logprobs, replica: Logprobs, *, floor: float) -> str | None:
-    """What contradicts that both have the effect of the same adapter, or None."""
+    """What contradicts the claim that both sides apply the same adapter, or None."""
     size = fmean(map(abs, trainer))
     min_cosine = min(MIN_COSINE, 1 - COSINE_NOISE * (floor / size) ** 2)
     product = sum(a * b for a, b in zip(trainer, replica, strict=True))
@@ -118,7 +118,7 @@ def effect_fault(trainer: Logprobs, replica: Logprobs, *, floor: float) -> str |
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What every replica of a run is asked, and what the trainer itself answers."""
+    """What every replica of a run is asked, and the trainer's own answers."""
 
     sequences: tuple[tuple[int, ...], ...]
     base_logprobs: tuple[float, ...]
@@ -127,7 +127,7 @@ class Probe:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence; a replica's context must have one more."""
+        """Tokens of the longest sequence; a replica's context must hold one more."""
         return max(map(len, self.sequences))
 
 
@@ -135,7 +135,7 @@ class Probe:
 
 
 class Conformance:
-    """Holds the replicas of one run to the trainer's own logprobs."""
+    """Compares the replicas of one run with the trainer's own logprobs."""
 
     def __init__(self, probe: Probe, config: ConformanceConfig) -> None:
         self._probe = probe
@@ -145,13 +145,14 @@ class Conformance:
         self._bases: dict[str, Logprobs] = {}
 
     def remember(self, adapter: PublishedAdapter) -> None:
-        """Recognize this version when a replica serves it in place of a later one."""
+        """Recognize this version if a replica serves it instead of a later one."""
         self._versions[adapter.policy] = adapter.probe_logprobs
         while len(self._versions) > _KEPT_VERSIONS:
             del self._versions[next(iter(self._versions))]
 
     async def admit(self, client: RolloutClient, *, run: PolicyId, timeout_s: float) -> float:
-        """Prove that a replica serves the base and applies adapters; the noise floor of the pair.
+        """Prove that a replica serves the base and applies adapters; returns the pair's noise
+        floor.
 
         Raises ConformanceFailed, and what the client raises.
         """
@@ -193,10 +194,10 @@ class Conformance:
         timeout_s: float,
         scores_base: bool = True,
     ) -> float:
-        """Prove that a replica serves `adapter`; its gap. `floor` is what `admit` returned.
+        """Prove that a replica serves `adapter`; returns its gap. `floor` is what `admit` returned.
 
-        Without `scores_base` the base is as it was at admission: a replica that merges adapters
-        into its weights would have to stop for it.
+        Without `scores_base` the base is taken as it was at admission, because a replica that
+        merges adapters into its weights would have to stop for it.
 
         Raises ConformanceFailed, and what the client raises.
         """

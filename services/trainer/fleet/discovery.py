@@ -19,16 +19,16 @@ _TEMPORARY = (socket.EAI_AGAIN, socket.EAI_FAIL, socket.EAI_SYSTEM)
 
 
 def replica_id(url: str) -> str:
-    """host:port of a replica's URL."""
+    """`host:port` of a replica's URL."""
     parsed = httpx.URL(url)
     host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
     return f"{host}:{parsed.port or (443 if parsed.scheme == 'https' else 80)}"
 
 
 async def addresses(url: str) -> set[str] | None:
-    """The URLs of all replicas behind `url`; None when the resolver does not answer now.
+    """The URLs of all replicas behind `url`; None when the resolver does not answer.
 
-    An address stands for itself, and so does an https URL: its certificate is for the name.
+    An address stands for itself, and so does an https URL, whose certificate is for the name.
     """
     parsed = httpx.URL(url)
     if parsed.scheme == "https" or _is_address(parsed.host):

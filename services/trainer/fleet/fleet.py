@@ -88,14 +88,15 @@ class Fleet:
         return sum(member.serves(policy) for member in self._members.values())
 
     def seconds(self) -> tuple[float, float]:
-        """(with a request, serving) of all replicas so far: their difference is idle time."""
+        """(with a request, serving): totals over all replicas so far, whose difference is idle
+        time."""
         seconds = [member.seconds() for member in self._members.values()]
         return sum(busy for busy, _ in seconds), sum(serving for _, serving in seconds)
 
     # --- who is in it ---------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to look for replicas. Call from the event loop."""
+        """Start looking for replicas. Call from the event loop."""
         if self._looking is None:
             self._looking = asyncio.create_task(self._look_again_and_again())
 
@@ -116,7 +117,7 @@ class Fleet:
             await asyncio.sleep(self._interval_s)
 
     async def look(self) -> None:
-        """Find out which addresses are configured now, and which leases have ended."""
+        """Update the configured addresses, and drop members whose lease has ended."""
         found = await asyncio.gather(*map(self._resolve, self._urls))
         nowhere = [url for url, urls in zip(self._urls, found, strict=True) if urls == set()]
         if nowhere != self._nowhere:
@@ -158,7 +159,8 @@ class Fleet:
         await member.client.aclose()
 
     def register(self, registration: ReplicaRegistration) -> ReplicaStatus:
-        """A replica, or an operator for it, says that it may serve; with a lease, for so long."""
+        """Add a replica that registers itself, or that an operator registers; a lease limits it in
+        time."""
         url = registration.url.rstrip("/")
         member = self._join(url, "registered")
         member.lease_until = now() + (registration.lease_s or math.inf)
@@ -170,7 +172,7 @@ class Fleet:
         return member.status()
 
     def remove(self, identity: str) -> ReplicaStatus:
-        """Take a replica out: it finishes what it has. Raises NotFound."""
+        """Take a replica out of the fleet; it finishes its requests. Raises NotFound."""
         if identity not in self._members:
             known = ", ".join(self._members) or "none"
             raise NotFound(f"there is no replica {identity!r}; known are: {known}")
@@ -197,14 +199,14 @@ class Fleet:
         self._changed = asyncio.Event()
 
     async def _change(self, deadline: float) -> None:
-        """Until something changed, or a moment has passed."""
+        """Wait until something changes, or for a moment."""
         wait_s = min(_WAIT_S, max(0.01, deadline - now()))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._changed.wait()
 
     async def _stalled(self, policy: PolicyId, *, since: float, deadline: float) -> None:
-        """Wait for replicas that serve `policy`, and say so when it takes long."""
+        """Wait for replicas that serve `policy`, and log why when it takes long."""
         if now() - max(since, self._said_stalled_at) > _SAY_STALLED_EVERY_S:
             self._said_stalled_at = now()
             log.warning("waiting: %s", self._serving_report(policy))
@@ -219,7 +221,8 @@ class Fleet:
         )
 
     def obstacle(self) -> str | None:
-        """Why too few replicas serve, or take the newest policy; None while a sync goes its way."""
+        """Why too few replicas serve or load the newest policy; None while a sync makes
+        progress."""
         if self._goal is None:
             return None
         num_needed, newest = self._goal.requirements.min_ready_replicas, self._goal.newest
@@ -230,7 +233,7 @@ class Fleet:
         return None
 
     def details(self) -> str:
-        """Each replica with its state and why, and the names behind which there is none."""
+        """The state of each replica with its reason, and the names that have no address."""
         known = [f"{m.client.url} {m.state} {m.detail}".rstrip() for m in self._members.values()]
         known += [f"{url} has no address: is the name right?" for url in self._nowhere]
         return "; ".join(known) or (
@@ -246,7 +249,7 @@ class Fleet:
         timeout_s: float,
         adapter: PublishedAdapter | None = None,
     ) -> None:
-        """Start serving a run at `adapter`, or at its base: wait until enough replicas do.
+        """Start serving a run at `adapter`, or at its base; returns once enough replicas serve it.
 
         Raises what makes every replica unfit (BaseMismatch, InvalidRequest, RunConflict,
         ConformanceFailed), and Unavailable at the deadline.
@@ -260,11 +263,10 @@ class Fleet:
         await self._wait_for_newest(deadline=now() + timeout_s)
 
     async def sync(self, adapter: PublishedAdapter, *, timeout_s: float) -> tuple[SyncReceipt, ...]:
-        """Make `adapter` the goal of all replicas; return when enough of them serve it.
+        """Make `adapter` the goal of all replicas; returns once enough of them serve it.
 
-        Those that need longer than the others are not waited for: they take no traffic for the new
-        version until they have it. Raises Unavailable at the deadline, and the refusal when every
-        replica refuses it.
+        Slower replicas are not waited for: they get no requests for the new version until they have
+        it. Raises Unavailable at the deadline, and the refusal when every replica refuses it.
         """
         assert self._goal, "begin() was not called"
         goal, started = self._goal, now()
@@ -283,9 +285,9 @@ class Fleet:
 
     @contextlib.asynccontextmanager
     async def beside(self, adapter: PublishedAdapter, *, timeout_s: float) -> AsyncIterator[None]:
-        """Inside, replicas serve `adapter` too: a version of the run that is not its newest.
+        """Inside, replicas serve `adapter` as well: a version of the run that is not its newest.
 
-        Entered when enough of them do. Raises as `sync`.
+        Entered once enough of them do. Raises as `sync` does.
         """
         assert self._goal, "begin() was not called"
         goal, policy = self._goal, adapter.policy
@@ -304,7 +306,7 @@ class Fleet:
                 goal.beside.pop(policy, None)
 
     async def _wait_for(self, policy: PolicyId, *, deadline: float) -> None:
-        """Until enough members serve `policy`."""
+        """Wait until enough members serve `policy`."""
         assert self._goal
         num_replicas, started = self._goal.requirements.min_ready_replicas, now()
         while self.num_serving(policy) < num_replicas:
@@ -316,7 +318,8 @@ class Fleet:
             await self._stalled(policy, since=started, deadline=deadline)
 
     async def _wait_for_newest(self, *, deadline: float) -> None:
-        """Until enough members serve the goal, and a moment more for those that nearly do."""
+        """Wait until enough members serve the goal, and a moment longer for those that almost
+        do."""
         assert self._goal
         goal, started = self._goal, now()
         await self._wait_for(goal.newest, deadline=deadline)
@@ -378,8 +381,10 @@ class Fleet:
         return draft.groups()
 
     async def _route(self, policy: PolicyId, deadline: float) -> tuple[Member, PolicyId]:
-        """The member with the fewest outstanding tokens that serves `policy`; when none does, one
-        that serves the newest version, unless `policy` is not in its line."""
+        """The member with the fewest outstanding tokens that serves `policy`.
+
+        If none does, one that serves the newest version, unless `policy` is not of the same line.
+        """
         assert self._goal
         started = now()
         while True:
@@ -403,7 +408,8 @@ class Fleet:
     async def _attempt(
         self, member: Member, draft: Draft, policy: PolicyId, deadline: float
     ) -> list[ServiceError]:
-        """Stream what the draft lacks from one member; the errors that ended streams early."""
+        """Stream what the draft lacks from one member; returns the errors that ended streams
+        early."""
         parts, boot_id = draft.parts(policy), member.boot_id
         num_completions = sum(part.num_completions for part in parts)
         num_tokens = sum(part.num_tokens for part in parts)
@@ -435,7 +441,7 @@ class Fleet:
         return errors
 
     def _learn_from(self, member: Member, policy: PolicyId, error: ServiceError) -> bool:
-        """What an error says about the member; True when it may say something of the request."""
+        """Update the member from an error; True when the request itself may be at fault."""
         log.info("replica %s ended a request early: %s", member.id, error.detail)
         if self._metrics:
             self._metrics.request_errors.labels(type(error).__name__).inc()

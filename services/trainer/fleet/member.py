@@ -53,7 +53,7 @@ _MAX_BACKOFF_S = 30.0
 
 
 class Prover(Protocol):
-    """Proof that a replica serves what it says (services/trainer/fleet/conformance.py)."""
+    """Proves that a replica serves what it says (services/trainer/fleet/conformance.py)."""
 
     def remember(self, adapter: PublishedAdapter) -> None: ...
 
@@ -74,7 +74,7 @@ class Prover(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """What a run asks of its replicas."""
+    """What a run requires of its replicas."""
 
     run: PolicyId  # Version 0 of this incarnation of the run.
     base: BaseIdentity
@@ -89,8 +89,8 @@ class Requirements:
 
 @dataclass(slots=True)
 class Goal:
-    """What every replica has to serve now: the newest version, at its admission those that
-    requests still run under, and the adapters that were requested next to them."""
+    """What every replica has to serve: the newest version, at admission the versions that running
+    requests still use, and the adapters that were requested next to them."""
 
     requirements: Requirements
     newest: PolicyId
@@ -100,7 +100,7 @@ class Goal:
 
     @contextmanager
     def using(self, policy: PolicyId) -> Iterator[None]:
-        """Inside, a replica that joins gets this version too."""
+        """Inside, a replica that joins gets this version as well."""
         self.in_use[policy] += 1
         try:
             yield
@@ -111,7 +111,7 @@ class Goal:
 
 
 def pause_s(error: ServiceError, default_s: float) -> float:
-    """How long to leave the service alone that sent the error; bounded, whatever it asks for."""
+    """How long to leave a service alone after its error; bounded, whatever it asks for."""
     return min(error.retry_after_s or default_s, _MAX_BACKOFF_S)
 
 
@@ -138,7 +138,7 @@ class Stopwatch:
 
 @dataclass(slots=True)
 class Load:
-    """Tokens that one attempt may still bring."""
+    """Tokens that one attempt may still produce."""
 
     num_tokens: int
 
@@ -187,11 +187,11 @@ class Member:
 
     @property
     def is_listed(self) -> bool:
-        """Somebody says that it may serve."""
+        """Whether it is configured or registered."""
         return self.is_configured or now() < self.lease_until
 
     def serves(self, policy: PolicyId) -> bool:
-        """True when requests pinned to `policy` may be sent here."""
+        """Whether requests pinned to `policy` may be sent here."""
         return self.state == "serving" and not self.is_removed and policy in self._proven
 
     @property
@@ -222,7 +222,7 @@ class Member:
     # --- what the fleet tells it ----------------------------------------------------------------
 
     def assign(self, goal: Goal | None) -> None:
-        """Begin with a run: admission starts again, and nothing is held against the replica."""
+        """Begin with a run: admission starts again, and earlier failures are forgotten."""
         self._goal, self._floor, self.error = goal, None, None
         self._forget_versions()
         if self.state not in ("draining", "gone"):
@@ -239,7 +239,7 @@ class Member:
         self.wake()
 
     def welcome(self) -> None:
-        """It was registered (again): an earlier removal or quarantine is over."""
+        """The replica registered (again), which ends an earlier removal or quarantine."""
         if self.is_removed or self.state in ("quarantined", "gone"):
             self.is_removed = False
             self._revoke()
@@ -247,14 +247,14 @@ class Member:
             self.close_circuit()
 
     def remove(self) -> None:
-        """Take no new request; gone when the last one has ended."""
+        """Take no new requests; gone when the last one has ended."""
         self.is_removed = True
         if self.state != "gone":
             self._move("draining", "removed from the fleet")
         self.wake()
 
     def fail(self, error: ServiceError) -> None:
-        """A request failed here: no traffic until the replica is proven again."""
+        """A request failed here: send nothing until the replica is proven again."""
         if self.state not in ("serving", "admitting"):
             return
         self.num_failures += 1
@@ -265,14 +265,14 @@ class Member:
         self.wake()
 
     def lacks(self, policy: PolicyId) -> None:
-        """It answered that it has not this version."""
+        """The replica answered that it does not have this version."""
         self._proven.pop(policy, None)
         self.receipts.pop(policy, None)
         self.wake()
 
     @contextmanager
     def carrying(self, num_completions: int, num_tokens: int) -> Iterator[Load]:
-        """Count what a request brings while it runs here; tokens that came are taken off it."""
+        """Count what a request may produce while it runs here, less the tokens that arrived."""
         load = Load(num_tokens)
         self.num_outstanding += num_completions
         self.num_outstanding_tokens += num_tokens
@@ -294,7 +294,7 @@ class Member:
     # --- its task -------------------------------------------------------------------------------
 
     async def keep(self) -> None:
-        """Bring the replica to the goal, and again, until the task is cancelled."""
+        """Bring the replica to the goal, again and again, until the task is cancelled."""
         while True:
             self._wake.clear()
             await self.advance()
@@ -303,7 +303,7 @@ class Member:
                     await self._wake.wait()
 
     async def advance(self) -> None:
-        """One look at the replica, and what follows from it."""
+        """One look at the replica, and the action that follows from it."""
         if now() < self._not_before:
             return
         try:
@@ -332,7 +332,7 @@ class Member:
             self._lose(error)
 
     async def _probe(self) -> RolloutStatus | None:
-        """What the replica says of itself; None when it is slow to answer for the first time."""
+        """The replica's status; None when it is slow to answer for the first time."""
         try:
             async with asyncio.timeout(self._probe_timeout_s):
                 status = await self.client.status()
@@ -468,7 +468,7 @@ class Member:
         self._on_change(self, self.state)
 
     def _drop_retired(self, status: RolloutStatus) -> None:
-        """Versions that have left the replica since they were proven."""
+        """Forget versions that the replica no longer holds."""
         resident = {item.policy for item in status.resident if item.accepts_requests}
         for policy in [p for p in self._proven if not p.is_base and p not in resident]:
             self.lacks(policy)
@@ -476,7 +476,7 @@ class Member:
     # --- transitions ----------------------------------------------------------------------------
 
     def _restarted(self, boot_id: str) -> None:
-        """Another process answers: what was proven of the last one says nothing about it."""
+        """Another process answers, so proofs of the previous one are void."""
         if self.boot_id is not None:
             log.warning("replica %s restarted: it is admitted again", self.id)
             self.is_removed = False
@@ -486,7 +486,7 @@ class Member:
             self._move("discovered", "restarted")
 
     def _lose(self, error: ServiceError) -> None:
-        """It cannot be used now; one that is neither configured nor registered is gone."""
+        """The replica cannot be used now; it is gone if it is neither configured nor registered."""
         self._forget_versions()
         was_used = self.state in ("serving", "admitting")
         if self.is_removed or not self.is_listed:
@@ -509,7 +509,7 @@ class Member:
         self.receipts.clear()
 
     def _move(self, state: ReplicaState, detail: str, level: int = logging.INFO) -> None:
-        """The only place where a state changes: logged, counted and told to the fleet."""
+        """The only place where the state changes: logged, counted and reported to the fleet."""
         old, old_detail = self.state, self.detail
         self.state, self.detail = state, detail
         if state != old or (detail != old_detail and state != "admitting"):

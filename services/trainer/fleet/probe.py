@@ -34,7 +34,7 @@ _MAX_TRIALS = 16
 def make_probe(
     policy: Policy, prompts: Sequence[Sequence[int]], config: ConformanceConfig, *, seed: int
 ) -> Probe:
-    """The probe of a run that `policy` has started. Takes some forward passes of the probe."""
+    """The probe of a run that `policy` has started. Takes several forward passes."""
     sequences = probe_sequences(
         prompts or [policy.encoder.encode("")],
         policy.encoder.ordinary_token_ids,
@@ -57,8 +57,8 @@ def probe_sequences(
 ) -> tuple[tuple[int, ...], ...]:
     """Prompts, each followed by tokens of other prompts: where a trained adapter acts.
 
-    Of a long prompt the first token, without which some models are lost, and the last ones. Where
-    prompts have no ordinary tokens, tokens of the vocabulary follow. Deterministic.
+    A long prompt keeps its first token, without which some models break down, and its last ones.
+    Where prompts have no ordinary tokens, tokens of the vocabulary follow. Deterministic.
     """
     rng, num_last = random.Random(f"probe/{seed}"), num_tokens // 2 - 1
     sample = rng.sample(prompts, min(len(prompts), max(num_sequences, _POOL_PROMPTS)))
@@ -75,7 +75,8 @@ def probe_sequences(
 def _synthetic_adapter(
     policy: Policy, sequences: Sequence[Sequence[int]], base_logprobs: Logprobs, *, seed: int
 ) -> PublishedAdapter:
-    """A random adapter whose effect is about 1 nat, or the strongest for a base that bends less."""
+    """A random adapter with an effect of about 1 nat, or the strongest for a base that bends
+    less."""
     name = hashlib.sha256(f"{policy.id.run_id}.{policy.id.incarnation}/{seed}".encode()).hexdigest()
     policy_id = PolicyId(run_id=f"probe-{name[:16]}", version=1)
     low, high = _EFFECTS

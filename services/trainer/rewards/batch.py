@@ -13,7 +13,7 @@ _SHOWN_CHARACTERS = 80  # Longest excerpt of a prompt, completion or value in a 
 
 @dataclass(frozen=True, slots=True)
 class RewardBatch:
-    """Parallel by completion: what every reward is computed from."""
+    """What every reward is computed from; parallel lists with one entry per completion."""
 
     prompts: Sequence[str]
     completions: Sequence[str]
@@ -41,7 +41,7 @@ class RewardBatch:
             start = end
 
     def shown(self, index: int) -> str:
-        """A completion and its prompt, in some words."""
+        """A completion and its prompt, abbreviated."""
         return (
             f"completion {index} of {len(self)}, {shown(self.completions[index])} to the prompt "
             f"{shown(self.prompts[index])}"
@@ -58,13 +58,13 @@ def shown(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class NoNumber:
-    """A value in the place of a reward, as it would be printed."""
+    """A value instead of a reward, as it would be printed."""
 
     text: str
 
 
 def as_reward(value: object) -> float | NoNumber:
-    """A finite float of any kind of real number, as numpy has its own."""
+    """A finite float from any kind of real number, including numpy's."""
     if isinstance(value, numbers.Real):
         try:
             number = float(value)
@@ -76,9 +76,9 @@ def as_reward(value: object) -> float | NoNumber:
 
 
 class RewardProblem(Exception):
-    """Why there are no rewards for a batch: the end of a sentence that begins with the reward.
+    """Why a batch has no rewards: the end of a sentence that begins with the reward's name.
 
-    `may_be_of_one` says that a single completion may be the cause, so that each is tried alone.
+    `may_be_of_one`: a single completion may be the cause, so that each is tried alone.
     """
 
     def __init__(self, problem: str, *, may_be_of_one: bool = False) -> None:
@@ -87,22 +87,24 @@ class RewardProblem(Exception):
 
 
 class Reward(Protocol):
-    """Computes rewards. `check`, `start` and `__call__` may start what `close` ends."""
+    """Computes rewards. `close` ends what `check`, `start` and `__call__` start."""
 
     @property
     def name(self) -> str:
-        """As the sentences about it call it."""
+        """The reward's name in sentences."""
 
     async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
-        """Raises ValueError when it can never work, as for columns that `dataset` lacks."""
+        """Raises ValueError when it can never work, for example when `dataset` lacks a column."""
 
     async def start(self) -> None:
-        """Be ready to compute, which `__call__` does by itself. Raises RewardProblem."""
+        """Get ready to compute, which `__call__` also does by itself. Raises RewardProblem."""
 
     async def __call__(
         self, batch: RewardBatch, *, timeout_s: float | None = None
     ) -> Sequence[float | NoNumber]:
-        """One value per completion. Raises RewardProblem. `timeout_s` is for a trial that is made
-        once; by default the time is that of the config."""
+        """One value per completion. Raises RewardProblem.
+
+        `timeout_s` replaces the config's limit for a single trial.
+        """
 
     def close(self) -> None: ...

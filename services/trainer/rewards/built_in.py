@@ -80,7 +80,7 @@ class _ExactMatch(_BuiltIn):
 
 
 class _InProcess:
-    """A function in a process of its own (reward_process.py), which can be ended."""
+    """A function in a process of its own (process.py), which can be killed."""
 
     def __init__(self, name: str, path: str, timeout_s: float) -> None:
         self.name = name
@@ -122,7 +122,7 @@ class _InProcess:
 
 
 class _Regex(_InProcess):
-    """Some patterns take forever on some texts, and nothing else of a process runs meanwhile."""
+    """Some patterns take forever on some texts, and block everything else in their process."""
 
     def __init__(self, config: RegexReward) -> None:
         try:
@@ -140,7 +140,7 @@ class _Regex(_InProcess):
 
 
 class _Function(_InProcess):
-    """A function of the user's."""
+    """A function of the user."""
 
     def __init__(self, config: FunctionReward) -> None:
         super().__init__(f"reward function {config.path}", config.path, config.timeout_s)

@@ -36,12 +36,12 @@ _TRACE_CHARACTERS = 8000
 
 
 class FunctionFailed(Exception):
-    """No rewards, and why."""
+    """Why there are no rewards."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What a function takes by name; `takes_any` when its signature says so, or has no say."""
+    """What a function takes by name; `takes_any` when its signature says so or is unknown."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
@@ -49,7 +49,7 @@ class Parameters:
 
 
 class FunctionProcess:
-    """The trainer's side. `path` is `module:function`, on the trainer's import path."""
+    """The trainer's side. `path` is `module:function` on the trainer's import path."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -59,7 +59,7 @@ class FunctionProcess:
         self._parameters = Parameters((), (), takes_any=True)
 
     async def start(self, *, timeout_s: float) -> Parameters:
-        """What the function takes; starts the process unless it runs. Raises FunctionFailed."""
+        """The function's parameters; starts the process unless it runs. Raises FunctionFailed."""
         if self._child is None:
             self._start_child()
             try:
@@ -83,12 +83,12 @@ class FunctionProcess:
         self._connection = Connection(os.dup(self._socket.fileno()))
 
     async def call(self, arguments: Mapping[str, Any], *, timeout_s: float) -> Sequence[Any]:
-        """What the started function gave, as `as_reward` makes it. Raises FunctionFailed."""
+        """The function's values, converted by `as_reward`. Raises FunctionFailed."""
         values: Sequence[Any] = await self._ask(dict(arguments), timeout_s=timeout_s)
         return values
 
     async def _ask(self, question: Any, *, timeout_s: float) -> Any:
-        """The answer of the child. Raises FunctionFailed; unless it answered, it is ended."""
+        """The child's answer. Raises FunctionFailed, and kills a child that did not answer."""
         child, connection = self._child, self._connection
         assert child
         assert connection
@@ -120,7 +120,7 @@ class FunctionProcess:
         return result
 
     def _kill(self) -> None:
-        """End the process and what it started, and whoever waits for its answer."""
+        """End the process with everything it started, and wake whoever waits for its answer."""
         if self._child:
             with suppress(ProcessLookupError):  # The process may be gone while its workers are not.
                 os.killpg(self._child.pid, signal.SIGKILL)
@@ -129,7 +129,7 @@ class FunctionProcess:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it is doing."""
         self._kill()
         if self._socket:
             self._socket.close()
@@ -139,7 +139,7 @@ class FunctionProcess:
 
 
 async def _ending(child: subprocess.Popen[bytes]) -> str:
-    """How a process ended that has let go of its connection."""
+    """How a process ended that has closed its connection."""
     try:
         code = await asyncio.to_thread(child.wait, _EXIT_S)
     except subprocess.TimeoutExpired:
@@ -217,7 +217,7 @@ def _try(work: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
 
 
 def _where(error: BaseException) -> str:
-    """The last line outside of this file that the error came through."""
+    """The last line outside of this file that the error passed through."""
     frames = traceback.extract_tb(error.__traceback__)
     outside = [f for f in frames if f.filename != __file__ and not f.filename.startswith("<")]
     return f" in {outside[-1].filename}, line {outside[-1].lineno}" if outside else ""

@@ -27,7 +27,7 @@ _MAX_SEARCH_S = 30.0  # Time limit of the search for the completion that made a 
 
 
 class Scorer:
-    """A run's rewards, weighted: each, and their sum. `close` it."""
+    """The weighted rewards of a run: each, and their sum. `close` it."""
 
     def __init__(self, configs: Sequence[RewardConfig], encoder: PromptEncoder) -> None:
         """Raises ValueError for a reward that cannot be built."""
@@ -115,8 +115,10 @@ async def compute(reward: Reward, batch: RewardBatch) -> list[float]:
 
 
 async def _fails_alone(reward: Reward, batch: RewardBatch) -> int | None:
-    """The first completion that the reward fails for when it is the only one, if one is found in
-    time. One that is late is it only when it took most of the time."""
+    """The first completion that makes the reward fail by itself, if found in time.
+
+    A late one counts only if it took most of the time.
+    """
     try:
         await reward.start()  # It may have been ended before, for which no completion is to blame.
     except RewardProblem:

@@ -82,10 +82,10 @@ class Checkpoints:
         return step % self._config.every_steps == 0
 
     async def save(self, step: int, learner: Learner, run_log: RunLog, consumed: Consumed) -> None:
-        """Keep the state after `step`; nothing to do when it is kept already, or no step was taken.
+        """Keep the state after `step`, unless it is kept already or no step was taken.
 
-        A disk that takes no more does not end the run: it is logged and counted, and the
-        checkpoint before stays the newest.
+        A full disk does not end the run: the failure is logged and counted, and the previous
+        checkpoint stays the newest.
         """
         if step == self._newest_step:
             return
@@ -169,11 +169,11 @@ class Checkpoints:
     # --- load -----------------------------------------------------------------------------------
 
     def load(self) -> Checkpoint | None:
-        """The newest checkpoint that is undamaged; None when none was ever written.
+        """The newest undamaged checkpoint; None when none was ever written.
 
-        What a killed writer left is removed, and damaged ones are put aside under `.damaged`.
-        Raises ValueError when all are damaged: a run that has learned something does not start
-        again unasked.
+        Leftovers of a killed writer are removed, and damaged checkpoints are renamed to `.damaged`.
+        Raises ValueError when all are damaged: a run that has learned something does not start over
+        unasked.
         """
         remove_unfinished(self.dir)
         damaged: dict[Path, ValueError] = {}
@@ -212,7 +212,7 @@ def saved_adapter(folder: Path) -> bytes:
 
 
 def _read(folder: Path) -> Checkpoint:
-    """Raises ValueError, with the folder and what is wrong, for one that is not as it was saved."""
+    """Raises ValueError, naming the folder and the problem, for a checkpoint that has changed."""
     from safetensors.torch import load
 
     state = _read_state(folder)

@@ -65,7 +65,7 @@ async def _mean_reward(run: Run, sampling: SamplingParams) -> float:
 
 
 def derived_seed(seed: int, name: str) -> int:
-    """A sampling seed for one named draw of a run; adjacent draws have nothing in common."""
+    """A sampling seed for one named draw of a run; seeds of different draws are unrelated."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7])
 
 

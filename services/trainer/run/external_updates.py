@@ -32,10 +32,10 @@ _KEPT_ANSWERS = 64
 
 
 class ExternalUpdates:
-    """The updates of one external run, counted on from its checkpoint.
+    """The updates of one external run, counted from its checkpoint.
 
-    Answers live in memory: a crash takes those since the last checkpoint, and the updates that they
-    answered. The next request then gets UnexpectedPolicy, which names the policy to continue from.
+    Answers live in memory: a crash loses the answers and updates since the last checkpoint. The
+    next request then gets UnexpectedPolicy, which names the policy to continue from.
     """
 
     def __init__(self, run: Run) -> None:
@@ -145,7 +145,7 @@ def _check_rewards(groups: Sequence[ScoredGroup]) -> None:
 
 
 def _check_group(index: int, group: ScoredGroup, config: RunConfig, policy: Policy) -> None:
-    """Refuse what a gradient cannot use."""
+    """Refuse a group that a gradient cannot use."""
     if config.algorithm.compares_within_groups and len(group.completions) < 2:
         raise UnsuitableForTraining(
             f"group {index} has 1 completion, and algorithm {config.algorithm.name} compares "

@@ -73,7 +73,7 @@ class RunFolder:
     def create(
         cls, path: Path, config: RunConfig, base: BaseIdentity, *, dataset: str | None = None
     ) -> RunFolder:
-        """The folder of a run that begins; `dataset`: see `dataset_digest`."""
+        """The folder of a new run; see `dataset_digest` for `dataset`."""
         life = Life(incarnation=1, base=base, dataset=dataset)
         with contextlib.ExitStack() as undo:
             with new_folder(path) as folder:
@@ -114,7 +114,7 @@ class RunFolder:
         return cls(path, life, lock)
 
     def refuse_other_dataset(self, config: RunConfig, digest: str | None) -> None:
-        """Raises Conflict for other prompts: what a checkpoint consumed are positions in them."""
+        """Raises Conflict for other prompts, because a checkpoint's positions refer to them."""
         if self.life.dataset not in (None, digest):
             assert config.dataset, "it is managed, as it was"
             name = getattr(config.dataset, "path", config.dataset.type)
@@ -134,7 +134,7 @@ class RunFolder:
 
 
 def dataset_digest(rows: Sequence[Prompt | PreferencePair]) -> str | None:
-    """SHA-256 of tokens and columns in their order; None for none."""
+    """SHA-256 of tokens and columns in their order; None without rows."""
     if not rows:
         return None
     digest = hashlib.sha256()
@@ -153,9 +153,8 @@ def read_config(path: Path) -> RunConfig:
 
 
 def newest_unfinished(runs_dir: Path) -> Path | None:
-    """The run that a trainer which starts takes up: the one whose life began last, if nobody
-    executes it and no last event ended it. An older one was left for it.
-    """
+    """The run that a starting trainer resumes: the one whose incarnation began last, if it has not
+    ended and nobody executes it."""
     lives = list(runs_dir.glob("*/life.json"))
     if not lives:
         return None
@@ -171,7 +170,7 @@ def newest_unfinished(runs_dir: Path) -> Path | None:
 
 
 def is_unattended(path: Path) -> bool:
-    """True for the folder of a run that no living trainer is in."""
+    """True for the folder of a run that no living trainer executes."""
     if not (path / "lock").is_file():
         return False
     try:
@@ -225,7 +224,7 @@ def _refuse_changes(saved: RunConfig, config: RunConfig) -> None:
 
 
 def _resolved(config: RunConfig) -> dict[str, Any]:
-    """The fields of a config, with the clips of its loss where it leaves them to it."""
+    """The fields of a config, with the clips of its loss filled in."""
     fields = config.model_dump()
     if isinstance(config.algorithm, PolicyGradientConfig):
         loss = LOSSES[config.algorithm.loss]
@@ -236,7 +235,7 @@ def _resolved(config: RunConfig) -> dict[str, Any]:
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Fields that differ and may not: dotted name, both values."""
+    """The fields that differ and must not: dotted name and both values."""
     if isinstance(before, Mapping) and isinstance(now, Mapping) and before.keys() == now.keys():
         for key in before.keys() - _MAY_CHANGE:
             yield from _differences(before[key], now[key], f"{name}.{key}".lstrip("."))

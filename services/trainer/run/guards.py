@@ -38,7 +38,7 @@ class ScoresSamples(Protocol):
 
 
 def check_handshake(policy: ScoresSamples, samples: Sequence[Sample], guards: GuardsConfig) -> None:
-    """Score some completions of the version that trains as an update does, before the first one.
+    """Score some fresh completions as an update does, before the first update.
 
     Raises ConformanceFailed when their sampler logprobs come from another model.
     """
@@ -78,7 +78,7 @@ def refused(
     samples: Sequence[Sample],
     refusal: UpdateRefused | FloatingPointError,
 ) -> UnsuitableForTraining:
-    """Save the batch that was refused; the error that says why, and where it is."""
+    """Save the refused batch; returns the error that says why and where it is."""
     folder = run_dir / "refused"
     number = len(list(folder.glob(f"step-{step:06d}*")))
     path = folder / f"step-{step:06d}{f'-{number}' if number else ''}.json"
@@ -94,8 +94,8 @@ def refused(
 
 
 class GuardWatch:
-    """Warns when a number of the updates crosses its bound, not for as long as it is beyond, and
-    once when there is nothing to guard by."""
+    """Warns when a statistic crosses its bound, once until it is back, and once when no token is
+    fresh."""
 
     def __init__(self) -> None:
         self.beyond: dict[str, str] = {}  # Statistic -> the sentence of its last step.
@@ -136,6 +136,6 @@ class GuardWatch:
 
 
 def _back_at(limit: float, name: str) -> float:
-    """Half of the way to no difference, which is 1 for a factor and 0 otherwise."""
+    """Halfway to no difference, which is 1 for a factor and 0 otherwise."""
     none = 1.0 if name == "probability_factor" else 0.0
     return none + (limit - none) / 2

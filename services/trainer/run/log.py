@@ -34,7 +34,7 @@ _TAIL_BYTES = 1 << 20  # Longer than any line.
 
 
 class LineFile:
-    """A file that grows by whole lines; those that the disk does not take wait for the next."""
+    """A file that grows by whole lines; lines that a full disk refuses wait for the next write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,12 +47,12 @@ class LineFile:
         return len(self._waiting)
 
     def append(self, line: str) -> None:
-        """Raises OSError when the disk takes no more; the line waits then."""
+        """Raises OSError when the disk is full; the line then waits."""
         self._waiting.append(line.encode() + b"\n")
         self.write_waiting()
 
     def write_waiting(self) -> None:
-        """Write each line that waits whole, or, with an OSError, none of it."""
+        """Write every waiting line whole, or none and raise OSError."""
         while self._waiting:
             rest = line = self._waiting[0]
             try:
@@ -67,7 +67,7 @@ class LineFile:
             self._waiting.popleft()
 
     def sync(self) -> None:
-        """Have on disk what was written."""
+        """Flush what was written to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class LineFile:
 
 
 class RunLog:
-    """Events in the order they were emitted. `state` is that of the latest state record."""
+    """Events in the order of their emission. `state` is that of the latest state record."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class RunLog:
         first_step: int = 0,
         tracked: TrackedRun | None = None,
     ) -> None:
-        """Go on at `positions` (see the property), after `first_step`; by default, begin.
+        """Continue at `positions` (see the property) after `first_step`; by default, begin.
 
         Raises ValueError for events on disk that cannot be read.
         """
@@ -115,12 +115,12 @@ class RunLog:
 
     @property
     def has_ended(self) -> bool:
-        """Nothing follows in this process."""
+        """Whether the run has ended in this process."""
         return self.state in (*FINAL_STATES, "suspended")
 
     @property
     def detail(self) -> str:
-        """Of the latest state record, and which curves have ended before the run."""
+        """Detail of the latest state record, and which curves ended before the run."""
         return "; ".join(filter(None, (self._detail, *self._lost_curves)))
 
     @property
@@ -129,17 +129,17 @@ class RunLog:
         return {file.path.name: file.position for file in (self._lines, self._groups)}
 
     def write_waiting(self) -> None:
-        """Write what the disk did not take so far. Raises OSError when it takes no more."""
+        """Write the lines that wait. Raises OSError while the disk is full."""
         for file in (self._lines, self._groups):
             file.write_waiting()
 
     def sync(self) -> None:
-        """Have on disk what was written; blocks."""
+        """Flush what was written to the disk; blocks."""
         self._lines.sync()
         self._groups.sync()
 
     async def emit(self, event: RunEvent) -> None:
-        """Subscribers have the event whatever the disk does."""
+        """Record an event. Subscribers get it whatever the disk does."""
         self._note(event)
         self.changed_at = time.monotonic()
         self._events.append(event)
@@ -151,11 +151,11 @@ class RunLog:
             self._plot(event)
 
     def count_refusal(self) -> None:
-        """An update was refused: no event, its batch is kept elsewhere."""
+        """Count a refused update, which is no event; its batch is kept elsewhere."""
         self._metrics.refused_updates.inc()
 
     def _write(self, file: LineFile, line: str) -> None:
-        """Append, or have the line wait: a full disk is said once, until lines are written."""
+        """Append the line, or let it wait; a full disk is logged once until lines are written."""
         num_waiting = file.num_waiting
         try:
             file.append(line)
@@ -189,7 +189,7 @@ class RunLog:
         self._lose_curves(f"{self.run_dir / 'tensorboard'} takes no more: {error}")
 
     def _lose_curves(self, problem: str) -> None:
-        """Say once that the curves of TensorBoard or a tracker end here; from any thread."""
+        """Log once that the curves of TensorBoard or a tracker end here; from any thread."""
         self._lost_curves.append(problem)
         self._metrics.log_failures.inc()
         log.error(
@@ -200,12 +200,12 @@ class RunLog:
         )
 
     def finish_trackers(self) -> None:
-        """Have trackers send what they have; blocks up to tracking.FINISH_TIMEOUT_S."""
+        """Let trackers send what they have; blocks up to tracking.FINISH_TIMEOUT_S."""
         if self._trackers:
             self._trackers.finish(failed=self.state == "failed")
 
     def emit_batch(self, step: int, batch: GroupBatch | PairBatch) -> None:
-        """What `step` was trained on, and what was set aside for it: a line per group or pair."""
+        """Write what `step` was trained on, and what was set aside: one line per group or pair."""
         if isinstance(batch, PairBatch):
             lines = [{"position": position} for position in batch.positions]
         else:
@@ -239,7 +239,8 @@ class RunLog:
                     await self._changed.wait()
 
     def close(self) -> None:
-        """Write what waits, and let go of the files; what cannot be written is lost, and said."""
+        """Write waiting lines and close the files; lines that cannot be written are lost, and
+        logged."""
         for file in (self._lines, self._groups):
             try:
                 try:
@@ -297,7 +298,7 @@ def _read_events(path: Path) -> list[RunEvent]:
 
 
 def last_state(run_dir: Path) -> StateRecord | None:
-    """The state record that is the last event of a run; None when another event is."""
+    """The last event of a run if it is a state record, else None."""
     try:
         with (run_dir / EVENTS_FILE).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))

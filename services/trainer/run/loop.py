@@ -76,7 +76,7 @@ async def run_steps(run: Run) -> None:
 
 
 def batches(run: Run) -> AbstractAsyncContextManager[GroupQueue | PairsInOrder]:
-    """What the steps to come learn from: pairs of the dataset, or groups that are sampled ahead."""
+    """What the coming steps learn from: pairs of the dataset, or groups sampled ahead."""
     if run.config.algorithm.learns_from_pairs:
         return nullcontext(PairsInOrder(run.pairs, run.consumed, run.config.prompts_per_step))
     return groups_ahead(run)
@@ -89,7 +89,7 @@ def to_samples(run: Run, batch: GroupBatch | PairBatch) -> list[Sample]:
 
 
 def groups_ahead(run: Run) -> GroupQueue:
-    """The groups of the steps to come, sampled and scored as far ahead as the config allows."""
+    """The groups of the coming steps, sampled and scored as far ahead as the config allows."""
     config = run.config
     assert config.num_steps
 
@@ -130,9 +130,9 @@ def groups_ahead(run: Run) -> GroupQueue:
 async def unless_stopped(
     run: Run, work: Coroutine[Any, Any, Result], *, grace_s: float = 0.0
 ) -> Result | None:
-    """The result of `work`; None when the run was stopped first, and `work` is cancelled.
+    """The result of `work`, or None when the run is stopped first and `work` is cancelled.
 
-    Once the run is stopped, `work` has `grace_s` more to be done.
+    After a stop `work` gets `grace_s` more to finish.
     """
     task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(run.stop.wait())
     try:
@@ -150,7 +150,7 @@ async def unless_stopped(
 def train_request(
     config: RunConfig, position: int, prompt: Prompt, policy: PolicyId
 ) -> GenerateRequest:
-    """The request of one group, pinned to a version, with noise of its own."""
+    """The request of one group, pinned to a version, with a seed of its own."""
     seed = derived_seed(config.seed, f"train/{position}")
     return GenerateRequest(
         prompts=(prompt.token_ids,),

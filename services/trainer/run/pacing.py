@@ -44,7 +44,7 @@ ScoreGroups = Callable[
 
 @dataclass(slots=True, eq=False)
 class PendingGroup:
-    """A group on its way to the trainer. Times are `perf_counter` seconds."""
+    """A group on its way to the trainer. Times are seconds of `perf_counter`."""
 
     position: int  # Position in the stream of prompts.
     prompt: Prompt
@@ -67,8 +67,8 @@ def choose_batch(
 ) -> list[PendingGroup] | None:
     """The oldest ready groups, for the update of `version`; None when the trainer has to wait.
 
-    That is when fewer than `batch_size` are ready, or when those left would be trained too stale.
-    `groups` are in the order of their start.
+    It waits when fewer than `batch_size` are ready, or when the remaining ones would become too
+    stale. `groups` are in the order of their start.
     """
     chosen = [group for group in groups if group.is_ready][:batch_size]
     if len(chosen) < batch_size:
@@ -92,7 +92,7 @@ class GroupBatch:
 
     @property
     def positions(self) -> list[int]:
-        """What the run has consumed of its prompts once it has learned from this batch."""
+        """The positions that the run has consumed once it has learned from this batch."""
         return [group.position for group in (*self.groups, *self.set_aside)]
 
     @property
@@ -110,11 +110,10 @@ class GroupBatch:
 
 @dataclass(slots=True)
 class GroupQueue:
-    """Starts groups, keeps them and hands them out. Use as an async context manager.
+    """Starts groups, keeps them, and hands them out. Use as an async context manager.
 
-    `position`s come from `prompts` except for those in `consumed`; in all, no more than
-    `num_groups` groups are started, and one for each that is set aside. An error of sampling or
-    scoring is raised by `take`.
+    Positions come from `prompts`, except those in `consumed`. It starts at most `num_groups`
+    groups, plus one for each that is set aside. `take` raises errors of sampling and scoring.
     """
 
     prompts: RowStream[Prompt]
@@ -148,7 +147,7 @@ class GroupQueue:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def take(self) -> GroupBatch:
-        """The groups of the next update, as soon as there are enough that may be trained now."""
+        """The groups of the next update, as soon as enough may be trained."""
         while True:
             if self._error:
                 raise self._error
@@ -184,7 +183,7 @@ class GroupQueue:
         return batch
 
     def release(self, policy: PolicyId) -> None:
-        """The batch that was taken made `policy`, which is served now: its places are free."""
+        """The last batch made `policy`, which is served now: its places are free."""
         self._num_taken = 0
         self.policy = policy
         self._start_groups()
@@ -222,8 +221,10 @@ class GroupQueue:
         self._sampled.set()
 
     async def _score_what_comes(self) -> None:
-        """Score together all groups that have come while the last ones were scored: a reward is
-        never called twice at once, and a slow one gets larger batches."""
+        """Score all groups together that arrived while the last ones were scored.
+
+        A reward is never called twice at the same time, and a slow one gets larger batches.
+        """
         while True:
             waiting = [group for group in self._groups if group.sampled and not group.is_ready]
             if not waiting:
@@ -239,7 +240,7 @@ class GroupQueue:
             self._changed.set()
 
     def _set_aside_constant(self) -> None:
-        """Give the places of constant groups to new ones, oldest first, as far as it is allowed."""
+        """Replace constant groups by new ones, oldest first, as far as allowed."""
         num_left = self.max_set_aside - len(self._set_aside)
         constant = [group for group in self._groups if group.is_constant][:num_left]
         self._set_aside += constant

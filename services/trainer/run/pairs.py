@@ -19,7 +19,7 @@ class PairBatch:
 
 @dataclass(frozen=True, slots=True)
 class PairsInOrder:
-    """Batches of the pairs that are not consumed, handed out as pacing.py hands out groups."""
+    """Batches of pairs that are not consumed; the interface is GroupQueue's."""
 
     pairs: RowStream[PreferencePair]
     consumed: Consumed

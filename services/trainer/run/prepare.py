@@ -45,8 +45,8 @@ async def prepare(
 ) -> PreparedRun:
     """Everything the run needs; the learner's policy is the version to continue from.
 
-    Raises InvalidRequest for a config that cannot run, and Conflict for a run of that id that
-    cannot continue. The caller closes the run's scorer and log, and the folder.
+    Raises InvalidRequest for a config that cannot run, and Conflict for a run with that id that
+    cannot be resumed. The caller closes the run's scorer and log, and the folder.
     """
     assert config.run_id
     path, policy = runs_dir / config.run_id, learner.policy
@@ -106,7 +106,7 @@ async def prepare(
 
 
 def _reopened(path: Path, config: RunConfig, policy: Policy) -> RunFolder | None:
-    """The folder of a run that has one already."""
+    """The folder of an existing run."""
     return RunFolder.reopen(path, config, policy.identity) if path.exists() else None
 
 
@@ -121,7 +121,7 @@ def _newest(checkpoints: Checkpoints, config: RunConfig) -> Checkpoint | None:
 
 
 def _start(learner: Learner, begin: PolicyId, config: RunConfig, data: _Data) -> Probe:
-    """Version 0, and the probe that it is held to."""
+    """Start version 0; returns the probe of the run."""
     policy = learner.policy
     learner.start(
         begin, config.lora, config.optimizer, seed=config.seed, algorithm=config.algorithm
@@ -190,7 +190,7 @@ def _load_data(config: RunConfig, policy: Policy) -> _Data:
 
 
 async def _say_stalled(run: Run, metrics: TrainerMetrics, why: str) -> None:
-    """Have whoever follows the run see which rewards it waits for; "" when they come again."""
+    """Show followers of the run which rewards it waits for; "" once they are back."""
     metrics.record_reward_outage(bool(why))
     # Several batches may wait for the same reward.
     if run.log.state == "running" and run.log.detail != why:

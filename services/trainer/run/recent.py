@@ -25,7 +25,7 @@ class StepGroup:
 
 @dataclass(slots=True)
 class RecentGroups:
-    """The newest groups: as many as have MAX_COMPLETIONS in all, and at least one."""
+    """The newest groups: at least one, and MAX_COMPLETIONS completions in all."""
 
     _groups: deque[StepGroup] = field(default_factory=deque)
     _num_completions: int = 0
@@ -42,7 +42,7 @@ class RecentGroups:
 
 
 def in_words(groups: Sequence[StepGroup], encoder: PromptEncoder) -> tuple[RecentGroup, ...]:
-    """The groups with texts: those that the replica sent, or else the decoded token ids."""
+    """The groups as text: the replica's, or else the decoded token ids."""
     return tuple(
         RecentGroup(
             step=item.step,

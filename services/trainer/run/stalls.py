@@ -45,7 +45,7 @@ def _nothing_to_learn(run: Run) -> list[str]:
 
 
 def _standing_still(run: Run) -> list[str]:
-    """A loop of the user's own takes its time."""
+    """A user's own loop may take its time."""
     if not run.config.managed:
         return []
     step, evaluation = run.log.last_step, run.log.last_eval

@@ -41,7 +41,7 @@ class Learned:
 async def learn(run: Run, samples: Sequence[Sample], *, step: int, clock: Clock) -> Learned:
     """One policy update: the next version and its adapter.
 
-    Raises UnsuitableForTraining for an update that the guards refuse: nothing of it was applied.
+    Raises UnsuitableForTraining for an update that the guards refuse; nothing of it was applied.
     """
     policy, config = run.policy, run.config
     if config.algorithm.compares_within_groups and all(constant_groups(config, samples)):
@@ -94,7 +94,7 @@ def step_record(
     meter: Meter,
     sampled: GroupBatch | None = None,
 ) -> StepRecord:
-    """What a step did; `sampled` are its groups when this service sampled them."""
+    """What a step did; `sampled` are its groups if this service sampled them."""
     samples, step_s = learned.samples, clock.total_s
     num_tokens = sum(sample.num_tokens for sample in samples)
     wait_s = clock.seconds.get("wait_s")
@@ -119,7 +119,7 @@ def step_record(
 
 
 def _of_groups(config: RunConfig, samples: Sequence[Sample]) -> dict[str, Any]:
-    """The numbers of completions that somebody sampled and scored."""
+    """The statistics of completions that were sampled and scored."""
     rewards = [sample.reward for sample in samples]
     staleness = [max(sample.staleness, default=0) for sample in samples]
     return {
@@ -134,7 +134,7 @@ def _of_groups(config: RunConfig, samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _of_sampling(config: RunConfig, batch: GroupBatch, meter: Meter) -> dict[str, Any]:
-    """The numbers of groups that this service sampled itself."""
+    """The statistics of groups that this service sampled itself."""
     return {
         "num_constant_groups_set_aside": len(batch.set_aside) if config.dynamic_sampling else None,
         "num_continued": meter.num_continued,
@@ -147,7 +147,7 @@ def _of_sampling(config: RunConfig, batch: GroupBatch, meter: Meter) -> dict[str
 
 @dataclass(slots=True)
 class Clock:
-    """Wall time of the parts of a step, and of all of it."""
+    """Wall time of a step and of its parts."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
@@ -164,7 +164,7 @@ class Clock:
 
 
 class Meter:
-    """What the fleet did since the meter was made."""
+    """What the fleet has done since the meter was made."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet

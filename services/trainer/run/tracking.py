@@ -27,7 +27,7 @@ _Numbers: TypeAlias = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """What trackers are told of a run."""
+    """What trackers need to know about a run."""
 
     trackers: Sequence[TrackingConfig]
     run_id: str
@@ -69,7 +69,7 @@ def check_tracking(trackers: Sequence[TrackingConfig]) -> None:
 
 
 class Trackers:
-    """Those of one run, each fed by a thread of its own."""
+    """The trackers of one run, each fed by its own thread."""
 
     def __init__(self, run: TrackedRun, *, on_failure: Callable[[str], None]) -> None:
         self._feeds = [_Feed(config, run, on_failure) for config in run.trackers]
@@ -79,7 +79,7 @@ class Trackers:
             feed.put(numbers, step)
 
     def finish(self, *, failed: bool) -> None:
-        """Have them send what they have, and end; blocks FINISH_TIMEOUT_S at most."""
+        """Let them send what they have and end; blocks at most FINISH_TIMEOUT_S."""
         deadline = time.monotonic() + FINISH_TIMEOUT_S
         for feed in self._feeds:
             feed.end(failed=failed)
@@ -142,7 +142,7 @@ def _open(config: TrackingConfig, run: TrackedRun) -> Tracker:
 
 
 class _Wandb:
-    """The run of that id; it is sent numbers and the config, nothing of the machine or the code."""
+    """The run with that id. It gets numbers and the config, nothing of the machine or the code."""
 
     def __init__(self, config: WandbTracking, run: TrackedRun) -> None:
         import wandb
@@ -183,7 +183,7 @@ class _Wandb:
 
 
 class _Trackio:
-    """The run of that name, in TRACKIO_DIR or in a Space."""
+    """The run with that name, in TRACKIO_DIR or in a Space."""
 
     def __init__(self, config: TrackioTracking, run: TrackedRun) -> None:
         import trackio
@@ -216,6 +216,6 @@ class _Trackio:
             )
 
     def _check(self) -> None:
-        """Trackio only warns of what its threads could not do."""
+        """Trackio only warns about what its threads could not do."""
         if failures := self._run._warned_failures:
             raise OSError(f"{', '.join(sorted(failures))} failed, its warning has the reason")
