@@ -46,7 +46,7 @@ class TrainedPolicy:
 
 
 def read_policy(folder: Path) -> TrainedPolicy:
-    """The policy of a run's folder, its newest; or of one checkpoint, or of one adapter of a run.
+    """The newest policy of a run's folder, or that of one checkpoint or adapter folder.
 
     Raises ValueError for a folder without one.
     """
@@ -136,7 +136,7 @@ def write_merged(
 
 
 def _deltas(policy: TrainedPolicy) -> dict[str, Callable[[], Tensor]]:
-    """Module path -> scaling · B A [out, in] in float32, computed when it is asked for."""
+    """Module path -> scaling · B A [out, in] in float32, computed on demand."""
     tensors = load(policy.adapter)
 
     def delta(module: str) -> Tensor:

@@ -80,7 +80,7 @@ def create_app(trainer: Trainer) -> FastAPI:
     async def events(
         last_event_id: Annotated[int, Header(ge=-1)] = -1,
     ) -> AsyncIterator[ServerSentEvent]:
-        """Every event of the run from its first on; Last-Event-ID resumes after that one."""
+        """Every event of the run from the first; Last-Event-ID resumes after that one."""
         async for index, event in trainer.events(last_event_id + 1):
             yield ServerSentEvent(data=event, event=event.kind, id=str(index))
 
@@ -118,12 +118,12 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.get("/replicas")
     async def replicas() -> ReplicasResponse:
-        """Who serves, and why not."""
+        """Which replicas serve, and why the others do not."""
         return ReplicasResponse(replicas=trainer.fleet.status())
 
     @app.post("/replicas", status_code=201)
     async def register(body: ReplicaRegistration) -> ReplicaStatus:
-        """Say that a replica may serve; with a lease also that it still does."""
+        """Register a replica; with a lease, repeat it before the lease ends."""
         return trainer.fleet.register(body)
 
     @app.delete("/replicas/{id}")
@@ -133,7 +133,7 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.get("/status")
     async def status() -> TrainerStatus:
-        """Model, base, and the run."""
+        """The model, its base, and the run."""
         return trainer.status()
 
     @app.get("/healthz")
@@ -143,7 +143,7 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.get("/readyz")
     async def readyz() -> dict[str, str]:
-        """The policy is loaded; else 503."""
+        """200 once the policy is loaded, else 503."""
         trainer.check_ready()
         return {"status": "ready"}
 

@@ -18,7 +18,7 @@ _MAX_PLACES = 2  # Suggested places for a misplaced key, at most.
 
 
 def parse_config(text: str | bytes, model: type[Model], *, name: str) -> Model:
-    """A `model` from YAML or JSON; `name` says what it is. Raises ValueError in one sentence."""
+    """A `model` from YAML or JSON; `name` names it in errors. Raises ValueError in one sentence."""
     root, value = _read(text, name)
     if not isinstance(value, Mapping):
         raise ValueError(f"the {name} must be a mapping of settings")
@@ -53,7 +53,7 @@ def _read(text: str | bytes, name: str) -> tuple[yaml.Node | None, Any]:
 
 
 def _refuse_twice(root: yaml.Node | None) -> None:
-    """Raise ValueError for a mapping with a key twice, of which YAML takes the last."""
+    """Raise ValueError for a duplicate key, of which YAML would take the last."""
     waiting: list[yaml.Node | None] = [root]
     seen: set[int] = set()
     while waiting:
@@ -109,7 +109,7 @@ class _Place:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models in a type, as `tuple[A | B, ...] | None` has two."""
+    """The models in a type; `tuple[A | B, ...] | None` has two."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
@@ -117,7 +117,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _tags(model: type[BaseModel]) -> set[str]:
-    """What a union may know the model by."""
+    """The values by which a union selects the model."""
     return {
         value
         for name in ("type", "name")
@@ -156,7 +156,7 @@ def _bare(context: Mapping[str, Any]) -> str:
 
 
 def _unknown_key(place: _Place, root: type[BaseModel]) -> str:
-    """The complaint about the last key of a path, which its model has not."""
+    """The complaint about the last key of a path, which its model does not have."""
     key, valid = str(place.path[-1]), list(place.owner.model_fields) if place.owner else []
     found = dict.fromkeys(path for path in _paths(root) if path.rpartition(".")[2] == key)
     # Places where other members of its union have it.
@@ -172,7 +172,7 @@ def _unknown_key(place: _Place, root: type[BaseModel]) -> str:
 
 
 def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all settings below a model, but for those of items of a list."""
+    """The dotted names of all settings below a model, except those in items of a list."""
     for name, field in model.model_fields.items():
         yield prefix + name
         if get_origin(field.annotation) is not tuple:
@@ -181,7 +181,7 @@ def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _line(root: yaml.Node | None, path: Sequence[str | int]) -> int | None:
-    """The line of the last part of `path` that is there, counted from 1; None for the whole."""
+    """The line of the last existing part of `path`, from 1; None for the whole text."""
     node: Any = root
     line: int | None = None
     for part in path:

@@ -24,10 +24,10 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder to fill, which is at `path` afterwards.
+    """A folder to fill, which appears at `path` when the block ends.
 
-    What was there goes with `replace`, else it is an OSError. When the block or a write of it
-    raises, `path` is as it was.
+    An existing folder is replaced with `replace`, otherwise OSError is raised. When the block
+    raises, `path` is unchanged.
     """
     writing = path.with_name(path.name + _WRITING)
     _remove(writing)
@@ -48,7 +48,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def remove_unfinished(parent: Path) -> None:
-    """Remove what a process that was killed in `new_folder` left in `parent`."""
+    """Remove what a killed process left in `parent` from within `new_folder`."""
     for writing in parent.glob(f"*{_WRITING}"):
         _remove(writing)
 

@@ -39,7 +39,8 @@ def check_start(settings: TrainerSettings) -> None:
 def check_fits(
     what: str, source: Path, *, gpu: Gpu | None, load_in_4bit: bool, num_processes: int = 1
 ) -> None:
-    """Raises MemoryError or ValueError where a base cannot be loaded; `gpu` None: on the CPU."""
+    """Raises MemoryError or ValueError for a base that cannot be loaded; `gpu` None means the
+    CPU."""
     weights = weight_bytes(source)
     parts = {"weights": weights.nf4 if load_in_4bit else weights.stored}
     if gpu is None:  # All processes share the host's memory.

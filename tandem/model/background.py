@@ -64,7 +64,7 @@ class Background:
             task.cancel()
 
     def close(self) -> None:
-        """Idempotent. Who waits for a result is told."""
+        """Idempotent. Callers that wait for a result get an error."""
         # The last reference was dropped on the loop's thread.
         if threading.current_thread() is self._thread:
             threading.Thread(target=self.close).start()

@@ -53,8 +53,11 @@ _KEPT_ADAPTERS = 8  # Adapters from folders to keep; older ones are read again.
 
 
 class RolloutEngine:
-    """Samples from the policy that trains. `before` brings the replicas up to date: it returns the
-    version to sample from, and is called before every request that names no adapter."""
+    """Samples from the policy that trains.
+
+    `before` brings the replicas up to date and returns the version to sample from; it is called
+    before every request that names no adapter.
+    """
 
     def __init__(self, *, generate_timeout_s: float) -> None:
         self._background = Background()
@@ -70,7 +73,7 @@ class RolloutEngine:
     # --- its replicas ---------------------------------------------------------------------------
 
     def start_child(self, settings: Mapping[str, str], log_path: Path) -> None:
-        """Begin to start a replica here; `settings` are its environment."""
+        """Start a replica here in the background; `settings` are its environment."""
         (port,) = free_ports(1)
         key = secrets.token_urlsafe(24)
         environment = {**settings, "ROLLOUT_PORT": str(port), "TANDEM_API_KEY": key}
@@ -89,7 +92,7 @@ class RolloutEngine:
         )
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Until the child can be used; a fleet is waited for in `begin`. Raises ProcessFailed."""
+        """Wait until the child is ready; `begin` waits for a fleet. Raises ProcessFailed."""
         if child := self._background.child:
             self._background.call(
                 wait_until_ready([child], api_key=self._api_key or "", timeout_s=timeout_s)
@@ -102,7 +105,7 @@ class RolloutEngine:
 
     @property
     def replica_pid(self) -> int | None:
-        """Of the child; None with replicas of the user's own."""
+        """Process id of the child; None with the user's own replicas."""
         return self._background.child.pid if self._background.child else None
 
     def begin(
@@ -117,7 +120,7 @@ class RolloutEngine:
     ) -> None:
         """Serve the base of a new run. Raises what makes every replica unfit, or Unavailable.
 
-        `tokenizer` is the caller's own: what it pads with is no prompt.
+        `tokenizer` is the caller's, whose padding must not be sampled from.
         """
         self._tokenizer = tokenizer
         self._encoder, self._before, self._load = encoder, before, load
@@ -130,11 +133,11 @@ class RolloutEngine:
         self._background.call(begin())
 
     def push(self, adapter: PublishedAdapter, *, timeout_s: float) -> tuple[SyncReceipt, ...]:
-        """Make it the version that is served; returns when it is proven."""
+        """Make it the served version; returns when that is proven."""
         return self._background.call(self.fleet.sync(adapter, timeout_s=timeout_s))
 
     def keep(self, adapter: PublishedAdapter) -> None:
-        """An adapter that requests may name; of many only the last ones are kept."""
+        """Keep an adapter that requests may name; only the last ones are kept."""
         self._adapters.pop(adapter.policy, None)
         self._adapters[adapter.policy] = adapter
         for policy in list(self._adapters)[:-_KEPT_ADAPTERS]:
@@ -185,8 +188,10 @@ class RolloutEngine:
         lora_request: Any = None,
         **sampling: Any,
     ) -> list[RequestOutput]:
-        """As `generate`, in `n_batches` calls: by default as many as keep about 256 completions at
-        once, so that a long list of prompts is not all on its way."""
+        """As `generate`, in `n_batches` calls.
+
+        By default as many as keep about 256 completions running at once.
+        """
         several = self._read(prompts)
         applied = read_sampling(sampling_params, **sampling)
         size = max(1, _BATCH_COMPLETIONS // applied.n)
@@ -212,7 +217,7 @@ class RolloutEngine:
             return await fleet.generate(requests, timeout_s=self._timeout_s)
 
     def _named(self, given: Any) -> tuple[LoRARequest, PublishedAdapter]:
-        """The adapter that a request names, from its folder when it is not kept."""
+        """The adapter that a request names, read from its folder if it is no longer kept."""
         path = getattr(given, "lora_path", None)
         if not path:
             raise ValueError(
@@ -270,7 +275,7 @@ class RolloutEngine:
 
 
 def _with_seed(sampling: SamplingParams, prompt: int) -> SamplingParams:
-    """Every prompt draws noise of its own: completion k of one takes its seed + k."""
+    """Different noise for every prompt: completion k of one uses its seed + k."""
     if sampling.seed is None:
         return sampling
     return sampling.model_copy(update={"seed": (sampling.seed + prompt * sampling.n) % MAX_SEED})

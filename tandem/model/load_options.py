@@ -111,7 +111,7 @@ def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 
 def check_dtype(dtype: Any) -> None:
-    """None and bfloat16 are what a policy computes in."""
+    """Accept None and bfloat16, in which a policy computes."""
     if dtype is not None and str(dtype).removeprefix("torch.") not in ("bfloat16", "bf16"):
         raise ValueError(
             f"from_pretrained(dtype={str(dtype).removeprefix('torch.')}) is not supported: "
@@ -132,8 +132,10 @@ def replica_settings(
     cache_dir: Path,
     options: Mapping[str, Any],
 ) -> dict[str, str]:
-    """The environment of a replica that serves the policy; `options` are those of the engine that
-    were named. See services/rollout/settings.py."""
+    """The environment of a replica that serves the policy.
+
+    `options` are the engine's options that were named; see services/rollout/settings.py.
+    """
     named = {
         "model": source,
         "device": device,

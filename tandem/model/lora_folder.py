@@ -24,7 +24,7 @@ def is_lora_folder(path: Path) -> bool:
 
 
 def write_lora(folder: Path, adapter: PublishedAdapter, base_model: str) -> None:
-    """Each file is whole or as it was; what else is in the folder stays."""
+    """Write the files, each whole or not at all; other files in the folder stay."""
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(peft_config(adapter.manifest, base_model), indent=2).encode()
     write_file(folder / ADAPTER_WEIGHTS, adapter.content)
@@ -66,10 +66,10 @@ def read_lora_config(folder: Path) -> tuple[LoraConfig, str]:
 def read_lora(
     folder: Path, shapes: Mapping[str, torch.Size], current: LoraConfig
 ) -> dict[str, Tensor]:
-    """The adapter in the shapes and under the factor of `current`: with the same effect.
+    """The adapter in the shapes and with the factor of `current`, with the same effect.
 
-    Of a smaller rank the rest is 0, and so is a module it does not have. Raises ValueError for one
-    that does not fit.
+    A smaller rank is filled with 0, as is a module that it lacks. Raises ValueError for one that
+    does not fit.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -105,7 +105,7 @@ def read_lora(
 
 
 def lora_digest(tensors: Mapping[str, Tensor]) -> bytes:
-    """Equal for tensors that are equal in bfloat16, as replicas get them."""
+    """Equal for tensors that are equal in bfloat16, which is what replicas get."""
     sha256 = hashlib.sha256()
     for tensor in tensors.values():
         sha256.update(tensor.to(torch.bfloat16).view(torch.uint8).numpy().data)
@@ -113,7 +113,7 @@ def lora_digest(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _fits(tensor: Tensor, ours: Tensor, rank: int, name: str) -> bool:
-    """Equal but for the rank."""
+    """Whether shapes are equal except for the rank."""
     if name.endswith("lora_A.weight"):
         return tensor.shape == (rank, ours.shape[1])
     return tensor.shape == (ours.shape[0], rank)

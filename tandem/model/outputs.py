@@ -30,7 +30,7 @@ class LoRARequest:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One completion. `logprobs` are of the sampled tokens, whatever was asked for."""
+    """One completion. `logprobs` are of the sampled tokens, whatever was requested."""
 
     index: int
     text: str

@@ -1,6 +1,6 @@
 """`PolicyModel`: a QLoRA policy in this process, and the replicas that sample from it.
 
-    from_pretrained()  base + LoRA (policy.py), and with fast_inference an engine (engine_handle.py)
+    from_pretrained()  base + LoRA (policy.py), and with fast_inference an engine (engine.py)
     for_inference()    the engine serves the weights as they are now; so does every generate()
     for_training()     the loss and the optimizer are the caller's: parameters() are torch's
 
@@ -70,7 +70,7 @@ _SYNC_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class CompletionLogprobs:
-    """Of B completions of up to T tokens, padded on the right. Sum over `mask` alone."""
+    """B completions of up to T tokens, padded on the right. Sum over `mask` only."""
 
     logprobs: Tensor  # [B, T] float32, of the tokens at their temperature; with a gradient
     entropy: Tensor  # [B, T] float32, nats, of the distributions; with a gradient
@@ -79,7 +79,7 @@ class CompletionLogprobs:
 
 
 class PolicyModel(torch.nn.Module):
-    """Not to be used from several threads at once, but for generation."""
+    """Not thread-safe, except for generation."""
 
     def __init__(
         self,
@@ -239,8 +239,10 @@ class PolicyModel(torch.nn.Module):
         random_state: int = 3407,
         **others: Any,
     ) -> PolicyModel:
-        """The same model with another fresh LoRA; make optimizers after it. Also
-        `PolicyModel.get_peft_model(model, r=...)`, as Unsloth has it."""
+        """The same model with a new LoRA; make optimizers after this call.
+
+        Also `PolicyModel.get_peft_model(model, r=...)`, as in Unsloth.
+        """
         check_lora_options(others, PolicyModel.get_peft_model)
         if r > self._max_lora_rank:
             raise ValueError(
@@ -298,7 +300,7 @@ class PolicyModel(torch.nn.Module):
     # --- weights --------------------------------------------------------------------------------
 
     def push_weights(self) -> PolicyId:
-        """Have the replicas serve the weights as they are, if they have changed; their version.
+        """Push the weights to the replicas if they have changed; returns their version.
 
         Raises FloatingPointError for weights that are not finite: the engine keeps the last ones.
         """
@@ -318,8 +320,7 @@ class PolicyModel(torch.nn.Module):
 
     @torch.no_grad()
     def _fingerprint(self) -> list[int]:
-        """A number per LoRA tensor that any change of its bits changes, wherever it was made:
-        version counters do not see what writes through `.data`."""
+        """One number per LoRA tensor that any change of its bits changes, even through `.data`."""
         sums = []
         for parameter in self._trained():
             bits = parameter.detach().flatten().view(torch.int32).to(torch.int64)
@@ -346,8 +347,10 @@ class PolicyModel(torch.nn.Module):
             write_lora(Path(folder), self.policy.export(named), self.policy.source)
 
     def restore_lora(self, folder: str | Path) -> None:
-        """Train on from an adapter that was saved; its rank may be smaller than this model's: the
-        rest starts as in a fresh LoRA, and is trained too."""
+        """Continue training from a saved adapter.
+
+        Its rank may be smaller than this model's: the rest starts fresh, and is trained as well.
+        """
         tensors = read_lora(Path(folder), self.policy.lora_shapes(), self.policy.lora)
         with torch.no_grad():
             for (name, tensor), parameter in zip(tensors.items(), self._trained(), strict=True):
@@ -390,8 +393,7 @@ class PolicyModel(torch.nn.Module):
     # --- modes ----------------------------------------------------------------------------------
 
     def for_inference(self) -> PolicyModel:
-        """The engine serves the weights as they are now. A plain call, or `with`: afterwards the
-        mode is the one before."""
+        """Serve the weights as they are now. As a context manager, restore the mode afterwards."""
         if self._engine:
             self.push_weights()
         self._before = self.training
@@ -399,7 +401,7 @@ class PolicyModel(torch.nn.Module):
         return self
 
     def for_training(self, use_gradient_checkpointing: bool | str | None = None) -> PolicyModel:
-        """As `for_inference`; None leaves gradient checkpointing as it is."""
+        """As `for_inference`; None leaves gradient checkpointing unchanged."""
         if use_gradient_checkpointing is not None:
             base = self.peft_model.get_base_model()
             if use_gradient_checkpointing:
@@ -468,12 +470,11 @@ class PolicyModel(torch.nn.Module):
         temperature: float = 1.0,
         max_positions: int = _MAX_POSITIONS,
     ) -> CompletionLogprobs:
-        """Logprobs of completions under the weights as they are, for a loss.
+        """Logprobs of completions under the current weights, for a loss.
 
-        Of what the engine returned, all completions prompt by prompt at the temperature they were
-        sampled at; or `completions[i]` after `prompts[i]`, all token ids. Logits never exist of
-        more than a chunk of tokens; of more than `max_positions` tokens activations neither: they
-        are computed again in the backward pass.
+        Either of what the engine returned, all completions prompt by prompt at their temperature,
+        or of `completions[i]` after `prompts[i]` as token ids. Logits exist for a chunk of tokens
+        at a time; beyond `max_positions` tokens activations are recomputed in the backward pass.
         """
         samples = _samples(prompts, completions, temperature)
 
@@ -499,7 +500,7 @@ class PolicyModel(torch.nn.Module):
         temperature: float = 1.0,
         max_positions: int = _MAX_POSITIONS,
     ) -> CompletionLogprobs:
-        """The same under the base alone: with the adapter off, without a gradient."""
+        """The same under the base, with the adapter off and without a gradient."""
         with self.policy.adapter_disabled():
             return self.logprobs(
                 prompts, completions, temperature=temperature, max_positions=max_positions
@@ -512,7 +513,7 @@ class PolicyModel(torch.nn.Module):
         *,
         max_positions: int = _MAX_POSITIONS,
     ) -> Tensor:
-        """[B, T, H]: what each token of a completion is predicted from, for a value head."""
+        """[B, T, H]: the states that predict each token of a completion, for a value head."""
         samples = _samples(prompts, completions, 1.0)
         return self._per_token(samples, self.policy.hidden, max_positions)
 
@@ -544,7 +545,7 @@ class PolicyModel(torch.nn.Module):
         return pad_sequence([found[i] for i in range(len(samples))], batch_first=True)
 
     def __getattr__(self, name: str) -> Any:
-        """What torch does not find here is the PEFT model's, or the base's: config, device..."""
+        """Names that torch does not find belong to the PEFT model or the base: config, device..."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -629,7 +630,7 @@ def _fitting_length(source: Path, max_seq_length: int) -> int:
 
 
 def _load_tokenizer(source: Path) -> Any:
-    """The caller's own: the policy's encoder does not see what is changed in it."""
+    """A tokenizer for the caller; changes to it do not reach the policy's encoder."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -21,7 +21,7 @@ class Critic:
     """Values start at 0. While its adapter is active, the policy's is not."""
 
     def __init__(self, policy: Policy) -> None:
-        """Give the policy's model a second adapter, of the shape of its own."""
+        """Give the policy's model a second adapter of the same shape."""
         self._model, self._hidden = policy.model, policy.hidden
         self._model.add_adapter(_ADAPTER, self._model.peft_config["default"])
         self._model.set_adapter("default")
@@ -31,7 +31,8 @@ class Critic:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Forward and backward both belong inside: checkpointing computes layers again."""
+        """Both the forward and the backward pass belong inside, because checkpointing recomputes
+        layers."""
         self._model.set_adapter(_ADAPTER)
         try:
             yield
@@ -39,7 +40,7 @@ class Critic:
             self._model.set_adapter("default")
 
     def values(self, batch: TokenBatch) -> Tensor:
-        """[N] float32; inside `active`."""
+        """Values [N] float32; call inside `active`."""
         values: Tensor = self._head(self._hidden(batch).float())
         return values.squeeze(-1)
 

@@ -40,14 +40,14 @@ class Seen:
         return cls(join([part.columns for part in parts]), sums)
 
     def mean(self, name: str, count: str) -> float | None:
-        """One sum over another; None when nothing was added to it, or over nothing."""
+        """One sum over another; None when either is missing."""
         if name not in self.sums or not self.sums.get(count):
             return None
         return self.sums[name] / self.sums[count]
 
 
 class Forward:
-    """The micro-batches of this rank, and what was seen in those of one optimizer step."""
+    """The micro-batches of this rank, and what one optimizer step saw of them."""
 
     def __init__(self, policy: Policy, samples: Sequence[Sample], max_tokens: int) -> None:
         self.policy = policy
@@ -59,9 +59,9 @@ class Forward:
     def micro_batches(
         self, units: Sequence[Sequence[int]], *, keep_units: bool = False
     ) -> Iterator[tuple[TokenBatch, list[int]]]:
-        """Batches of this rank's units, and the indices of their samples in the order of rows.
+        """Batches of this rank's units, with the indices of their samples in row order.
 
-        The samples of a unit have one prompt. With `keep_units` they stay together, in their order.
+        The samples of a unit share a prompt. With `keep_units` they stay together, in their order.
         """
         policy = self.policy
         trees = self._trees(units, self.max_tokens)
@@ -91,8 +91,10 @@ class Forward:
     def score(
         self, indices: Sequence[int], compute: Callable[[TokenBatch], Tensor]
     ) -> dict[int, Tensor]:
-        """What `compute` says of some samples, [..., N] of a batch -> [..., R] by sample; without a
-        gradient, and on all ranks."""
+        """What `compute` returns for some samples, [..., N] per batch -> [..., R] per sample.
+
+        Computed without a gradient, and known on all ranks.
+        """
         wanted = set(indices)
         units = [[i for i in group if i in wanted] for group in group_indices(self.samples)]
         mine: dict[int, Tensor] = {}
@@ -114,7 +116,7 @@ class Forward:
             return self.score(indices, lambda batch: self.policy.logprobs(batch).logprobs)
 
     def on_device(self, scores: TokenScores, rows: Sequence[int]) -> Tensor:
-        """[N] of the samples of a batch."""
+        """The scores [N] of the samples of a batch."""
         return torch.cat([scores[index] for index in rows]).to(self.policy.device)
 
     def record(self, batch: TokenBatch, **tokens: Tensor) -> None:

@@ -123,7 +123,7 @@ class Learner:
         return stats
 
     def fingerprint(self) -> list[int]:
-        """A number per trained tensor, of all its bits: equal weights have equal ones."""
+        """One number per trained tensor, over all its bits: equal weights have equal numbers."""
         bits = [p.detach().view(torch.int32).sum() for p in self.optimizer.parameters]
         return [int(number) for number in torch.stack(bits).tolist()]
 
@@ -170,7 +170,7 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_learner(settings: TrainerSettings) -> Learner:
-    """The base that the settings name, with a learner on it. Raises what Policy.load raises."""
+    """A learner on the base that the settings name. Raises what Policy.load raises."""
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,7 +20,7 @@ from services.trainer.run_config import OptimizerConfig
 
 
 class Optimizer:
-    """`num_updates` counts those that were taken: the schedule goes by it."""
+    """AdamW with a schedule. `num_updates` counts the updates taken, which the schedule follows."""
 
     def __init__(
         self, config: OptimizerConfig, sets: Sequence[tuple[Sequence[Tensor], float]]

@@ -319,7 +319,7 @@ class Policy:
         return PublishedAdapter(self._manifest(policy), content, _digest(content), probe_logprobs)
 
     def _adapter_file(self, policy: PolicyId) -> memoryview:
-        """In memory of its own, which a GPU writes at once and torch keeps for later files."""
+        """The file in a buffer of its own, which a GPU writes directly and torch reuses."""
         tensors = self.lora_tensors()
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         header = file_header(self._manifest(policy), shapes)

@@ -55,7 +55,7 @@ class PeerFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class _Word:
-    """What a rank says where all ranks meet."""
+    """What a rank says when all ranks meet."""
 
     value: Any = None
     failure: str = ""
@@ -63,10 +63,10 @@ class _Word:
 
 
 class Ranks:
-    """The processes that train one policy. One alone is rank 0 of 1 and waits for nobody.
+    """The processes that train one policy. A single one is rank 0 of 1 and waits for nobody.
 
-    Every rank makes the same calls in the same order, except that one which fails makes no other
-    than the end of its `agreed`.
+    Every rank makes the same calls in the same order; a rank that fails makes no further call than
+    the end of its `agreed`.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Ranks:
 
     @classmethod
     def join(cls, device: str) -> Ranks:
-        """The ranks that the environment names, once all are there. `device`: cpu or cuda."""
+        """The ranks that the environment names, once all are present. `device`: cpu or cuda."""
         if not is_launched() or os.environ["WORLD_SIZE"] == "1":
             return cls()
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # All ranks are on one host.
@@ -148,7 +148,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def agreed(self, proof: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """What fails inside on one rank fails on all; at the end every `proof` is the same.
+        """What fails inside on one rank fails on all; at the end every `proof` must be equal.
 
         Raises PeerFailed when only others failed.
         """
@@ -170,7 +170,8 @@ class Ranks:
     # --- within a call --------------------------------------------------------------------------
 
     def share(self, units: Sequence[Unit], cost: Callable[[Unit], int]) -> Sequence[Unit]:
-        """This rank's part: about as much of the cost as any other's, large ones and small ones."""
+        """This rank's part: about the same cost as any other rank's, mixing large and small
+        units."""
         if self.size == 1:
             return units
         shares: list[list[Unit]] = [[] for _ in range(self.size)]
@@ -182,7 +183,7 @@ class Ranks:
         return shares[self.rank]
 
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Make every gradient the sum of all ranks', the same bits everywhere."""
+        """Replace every gradient by the sum over ranks, bit for bit the same everywhere."""
         if self.size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -196,7 +197,7 @@ class Ranks:
             gradient.copy_(part.view_as(gradient))
 
     def gather(self, value: Result) -> list[Result]:
-        """Every rank's value, in their order, on all of them."""
+        """Every rank's value, in rank order, on all ranks."""
         return [value] if self.size == 1 else [word.value for word in self._meet(_Word(value))]
 
     # --- meeting --------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ def mirrored(
 
 
 def is_launched() -> bool:
-    """Whether torchrun has started this process, or `followers` has."""
+    """Whether torchrun or `followers` has started this process."""
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
@@ -258,5 +259,5 @@ def dismiss_followers() -> None:
 
 
 def _send(call: tuple[Any, ...] | None) -> None:
-    """To every follower's `obey`."""
+    """Send a call to every follower's `obey`."""
     dist.broadcast_object_list([call], src=0)

@@ -1,15 +1,4 @@
-"""From scored groups to the tensors one forward pass consumes.
-
-    ScoredGroup ─▶ Sample (lists) ─trees─▶ Tree ─micro_batches─▶ list[Tree] ─collate─▶ TokenBatch
-
-A tree is a prompt and the completions of it that are computed together, so that the prompt is
-computed once: P + ΣR tokens instead of Σ(P + R). Each completion attends to the prompt and to
-itself, at the positions that it has alone, so the numbers are those of the completion alone. (The
-idea: Prefix Grouper, Liu et al. 2025, arXiv:2506.05433.) A tree of one is a plain sequence.
-
-Everything per token is flat over the completion tokens of all trees: nothing downstream sees
-padding, packing or sharing.
-"""
+"""One completion as the trainer sees it: ScoredGroup or PreferencePair ─▶ Sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,15 @@
-"""token batch"""
+"""From samples to the tensors that one forward pass consumes.
+
+    Sample (lists) ─make_trees─▶ Tree ─micro_batches─▶ list[Tree] ─collate─▶ TokenBatch (tensors)
+
+A tree is a prompt with the completions that are computed together, so that the prompt is computed
+once: P + ΣR tokens instead of Σ(P + R). Each completion attends to the prompt and to itself, at the
+positions that it has alone, so the numbers equal those of the completion alone. (The idea: Prefix
+Grouper, Liu et al. 2025, arXiv:2506.05433.) A tree of one is a plain sequence.
+
+Everything per token is flat over the completion tokens of all trees: nothing downstream sees
+padding, packing or sharing.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +90,11 @@ def make_trees(
     max_tokens: int,
     hidden_size: int,
 ) -> list[Tree]:
-    """The trees of some samples of one prompt: one of them all where sharing the prompt pays and
-    fits in `max_tokens` positions, otherwise smaller ones."""
+    """The trees of some samples of one prompt.
+
+    One tree of all where sharing the prompt pays and fits in `max_tokens` positions, otherwise
+    smaller ones.
+    """
     if not indices:
         return []
     num_prompt = len(samples[indices[0]].prompt_token_ids)
@@ -106,17 +120,17 @@ def make_trees(
 
 
 def _cost(tree: Tree, hidden_size: int) -> int:
-    """Of a tree as a row with a mask, whose every pair of positions is computed."""
+    """The cost of a tree as a masked row, in which every pair of positions is computed."""
     return tree.num_positions * (_LINEAR_COST * hidden_size + tree.num_positions)
 
 
 def micro_batches(
     units: Sequence[Sequence[Tree]], *, layout: Layout, max_tokens: int
 ) -> Iterator[list[Tree]]:
-    """Cut trees into batches of at most `max_tokens` positions, longest first; the trees of a unit
-    stay together.
+    """Cut trees into batches of at most `max_tokens` positions, longest first.
 
-    A unit larger than that makes a batch of its own. The gradient does not depend on the cut.
+    The trees of a unit stay together, and a larger unit makes a batch by itself. The gradient does
+    not depend on the cut.
     """
     batch: list[Tree] = []
     for unit in sorted(units, key=lambda unit: max(t.num_positions for t in unit), reverse=True):
@@ -135,7 +149,7 @@ def _num_positions(trees: Sequence[Tree], layout: Layout) -> int:
 
 @dataclass(slots=True)
 class _Row:
-    """Positions of one tree, or of all when packed, as lists."""
+    """The positions of one tree, or of all when packed, as lists."""
 
     token_ids: list[int]
     positions: list[int]
@@ -146,7 +160,7 @@ class _Row:
 
 
 def collate(samples: Sequence[Sample], trees: Sequence[Tree], *, layout: Layout) -> TokenBatch:
-    """The tensors of one micro-batch, on the CPU; its completions in the order of the trees."""
+    """The tensors of one micro-batch, on the CPU; completions in the order of the trees."""
     ordered = [samples[i] for tree in trees for i in tree.indices]
     rows = [_Row([], [], [], [], []) for _ in (trees[:1] if layout == "packed" else trees)]
     for number, tree in enumerate(trees):
@@ -215,7 +229,7 @@ def _append(row: _Row, samples: Sequence[Sample]) -> None:
 
 
 def _mask(segments: Tensor) -> Tensor:
-    """[B, T] segments -> [B, 1, T, T] bool: a position sees the prompt, and its own completion."""
+    """[B, T] segments -> [B, 1, T, T] bool: a position sees the prompt and its own completion."""
     num_positions = segments.shape[1]
     causal = torch.ones(num_positions, num_positions, dtype=torch.bool).tril()
     keys, queries = segments[:, None, :], segments[:, :, None]

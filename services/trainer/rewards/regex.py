@@ -1,4 +1,4 @@
-"""The function of the built-in reward `regex`, run in a process of its own (reward_process.py)."""
+"""The function of the built-in reward `regex`, run in a process of its own (process.py)."""
 
 from __future__ import annotations
 

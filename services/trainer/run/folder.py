@@ -4,7 +4,7 @@ config.json       RunConfig
 life.json         Life; of a higher incarnation before anything of that life is published
 lock              held by the trainer that executes the run
 checkpoints/      checkpoints.py
-metrics.jsonl, groups.jsonl, tensorboard/      run_log.py
+metrics.jsonl, groups.jsonl, tensorboard/      log.py
 wandb/            tracking.py
 adapter/          the last adapter, in PEFT's format
 """

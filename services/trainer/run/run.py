@@ -1,4 +1,4 @@
-"""Everything that one run needs, from its first step to its last; prepare.py builds it."""
+"""Run: everything that one run needs, from its first step to its last."""
 
 from __future__ import annotations
 
