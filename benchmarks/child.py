@@ -1,9 +1,9 @@
-"""A process of its own for one side of a measurement: something built there, and driven from here.
+"""Runs one side of a measurement in a child process that the parent drives.
 
     Child(build, ...) ─spawn─▶ build() ─▶ subject, its event loop
     child.run(f, ...) ───────▶ await f(subject, ...) on that loop ─▶ result
 
-Children boot beside each other and are measured one at a time: `run` returns when all is done.
+Children boot concurrently but are measured one at a time: `run` blocks until its result is there.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ _NUM_LOG_LINES = 40
 
 
 class ChildError(Exception):
-    """What went wrong in a child, with its trace and the end of its log."""
+    """A failure in a child; the message has its traceback and the end of its log."""
 
 
 class Child(Generic[Subject]):
-    """Use as a context manager. `build`, what is run, its arguments and results are pickled."""
+    """A child process, used as a context manager.
+
+    `build`, the functions that are run, their arguments and their results are pickled.
+    """
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class Child(Generic[Subject]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # it has ended already
+        with contextlib.suppress(OSError):  # the child has already ended
             self._connection.send(None)
         self._process.join(_CLOSE_TIMEOUT_S)
         if self._process.is_alive():
@@ -74,7 +77,7 @@ class Child(Generic[Subject]):
             self._process.join()
 
     def wait_until_ready(self) -> float:
-        """Seconds that it took, seen from here. Raises ChildError when it could not be built."""
+        """Wait for the subject; returns seconds since the start. Raises ChildError on failure."""
         if self._ready_s is None:
             if not self._connection.poll(_READY_TIMEOUT_S):
                 late = f"{self.name} is not ready after {_READY_TIMEOUT_S:g} s"
@@ -84,7 +87,7 @@ class Child(Generic[Subject]):
         return self._ready_s
 
     def run(self, function: Callable[..., Coroutine[Any, Any, Result]], *arguments: Any) -> Result:
-        """The result of `await function(subject, *arguments)` there. Raises ChildError."""
+        """Run `await function(subject, *arguments)` in the child. Raises ChildError on failure."""
         self._connection.send((function, arguments))
         result: Result = self._answer()
         return result
@@ -117,23 +120,23 @@ def _serve(
             os.dup2(file.fileno(), number)
     try:
         with build(*arguments, **options) as (subject, loop):
-            settle_memory()  # as the services do, and vLLM's own server
+            settle_memory()  # the services and vLLM's own server do
             connection.send((True, None))
             _answer_calls(connection, subject, loop)
-    except Exception:  # whatever it is, the parent says it
-        with contextlib.suppress(OSError):  # the parent has gone
+    except Exception:  # the parent reports every failure
+        with contextlib.suppress(OSError):  # the parent has ended
             connection.send((False, traceback.format_exc()))
 
 
 def _answer_calls(connection: Connection, subject: Any, loop: asyncio.AbstractEventLoop) -> None:
-    """Until the parent wants no more, or is no more."""
+    """Answer calls until the parent says to stop or ends."""
     with contextlib.suppress(EOFError):
         while (call := connection.recv()) is not None:
             function, arguments = call
             future = asyncio.run_coroutine_threadsafe(function(subject, *arguments), loop)
             try:
                 result = future.result()
-            except Exception:  # of the call: the subject goes on
+            except Exception:  # only this call failed; the subject can answer others
                 connection.send((False, traceback.format_exc()))
             else:
                 connection.send((True, result))

@@ -1,10 +1,10 @@
-"""Samples/s of the whole loop: replicas sample, the trainer learns, over HTTP; and who waits.
+"""Samples/s of the whole loop over HTTP (replicas sample, the trainer learns), and idle times.
 
-The same services run the same steps in turns: with `max_staleness: 0` a step's groups are sampled
-by the version before it, so that one side waits for the other; with 1 they are sampled while the
-trainer updates. Weights, prompts and rewards are random and every completion has the same length,
-so that only speed is measured. Conformance of the replicas is checked as in any run: the base is
-the exact one. With several GPUs the trainer has the first, the replicas have the others.
+The same services alternate between two pacings. With `max_staleness: 0`, a step's groups are
+sampled by the version that the last step made, so that one side waits for the other; with 1, they
+are sampled during the update. Weights, prompts and rewards are random and all completions have the
+same length, so that only speed is measured. Replicas serve the exact base and pass the conformance
+check as in any run. With several GPUs, the trainer has the first and the replicas have the others.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _STOP_TIMEOUT_S = 20.0
 
 
 def coin(prompts: Sequence[str], completions: Sequence[str], **_: object) -> list[float]:
-    """The reward: 0 or 1, whatever the completion is."""
+    """The reward: randomly 0 or 1, independent of the completion."""
     return [float(random.random() < 0.5) for _ in completions]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one pacing; the steps after those that warm up, of all its runs."""
+    """Results of one pacing, over the steps of all its runs except the warm-up steps."""
 
     steps: tuple[StepRecord, ...]
 
@@ -64,17 +64,21 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=8, help="of a run, two of which warm up")
-    parser.add_argument("--turns", type=int, default=1, help="runs of each pacing")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="steps per run, including two to warm up"
+    )
+    parser.add_argument("--turns", type=int, default=1, help="runs per pacing")
     parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=1, help="that the services are spread over")
-    parser.add_argument("--kv-cache-gib", type=float, default=8.0, help="of a replica, on CUDA")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that the services use")
+    parser.add_argument(
+        "--kv-cache-gib", type=float, default=8.0, help="GiB of KV cache per replica, on CUDA"
+    )
     parser.add_argument("--kv-cache-dtype", default="default", help="of the replicas")
     parser.add_argument(
         "--serving-mode",
         choices=("lora", "merged"),
         default="lora",
-        help="merged continues running completions under the next version",
+        help="serving mode; merged also continues running completions under the next version",
     )
     arguments = parser.parse_args()
     if arguments.steps <= _NUM_WARM_UP_STEPS:
@@ -127,7 +131,7 @@ async def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Out
 async def _steps(
     client: TrainerClient, services: Sequence[ServiceProcess], config: dict[str, Any]
 ) -> AsyncIterator[StepRecord]:
-    """The steps of a run as they are made. Raises RuntimeError when it does not complete."""
+    """Yield the steps of a run as they happen. Raises RuntimeError if it does not complete."""
     await client.start_run(config)
     async for event in client.events():
         for service in services:
@@ -145,7 +149,7 @@ async def _steps(
 
 
 def _start(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> list[ServiceProcess]:
-    """The replicas, and the trainer as the last."""
+    """Start the replicas and the trainer, which comes last in the list."""
     *ports, trainer_port = free_ports(arguments.replicas + 1)
     services: list[ServiceProcess] = []
 
@@ -193,7 +197,7 @@ def _run_config(arguments: argparse.Namespace, folder: Path, *, seed: int) -> di
         "dataset": {"type": "jsonl", "path": str(folder / "prompts.jsonl")},
         "rewards": [{"type": "function", "path": "benchmarks.end_to_end:coin"}],
         "checkpoint": {"every_steps": 1000},
-        # An FP8 KV cache moves the logprobs of random weights more than those of a model.
+        # An FP8 KV cache changes the logprobs of random weights more than those of a trained model.
         "guards": {"max_handshake_kl": None, "max_sampler_kl": None},
         "in_flight": "continue" if arguments.serving_mode == "merged" else "finish",
     }
@@ -212,8 +216,8 @@ def _report(arguments: argparse.Namespace, outcomes: Mapping[str, Outcome]) -> R
             f"in serving mode {arguments.serving_mode} and the trainer on {where}; "
             f"{arguments.groups} × {arguments.group_size} completions of {arguments.prompt} + "
             f"{arguments.tokens} tokens a step, GRPO, LoRA of rank 32; {arguments.turns} run(s) of "
-            f"{arguments.steps} steps each, without the first {_NUM_WARM_UP_STEPS}. Idle: of a "
-            "step, the trainer without groups to learn from, the replicas without a request."
+            f"{arguments.steps} steps each, without the first {_NUM_WARM_UP_STEPS}. Idle is the "
+            "share of a step in which the trainer has no groups, or the replicas no requests."
         ),
         header=(
             "pacing",

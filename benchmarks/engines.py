@@ -1,7 +1,7 @@
-"""What the benchmarks of serving drive: an engine alone, and a service with its engine.
+"""The subjects of the serving benchmarks: an engine alone, and a service with its engine.
 
 Both are built in a child process (child.py) and generate the same workload in-process, on the
-engine's own event loop; `over_http` is the same through the service.
+engine's own event loop; `over_http` sends the workload through the service.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _request_ids = itertools.count()
 
 
 def say(what: str) -> None:
-    """A partial result: a run that is cut has told it."""
+    """Print a partial result at once, so that an interrupted benchmark has reported it."""
     print(what, file=sys.stderr, flush=True)
 
 
@@ -47,13 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser, shapes: Sequence[str]) -> Non
         "--cache-dir",
         type=Path,
         default=RolloutSettings.model_fields["cache_dir"].default,
-        help="of the replicas; a later run boots faster from it",
+        help="cache folder of the replicas; later benchmarks boot faster with it",
     )
-    parser.add_argument("--report", action="store_true", help="keep it in benchmarks/reports/")
+    parser.add_argument(
+        "--report", action="store_true", help="save the report in benchmarks/reports/"
+    )
 
 
 def replica_settings(arguments: argparse.Namespace, model: Path, **others: Any) -> RolloutSettings:
-    """Of a replica that serves the checkpoint as it is, 16-bit: no exact base has to be built."""
+    """Settings of a replica that serves the 16-bit checkpoint itself, so that it builds no base."""
     return RolloutSettings(
         model=str(model),
         base="original",
@@ -70,7 +72,7 @@ def replica_settings(arguments: argparse.Namespace, model: Path, **others: Any) 
 
 @contextlib.contextmanager
 def service(settings: RolloutSettings) -> Iterator[tuple[Replica, asyncio.AbstractEventLoop]]:
-    """The rollout service, ready, at the address of its settings."""
+    """A ready rollout service that listens at the address in `settings`."""
     prepare_environment(settings)
     with replica_thread(settings) as (_, replica, loop):
         yield replica, loop
@@ -80,7 +82,7 @@ def service(settings: RolloutSettings) -> Iterator[tuple[Replica, asyncio.Abstra
 def bare_engine(
     settings: RolloutSettings, options: Mapping[str, Any]
 ) -> Iterator[tuple[Any, asyncio.AbstractEventLoop]]:
-    """vLLM's AsyncLLM as the service starts it, without LoRA, and with these `options` of it."""
+    """vLLM's AsyncLLM, started as the service starts it, but without LoRA and with `options`."""
     prepare_environment(settings)
     on_cpu = settings.resolved_device == "cpu"
 
@@ -114,7 +116,8 @@ def bare_engine(
         }
     ).create_engine_config()
     if on_cpu:
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # it was set to spawn
+        # prepare_environment() and vLLM itself have set it to spawn.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     engine = AsyncLLM.from_vllm_config(config)
     try:
         with loop_in_a_thread() as loop:
@@ -124,7 +127,7 @@ def bare_engine(
 
 
 def lora_options(settings: RolloutSettings) -> dict[str, Any]:
-    """Those with which the service switches LoRA on."""
+    """The engine options with which the service enables LoRA."""
     num_slots = settings.max_live_policies + (2 if settings.resolved_device == "cpu" else 1)
     return {
         "enable_lora": True,
@@ -140,9 +143,9 @@ def lora_options(settings: RolloutSettings) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests of one completion each, all of the same lengths, `concurrency` of them at any time.
+    """Requests with one completion each and equal lengths, `concurrency` of them at any time.
 
-    A `seed` gives prompts of its own: none is in the prefix cache of an engine that saw others.
+    Each `seed` gives different prompts, so that no engine has any of them in its prefix cache.
     """
 
     num_requests: int
@@ -163,7 +166,7 @@ class Workload:
 async def tokens_per_second(
     workload: Workload, generate: Callable[[list[int]], Awaitable[int]]
 ) -> float:
-    """Generated tokens/s over the whole workload; `generate` answers how many one prompt gave."""
+    """Generated tokens/s over the whole workload; `generate` returns the tokens of one prompt."""
     remaining = iter(workload.prompts())
 
     async def worker() -> int:
@@ -177,7 +180,7 @@ async def tokens_per_second(
 
 
 async def in_process(engine: Any, workload: Workload, lora_request: Any = None) -> float:
-    """Tokens/s of vLLM's AsyncLLM itself, asked for what the service asks it for."""
+    """Tokens/s of vLLM's AsyncLLM, with the same requests that the service sends it."""
     from vllm import SamplingParams as VllmSamplingParams
     from vllm.inputs import tokens_input
     from vllm.sampling_params import RequestOutputKind
@@ -207,7 +210,7 @@ async def in_process(engine: Any, workload: Workload, lora_request: Any = None) 
 
 
 async def in_service(replica: Replica, workload: Workload, policy: PolicyId | None = None) -> float:
-    """Tokens/s of the AsyncLLM in a service, under a version that is resident there."""
+    """Tokens/s of the AsyncLLM in a service, under a resident policy version."""
     serving: Any = replica.serving
     with serving.policies.lease(policy, "benchmark", interruptible=False) as lease:
         request = None

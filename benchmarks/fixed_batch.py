@@ -1,4 +1,4 @@
-"""What the peers of benchmarks/policy_update.py train on, and what they tell of each step."""
+"""The batch on which the peers of benchmarks/policy_update.py train, and their record of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class FixedBatch:
-    """Rows of equal lengths, so that TRL pads nothing."""
+    """Rows of equal length, so that TRL adds no padding."""
 
     prompt_ids: Tensor  # [B, P] int64
     completion_ids: Tensor  # [B, R] int64

@@ -1,7 +1,7 @@
-"""What a fleet of 1, 2, 4, 8 replicas costs the trainer: per group, and per sync.
+"""What a fleet of 1, 2, 4 or 8 replicas costs the trainer, per group and per sync.
 
-The replicas are real services on real HTTP whose engines answer at a set rate, so the ideal is
-known: what takes longer is the fleet, HTTP and two cores for all of them.
+The replicas are real services on real HTTP, but their engines answer at a fixed rate. The ideal
+time is therefore known; the rest is overhead of the fleet, HTTP, and two cores for all processes.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from shared.schemas import (
 )
 
 _PROMPT = (1, 15, 5, 8, 4, 3, 7, 14)
-_NUM_COMPLETIONS, _NUM_TOKENS = 8, 64  # of a group, of a completion
+_NUM_COMPLETIONS, _NUM_TOKENS = 8, 64  # completions per group, tokens per completion
 _NUM_ROUNDS = 8  # groups per slot
 _TIMEOUT_S = 120.0
 _MODULE = "benchmarks.simulated_replica"
 
 
 class CountingTransport(httpx.AsyncHTTPTransport):
-    """Real HTTP; counts the bytes of the bodies sent."""
+    """Sends over real HTTP and counts the bytes of request bodies."""
 
     def __init__(self) -> None:
         super().__init__(limits=httpx.Limits(max_connections=None))
@@ -62,9 +62,9 @@ class Measured:
     num_replicas: int
     num_groups: int
     wall_s: float
-    trainer_cpu_s: float  # of the process that routes and receives
+    trainer_cpu_s: float  # CPU seconds of the process that routes requests and receives groups
     sync_s: dict[int, float]  # adapter bytes -> median seconds until every replica serves it
-    sync_bytes: dict[int, int]  # adapter bytes -> bytes sent per sync, probes included
+    sync_bytes: dict[int, int]  # adapter bytes -> bytes sent per sync, including probes
 
     @property
     def ideal_s(self) -> float:
@@ -72,16 +72,18 @@ class Measured:
 
     @property
     def overhead_ms(self) -> float:
-        """Per group."""
+        """Milliseconds per group beyond the ideal."""
         return 1000 * (self.wall_s - self.ideal_s) / self.num_groups
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--syncs", type=int, default=5, help="of each size of adapter")
+    parser.add_argument("--syncs", type=int, default=5, help="syncs per adapter size")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 512])
-    parser.add_argument("--report", action="store_true", help="keep it in benchmarks/reports/")
+    parser.add_argument(
+        "--report", action="store_true", help="save the report in benchmarks/reports/"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         root = Path(folder)
@@ -90,7 +92,7 @@ def main() -> None:
             stack.enter_context(replica_process(settings, root / f"{index}.log", _MODULE))
             for index, settings in enumerate(_settings(root, max(arguments.replicas)))
         ]
-        incarnations = itertools.count(1)  # each fleet supersedes what the one before left
+        incarnations = itertools.count(1)  # each fleet supersedes the policies of the last one
         measured = [
             asyncio.run(_measure(root / "model", urls[:count], arguments, incarnations))
             for count in arguments.replicas
@@ -153,7 +155,7 @@ async def _measure(
                 seconds.append(time.perf_counter() - started)
                 sent.append(num_bytes_sent() - bytes_before)
             size = len(adapter.content)
-            sync_s[size] = statistics.median(seconds[1:])  # the first warms up
+            sync_s[size] = statistics.median(seconds[1:])  # the first sync is a warm-up
             sync_bytes[size] = round(statistics.median(sent[1:]))
         num_groups = NUM_SLOTS * len(urls) * _NUM_ROUNDS
         await fleet.generate(_requests(len(urls), policy), timeout_s=_TIMEOUT_S)
@@ -198,7 +200,7 @@ def _report(arguments: argparse.Namespace, measured: Sequence[Measured]) -> Repo
     first, last = measured[0], measured[-1]
     growth = last.num_replicas / first.num_replicas
     conclusions = [
-        f"{last.num_replicas} replicas: {last.overhead_ms:.1f} ms per group over the ideal and "
+        f"{last.num_replicas} replicas: {last.overhead_ms:.1f} ms per group beyond the ideal and "
         f"{1000 * last.trainer_cpu_s / last.num_groups:.1f} ms of the trainer's CPU."
     ]
     for size in sizes:
@@ -207,17 +209,19 @@ def _report(arguments: argparse.Namespace, measured: Sequence[Measured]) -> Repo
             f"and {last.sync_s[size] / first.sync_s[size]:.2f} × the time for {growth:g} × the "
             "replicas."
         )
-    conclusions.append("Two cores send, receive, hash and check all of it: they are the link here.")
+    conclusions.append(
+        "Two cores send, receive, hash and check everything: they are the bottleneck."
+    )
     return Report(
         name="fleet",
         title="What more replicas cost the trainer",
         setting=(
             "Simulated replicas, one process each, behind real HTTP on loopback; two cores for all "
-            f"of them and the fleet. An engine takes {NUM_SLOTS} requests at once, "
-            f"{SECONDS_PER_REQUEST:g} s each, {_NUM_COMPLETIONS} × {_NUM_TOKENS} tokens streamed, "
-            f"{_NUM_ROUNDS} rounds of groups sent at once; a load takes {LOAD_S:g} s. Sync: until "
-            f"every replica serves the version, median of {arguments.syncs}; bytes are those of "
-            "all request bodies."
+            f"of them and the fleet. An engine runs {NUM_SLOTS} requests at once, "
+            f"{SECONDS_PER_REQUEST:g} s each, streaming {_NUM_COMPLETIONS} × {_NUM_TOKENS} tokens; "
+            f"{_NUM_ROUNDS} rounds of groups are sent at once; a load takes {LOAD_S:g} s. Sync: "
+            f"until every replica serves the version, median of {arguments.syncs}; bytes count all "
+            "request bodies."
         ),
         header=(
             "replicas",

@@ -1,7 +1,7 @@
-"""`POST /generate` against the same AsyncLLM driven in-process: what does HTTP cost?
+"""The cost of HTTP: `POST /generate` against the same AsyncLLM driven in-process.
 
-The tiny model is the worst case: the engine itself costs almost nothing. Both engines are warm and
-idle but for the side that is measured; the sides alternate and medians are compared.
+A tiny model is the worst case, because the engine itself costs almost nothing. Both engines are
+warm, and only the side that is measured is busy. The sides alternate, and medians are compared.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--report", action="store_true", help="keep it in benchmarks/reports/")
+    parser.add_argument(
+        "--report", action="store_true", help="save the report in benchmarks/reports/"
+    )
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +55,7 @@ def main() -> None:
         settings = RolloutSettings(
             model=str(model), cache_dir=Path(folder), port=free_port(), drain_delay_s=0.0
         )
-        prepare_environment(settings)  # before torch: the engine is forked from this process
+        prepare_environment(settings)  # must precede torch: the engine forks from this process
         _make_model(model)
         with replica_process(settings, Path(folder) / "replica.log") as url:
             rates = asyncio.run(_measure(arguments, settings, url))
@@ -132,7 +134,7 @@ async def _measure(
         for round_number in range(arguments.rounds + 1):
             for name, generate in sides.items():
                 rate = await tokens_per_second(generate, arguments.requests, arguments.concurrency)
-                if round_number:  # the first warms up
+                if round_number:  # the first round is a warm-up
                     rates[name].append(rate)
     engine.shutdown()
     return rates

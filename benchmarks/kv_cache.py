@@ -1,8 +1,8 @@
-"""What an FP8 KV cache gives: tokens that it holds, and tokens/s at a long context, against bf16's.
+"""FP8 against bfloat16 KV cache: how many tokens it holds, and tokens/s at a long context.
 
-Two replicas with the same share of the same GPU, one after the other, so that each profiles its
-memory alone: the service with LoRA switched on, driven in-process, without an adapter. On a CPU
-both have the same bytes for their KV cache.
+Two replicas with the same share of the same GPU run one after the other, so that each profiles its
+memory alone. Each is the service with LoRA enabled but no adapter, driven in-process. On a CPU both
+have KV caches of the same number of bytes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from benchmarks.report import Report
 from services.rollout.replica import Replica
 
 MIN_CAPACITY_RATIO = 1.95
-_DTYPES = {"bf16": "auto", "fp8": "fp8"}  # as ROLLOUT_KV_CACHE_DTYPE
+_DTYPES = {"bf16": "auto", "fp8": "fp8"}  # name -> ROLLOUT_KV_CACHE_DTYPE
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    capacity: int  # tokens
-    dtype: str  # that the replica says it has
+    capacity: int  # tokens that the KV cache holds
+    dtype: str  # KV cache dtype, as reported by the replica
     rates: tuple[float, ...]  # generated tokens/s, one per round
 
     @property
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=96, help="all at once")
     parser.add_argument("--prompt", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=2, help="after a short one to warm up")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds after a short warm-up")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
     arguments = parser.parse_args()
     outcomes = {}
@@ -76,7 +76,7 @@ def _measure(arguments: argparse.Namespace, folder: Path, model: Path, name: str
 
 
 async def kv_capacity(replica: Replica) -> tuple[int, str]:
-    """Tokens that the KV cache holds, as vLLM says, and its dtype."""
+    """The capacity of the KV cache in tokens, as reported by vLLM, and its dtype."""
     engine = replica.serving.engine.async_llm  # type: ignore[attr-defined]
     cache = engine.vllm_config.cache_config
     return cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size, cache.cache_dtype
@@ -96,7 +96,7 @@ def _report(arguments: argparse.Namespace, outcomes: dict[str, Outcome]) -> Repo
     fp8, bf16 = outcomes["fp8"], outcomes["bf16"]
     memory = f"the same {arguments.gpu_memory_utilization:g} of one GPU"
     if arguments.device == "cpu":
-        memory = "the same bytes for it on a CPU"
+        memory = "KV caches of the same size on a CPU"
     return Report(
         name="kv_cache",
         variant=f"{arguments.device}-{arguments.shape}",
@@ -104,7 +104,7 @@ def _report(arguments: argparse.Namespace, outcomes: dict[str, Outcome]) -> Repo
         setting=(
             f"Qwen3 shape {arguments.shape}, random weights in 16 bits, LoRA on, {memory}; "
             f"{_workload(arguments)}, all at once, temperature 1; median of {arguments.rounds} "
-            "rounds after a short one to warm up, the prompts' computation included."
+            "rounds after a short warm-up, including the computation of prompts."
         ),
         header=("KV cache", "vLLM's dtype", "capacity, tokens", "generated tokens/s"),
         rows=[

@@ -1,10 +1,10 @@
-"""Every algorithm on the demo's task, from the same model and on the same services; and a control.
+"""Every algorithm, and a control, on the demo's task, with the same initial model and services.
 
 CASES ─▶ run configs ─POST /runs, one after another─▶ events ─▶ table, curves
 
-A run is the demo's run.yaml with fewer steps and the settings of its case. Updates of policy
-gradients take two optimizer steps at least: in the first one every ratio is 1, and most losses have
-the same gradient.
+A run uses the demo's run.yaml with fewer steps and the settings of its case. Policy-gradient
+updates take at least two optimizer steps, because in the first one every ratio is 1 and most losses
+have the same gradient.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ NUM_STEPS = 20
 _WORK_DIR = ROOT / ".demo"
 _READY_TIMEOUT_S = 180.0
 _NUM_PAIRS = 1024
-_LOUD = (" WARNING ", " ERROR ")  # in a line of a log
+_LOUD = (" WARNING ", " ERROR ")  # levels of log lines that are reported
 
 
 def _gradient(name: str, **settings: Any) -> dict[str, Any]:
     return {"algorithm": {"name": name, "num_minibatches": 2, **settings}}
 
 
-# What each run has instead of what run.yaml has; the rest of `algorithm` are its defaults.
+# What each run changes in run.yaml; all other settings of `algorithm` are defaults.
 CASES: Mapping[str, Mapping[str, Any]] = {
     "dapo": _gradient("grpo", loss="dapo"),
     "grpo": _gradient("grpo", loss="grpo"),
@@ -79,7 +79,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
 def coin_flip_in_training(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: object
 ) -> list[float]:
-    """A reward from which nothing can be learned; on held-out prompts it is exact match."""
+    """A random reward, from which nothing can be learned; exact match on held-out prompts."""
     held_out = {prompt for prompt, _ in held_out_problems()}
     return [
         float(completion == right) if prompt in held_out else float(random.random() < 0.5)
@@ -88,8 +88,8 @@ def coin_flip_in_training(
 
 
 def write_pairs(path: Path) -> None:
-    """Preferences on training prompts: the answer over it descending, the digits as they came, or
-    the answer with two neighbours swapped."""
+    """Write preference pairs on training prompts: the answer is chosen over the answer in reverse,
+    the prompt's digits unsorted, or the answer with two neighbours swapped."""
     rng = random.Random(0)
     with path.open("w") as file:
         for prompt, answer in islice(training_problems(rng), _NUM_PAIRS):
@@ -103,11 +103,11 @@ def write_pairs(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one run. Accuracies are held out, of sampled completions, in [0, 1]."""
+    """Results of one run. Accuracies are held-out, of sampled completions, in [0, 1]."""
 
     history: History
-    wall_s: float  # from POST /runs to the last event, evaluations included
-    complaints: Sequence[str]  # the trainer's warnings and errors meanwhile
+    wall_s: float  # seconds from POST /runs to the last event, including evaluations
+    complaints: Sequence[str]  # the trainer's warnings and errors during the run
 
     @property
     def start(self) -> float:
@@ -128,7 +128,7 @@ class Outcome:
 
 @asynccontextmanager
 async def serving(work_dir: Path, console: Console) -> AsyncIterator[DemoServices]:
-    """One trainer and one replica that are ready, on a model in `work_dir` made for them."""
+    """A ready trainer and replica, on a model that is made in `work_dir`."""
     make_model(work_dir / "model", console)
     write_pairs(work_dir / "preferences.jsonl")
     with DemoServices(work_dir, num_replicas=1) as services:
@@ -137,7 +137,7 @@ async def serving(work_dir: Path, console: Console) -> AsyncIterator[DemoService
 
 
 async def learn(services: DemoServices, case: str, console: Console, *, seed: int = 0) -> Outcome:
-    """The run of a case, whole. Raises DemoError when it does not complete."""
+    """Execute the run of a case. Raises DemoError if it does not complete."""
     log, config = services.trainer.log_path, _config(services, case, seed=seed)
     num_before, started = len(_complaints(log)), time.perf_counter()
     finished = await train(services, config, console)
@@ -158,7 +158,7 @@ def _config(services: DemoServices, case: str, *, seed: int) -> RunConfig:
 
 
 def _trains_on_accuracy(case: str) -> bool:
-    """Whether the reward of a step is the accuracy of its completions."""
+    """Whether the mean reward of a step is the accuracy of its completions."""
     return case not in ("dpo", CONTROL)
 
 
@@ -174,7 +174,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--report", action="store_true", help="keep it in benchmarks/reports/")
+    parser.add_argument(
+        "--report", action="store_true", help="save the report in benchmarks/reports/"
+    )
     arguments = parser.parse_args()
     outcomes = asyncio.run(_measure(arguments.only, arguments.seed))
     _report(outcomes, arguments.seed).publish(keep=arguments.report)
@@ -200,13 +202,13 @@ def _report(outcomes: Mapping[str, Outcome], seed: int) -> Report:
         setting=(
             f"The demo's model and task, seed {seed}: {NUM_STEPS} updates on policy of 32 × 8 "
             "completions each (dpo: 32 pairs), one run after another on the same trainer and the "
-            "same replica. Accuracy is exact match on 256 held-out prompts. Clipped are tokens "
-            "whose loss a bound changed. KL is of sampler and trainer at the same version, per "
-            "token, in the worst update. Settings are those of the algorithm that are not "
-            "defaults: two minibatches, because in the first optimizer step of an update every "
-            "ratio is 1; no KL term but where it says so. The learning rate is run.yaml's 1e-3. "
-            "For dpo it is 5e-4 and beta 1, because at 1e-3 and the default 0.1 it first rises and "
-            "then pushes the chosen answers down with the rejected ones."
+            "same replica. Accuracy is exact match on 256 held-out prompts. Clipped is the share "
+            "of tokens whose loss a bound changed. KL is between sampler and trainer at the same "
+            "version, per token, in the worst update. Settings lists what differs from the "
+            "algorithm's defaults: two minibatches, because in the first optimizer step of an "
+            "update every ratio is 1; no KL term unless stated. The learning rate is run.yaml's "
+            "1e-3. For dpo it is 5e-4, with beta 1: at 1e-3 and the default beta of 0.1, accuracy "
+            "first rises, and then the chosen answers lose probability with the rejected ones."
         ),
         header=(
             "case",
@@ -246,7 +248,7 @@ def _conclusion(outcomes: Mapping[str, Outcome]) -> str:
     found = []
     if rises:
         least = min(rises, key=lambda case: rises[case])
-        found.append(f"The least rise is {_points(rises[least])}, of {least}")
+        found.append(f"The smallest rise is {_points(rises[least])} ({least})")
     if control := outcomes.get(CONTROL):
         found.append(f"the control changes by {_points(control.rise)}")
     total_s = sum(outcome.wall_s for outcome in outcomes.values())
@@ -283,7 +285,7 @@ def _plot(outcomes: Mapping[str, Outcome], path: Path) -> None:
                 [step.step for step in steps],
                 [step.reward_mean for step in steps],
                 color="#9aa5b1",
-                label="mean reward of the step",
+                label="mean reward per step",
             )
         for name, style, color in (("sampled", "o-", "#1f6feb"), ("greedy", "s--", "#d9730d")):
             axes.plot(

@@ -1,11 +1,11 @@
-"""Requests that keep a replica busy, some of which are watched: when did each of their tokens come?
+"""Keeps a replica busy with requests, and records when each token of some watched ones arrives.
 
-    Load.start() ─▶ streams that run beside each other ─▶ Load.stop() ─▶ arrivals of the watched
+    Load.start() ─▶ concurrent requests ─▶ Load.stop() ─▶ arrivals of the watched ones
 
-The watched ones are streamed and the rest is answered at its end, so that the service does little
-for them; all are in the same batches of the engine, whose pauses every one of them feels. Set
-ROLLOUT_STREAM_INTERVAL=1 for a record per token. Times are those of time.perf_counter, which on
-Linux all processes share.
+Watched completions are streamed; the others return at their end, which costs the service little.
+All share the engine's batches, so that a pause of the engine affects every completion. Set
+ROLLOUT_STREAM_INTERVAL=1 for one record per token. Times are from time.perf_counter, whose clock
+all processes share on Linux.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from shared.rollout_client import RolloutClient
 from shared.schemas import GenerateRequest, SamplingParams, StreamTokens
 
 _NUM_WATCHED = 4
-_SETTLED_TOKENS = 8  # of every watched completion: then all prompts are computed
+_SETTLED_TOKENS = 8  # tokens per watched completion after which all prompts are computed
 _SETTLE_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
-    """Of the tokens of watched completions: (time, tokens that came then), in order."""
+    """For each watched completion, (arrival time, number of tokens) in order."""
 
     completions: Sequence[Sequence[tuple[float, int]]]
 
     def longest_gap_s(self, start: float, end: float) -> float:
-        """Longest time without a token of a completion, of those that reach into [start, end]."""
+        """The longest pause between tokens of one completion that overlaps [start, end], in s."""
         gaps = [
             later - earlier
             for completion in self.completions
@@ -45,7 +45,10 @@ class Arrivals:
         return max(gaps, default=float("nan"))
 
     def tokens_per_s(self, start: float, end: float) -> float:
-        """Of a completion while it runs; tokens are spread over the time since the last."""
+        """Mean rate per running completion in [start, end].
+
+        Tokens that arrive together count as spread evenly over the time since the last arrival.
+        """
         num_tokens = running_s = 0.0
         for completion in self.completions:
             for (earlier, _), (later, num_new) in itertools.pairwise(completion):
@@ -57,7 +60,7 @@ class Arrivals:
 
 
 class Load:
-    """`concurrency` completions at any time, started anew as they end, until they are stopped."""
+    """Keeps `concurrency` completions running, and replaces each that ends, until stopped."""
 
     def __init__(
         self, url: str, *, concurrency: int, prompt: int, completion: int, vocabulary: int
@@ -72,7 +75,7 @@ class Load:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Return once every completion makes tokens."""
+        """Start the requests and return once all prompts are computed."""
         self._completions = []
         num_watched = min(_NUM_WATCHED, self._concurrency)
         client = RolloutClient(self._url)
@@ -93,7 +96,7 @@ class Load:
         return len(settled) >= num_watched
 
     async def stop(self) -> Arrivals:
-        """End it; the engine drops what runs when the connections close."""
+        """Stop all requests; the engine aborts them when their connections close."""
         for task in self._tasks:
             task.cancel()
         outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -104,7 +107,7 @@ class Load:
         return Arrivals(self._completions)
 
     def _request(self) -> GenerateRequest:
-        """Of half to all of the tokens: that completions end one by one, not all at once."""
+        """A request for half to all of the tokens, so that completions do not end all at once."""
         ids = range(FIRST_ORDINARY_TOKEN, self._vocabulary)
         prompt = tuple(self._rng.choices(ids, k=self._prompt))
         num_tokens = self._rng.randint(self._completion // 2, self._completion)
@@ -129,7 +132,7 @@ class Load:
 def build_load(
     url: str, *, concurrency: int, prompt: int, completion: int, vocabulary: int
 ) -> Iterator[tuple[Load, asyncio.AbstractEventLoop]]:
-    """A Load as the subject of a child process."""
+    """Build a Load as the subject of a child process."""
     with loop_in_a_thread() as loop:
         yield (
             Load(

@@ -1,9 +1,9 @@
 """Standard loading against RL loading of the same policy: time, memory, speed of generation.
 
-`python -m benchmarks.loading [--shape mid] [--device cuda] [--report]`. Standard is
-`PolicyModel.from_pretrained(fast_inference=False)` and Transformers' generate, RL is
-`fast_inference=True` and the engine's. Each is loaded in a process of its own; RL twice, since the
-first time builds the 16-bit checkpoint that the engine serves. All tokens are generated under LoRA.
+`python -m benchmarks.loading [--shape mid] [--device cuda] [--report]`. Standard loading is
+`PolicyModel.from_pretrained(fast_inference=False)` with Transformers' generate; RL loading is
+`fast_inference=True` with the engine's. Each loads in a separate process; RL loads twice, because
+the first time builds the 16-bit checkpoint that the engine serves. All generation uses LoRA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.engines import say
 from benchmarks.report import Report
 
 NUM_PROMPTS = (1, 32)
-_CPU_KV_CACHE_BYTES = 1 << 30  # 32 sequences of a block of 128 tokens, and room
+_CPU_KV_CACHE_BYTES = 1 << 30  # fits 32 sequences of one block of 128 tokens, with room to spare
 _MIB = 1 << 20
 
 
@@ -37,7 +37,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """In bytes. Of processes what is theirs alone plus their share of the rest (PSS)."""
+    """Bytes per process: host memory as proportional set size (PSS), and GPU memory."""
 
     trainer: int
     engine: int
@@ -74,7 +74,7 @@ def loaded(
 
 
 def change_weights(model: Any) -> None:
-    """As an optimizer step does: from here on the engine has an adapter to apply."""
+    """Change the LoRA as an optimizer step does, so that the engine has an adapter to apply."""
     import torch
 
     with torch.no_grad():
@@ -105,7 +105,7 @@ async def memory(subject: Loaded) -> Memory:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that it started."""
+    """The process ids of a process and all its descendants."""
     children: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         children += map(int, (task / "children").read_text().split())
@@ -120,7 +120,7 @@ def pss(pid: int | str) -> int:
 
 
 async def tokens_per_s(subject: Loaded, num_prompts: int, arguments: argparse.Namespace) -> float:
-    """Of one call that generates for all prompts; after one that does as much for others."""
+    """Tokens/s of one call that generates for all prompts, after a warm-up call with others."""
     generate = by_engine if hasattr(subject.model, "vllm_engine") else by_transformers
     rates = []
     for seed in range(2):
@@ -163,14 +163,15 @@ def by_transformers(model: Any, prompts: list[list[int]], num_tokens: int) -> in
 class Measured:
     load_s: float
     memory: Memory
-    rates: list[float]  # tokens/s, by NUM_PROMPTS
+    rates: list[float]  # tokens/s, one per entry of NUM_PROMPTS
 
 
 def measure(
     name: str, folder: Path, arguments: argparse.Namespace, *, fast_inference: bool
 ) -> Measured:
     log, cache = folder.with_name(f"{name}.log"), folder.with_name("cache")
-    threads = {"OMP_NUM_THREADS": str(os.cpu_count())}  # the engine's, too: it would take one
+    # The engine gets the same number; it would otherwise use one thread.
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
     with Child(name, log, threads, loaded, folder, cache, arguments, fast_inference) as child:
         child.wait_until_ready()
         load_s = child.run(load_seconds)
@@ -207,7 +208,7 @@ def report(standard: Measured, first: Measured, rl: Measured, arguments: Any) ->
         name="loading",
         title="Standard loading and RL loading",
         setting=(
-            f"A Qwen3 of random weights, shape `{arguments.shape}`, NF4 with LoRA of rank 16 on "
+            f"A Qwen3 with random weights, shape `{arguments.shape}`, NF4 with LoRA of rank 16 on "
             f"{arguments.device}; {arguments.prompt} + {arguments.completion} tokens per prompt. "
             "Standard: `fast_inference=False`, Transformers' generate. RL: `fast_inference=True`, "
             f"the engine; both with {os.cpu_count()} threads. Imports are part of loading; memory "
@@ -231,7 +232,9 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=32, help="tokens (default: %(default)s)")
     parser.add_argument("--max-seq-length", type=int, default=256)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.5)
-    parser.add_argument("--report", action="store_true", help="keep it in benchmarks/reports/")
+    parser.add_argument(
+        "--report", action="store_true", help="save the report in benchmarks/reports/"
+    )
     arguments = parser.parse_args()
     with work_folder() as root:
         folder = root / "model"

@@ -1,9 +1,9 @@
-"""Logprobs of given tokens and their gradient from hidden states: ours, TRL's, and all logits.
+"""Logprobs of tokens, and their gradient, from hidden states: Tandem, TRL, and full logits.
 
     python -m benchmarks.logprobs [--device cuda] [--tokens 8192 --hidden 2560 --vocabulary 151936]
 
-Each side takes bfloat16 hidden states and head, as a policy has them, and is compared with the
-formula in float64 on the first tokens. On CUDA also its peak memory over the inputs and results.
+Each side gets bfloat16 hidden states and head, as in a policy, and is compared with the formula in
+float64 on the first tokens. On CUDA the table also has peak memory beyond inputs and results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.report import Report
 from services.trainer.policy.logprobs import token_logprobs
 
 _NUM_CHECKED = 256
-_CHUNK = 4096  # of TRL's, in entries of the vocabulary
+_CHUNK = 4096  # vocabulary entries per chunk in TRL's function
 Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, head, labels -> [N] float32
 
 
@@ -37,8 +37,8 @@ class Inputs:
 class Outcome:
     seconds: float
     peak_bytes: int
-    logprob_error: float  # largest, nats
-    gradient_error: float  # relative, of the norm
+    logprob_error: float  # largest absolute error, in nats
+    gradient_error: float  # norm of the error relative to the norm of the gradient
 
 
 def ours(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def measure(
     logprobs: Logprobs, inputs: Inputs, expected: tuple[Tensor, Tensor], rounds: int
 ) -> Outcome:
     is_cuda = inputs.hidden.is_cuda
-    found = run(logprobs, inputs)  # warm
+    found = run(logprobs, inputs)  # this first call also warms up
     held = torch.cuda.memory_allocated() if is_cuda else 0
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -114,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--report", action="store_true", help="keep it in benchmarks/reports/")
+    parser.add_argument(
+        "--report", action="store_true", help="save the report in benchmarks/reports/"
+    )
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     inputs = Inputs(
@@ -133,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setting=(
             f"{options.tokens:,} tokens, hidden size {options.hidden:,}, vocabulary "
             f"{options.vocabulary:,}, bfloat16, {torch.get_num_threads()} CPU thread(s) or one "
-            f"GPU: {options.device}. Median of {options.rounds} after one to warm up; errors "
+            f"GPU: {options.device}. Median of {options.rounds} rounds after a warm-up; errors "
             f"against float64 on {_NUM_CHECKED} tokens."
         ),
         header=("side", "time", "peak memory", "largest logprob error", "gradient error"),

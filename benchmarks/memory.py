@@ -1,9 +1,9 @@
-"""What `python -m services.trainer plan` predicts, against what torch and vLLM take of a GPU.
+"""Compares GPU memory predicted by `python -m services.trainer plan` with what is measured.
 
-    Tandem's policy update of each batch, alone on the GPU, in a process of its own ─▶ peak
-    the service of each serving mode, with half of the GPU ─▶ tokens that its KV cache holds
+    Tandem's policy update of each batch, alone on the GPU, in a separate process ─▶ peak
+    the service in each serving mode, with half of the GPU ─▶ tokens that its KV cache holds
 
-Weights are random, the shapes are Qwen3's. Needs CUDA.
+Weights are random; shapes are Qwen3's. Needs CUDA.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from services.trainer.plan.inputs import read_model
 from shared.schemas import QuantizationRecipe
 
 MAX_ERROR = 0.10
-_RANK = 32  # also policy_update's
+_RANK = 32  # same as in policy_update.py
 _NUM_SEQS = 256
-_SHARE = 0.5  # of the GPU, for vLLM
+_SHARE = 0.5  # fraction of the GPU's memory that vLLM may use
 _OFFLOADS = replace(TANDEM, name="Tandem, offloaded", offloads=True)
-# The micro-batch of 1 is one row at a time.
+# (side, batch, tokens per micro-batch); 1 means one row at a time.
 _UPDATES = (
     (TANDEM, Batch(8, 8, 1024, 512), 16384),
     (_OFFLOADS, Batch(8, 8, 1024, 512), 16384),
@@ -45,11 +45,11 @@ _UPDATES = (
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Bytes of the GPU in updates after the first."""
+    """GPU memory of updates after the first, in bytes."""
 
-    peak: int  # allocated by torch
-    reserved: int  # the most that torch held for it
-    context: int  # CUDA's own
+    peak: int  # most memory allocated by torch
+    reserved: int  # most memory reserved by torch's allocator
+    context: int  # memory of the CUDA context
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--skip-updates", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA here")
+        parser.error("this benchmark needs a GPU, but torch finds no CUDA device")
     rows = [*_kv_caches(arguments)]
     if not arguments.skip_updates:
         rows = [*_updates(arguments), *rows]
@@ -120,7 +120,7 @@ def _take(
     measurement = Measurement(checkpoint, SHAPES[shape].vocabulary, "cuda", max_tokens, rounds=2)
     [outcome] = measurement.here(side, [batch])
     if outcome is None:
-        raise MemoryError(f"{batch} does not fit here")
+        raise MemoryError(f"{batch} does not fit on this GPU")
     reserved = torch.cuda.max_memory_reserved()
     torch.cuda.empty_cache()
     taken = free_before - torch.cuda.mem_get_info()[0]
@@ -150,7 +150,7 @@ def _kv_caches(arguments: argparse.Namespace) -> Iterator[Row]:
                     seconds = service.wait_until_ready()
                     measured, dtype = service.run(kv_cache.kv_capacity)
                     taken = before - torch.cuda.mem_get_info()[0]
-            except ChildError as error:  # the others can still be measured
+            except ChildError as error:  # other modes can still be measured
                 say(f"left out: {error}")
                 continue
             predicted = memory.replica_memory(
@@ -184,10 +184,10 @@ def _report(arguments: argparse.Namespace, rows: list[Row]) -> Report:
     return Report(
         name="memory",
         variant=f"{arguments.device}-{arguments.shape}",
-        title="The memory that the planner predicts, and the measured one",
+        title="Memory predicted by the planner against memory measured",
         setting=(
             f"Qwen3 shape {arguments.shape}, LoRA of rank {_RANK}. Updates: NF4 weights, micro-"
-            "batches of 16,384 tokens, but one row at a time where there is one group; peak of "
+            "batches of 16,384 tokens, or of one row for batches with a single group; peak of "
             f"torch's allocator after the first update. KV cache: vLLM with {_SHARE:g} of the GPU "
             f"and {_NUM_SEQS} sequences at once."
         ),

@@ -1,4 +1,4 @@
-"""The demo on-policy, one update ahead, and with completions that change version while they run."""
+"""The demo's run on-policy, one version ahead, and with completions that continue across syncs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Outcome:
 
     @property
     def step_s(self) -> list[float]:
-        """Seconds of each step but the first, which warms up; evaluations are not in them."""
+        """Seconds of each step except the first, a warm-up; excludes evaluations."""
         return [step.step_s for step in self.history.steps[1:]]
 
     @property
@@ -51,8 +51,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each, one per seed")
-    parser.add_argument("--report", action="store_true", help="keep it in benchmarks/reports/")
+    parser.add_argument("--seeds", type=int, default=1, help="runs per pacing, one per seed")
+    parser.add_argument(
+        "--report", action="store_true", help="save the report in benchmarks/reports/"
+    )
     arguments = parser.parse_args()
     make_model(_WORK_DIR / "model", Console())
     outcomes = asyncio.run(_measure(arguments))
@@ -60,7 +62,7 @@ def main() -> None:
 
 
 async def _measure(arguments: argparse.Namespace) -> dict[str, list[Outcome]]:
-    """The runs of all pacings take turns, seed by seed, on the same services."""
+    """Run all pacings in turn, seed by seed, on the same services."""
     console = Console(stderr=True)
     outcomes: dict[str, list[Outcome]] = {name: [] for name in _PACINGS}
     with DemoServices(_WORK_DIR, num_replicas=arguments.replicas) as services:
@@ -100,10 +102,10 @@ def _report(arguments: argparse.Namespace, outcomes: Mapping[str, Sequence[Outco
         title="Steps that wait for their groups, and steps that do not",
         setting=(
             f"The demo's {arguments.steps} steps of 32 × 8 completions on {arguments.replicas} "
-            f"replica(s), {arguments.seeds} seed(s), the same for each row; wall time is that of "
-            "all steps but the first, without evaluations. Idle: of a step, the trainer without "
-            "groups to learn from, the replica without a request. Clean: each position trained on "
-            "once, no version out of bounds."
+            f"replica(s), {arguments.seeds} seed(s), the same for each row; wall time covers all "
+            "steps but the first, without evaluations. Idle is the share of a step in which the "
+            "trainer has no groups, or the replica no requests. Clean means that each position "
+            "was trained on once and no version was out of bounds."
         ),
         header=(
             "pacing",
@@ -120,8 +122,8 @@ def _report(arguments: argparse.Namespace, outcomes: Mapping[str, Sequence[Outco
         rows=rows,
         conclusion=(
             f"One version ahead takes {wall['max_staleness 1'] / baseline:.2f} of the on-policy "
-            "wall time. Trainer and replica share two cores here, so what one does not use the "
-            "other cannot always take."
+            "wall time. Trainer and replica share two cores here, so that overlapping them gains "
+            "less than on separate machines."
         ),
         plot=lambda path: _plot(outcomes, path),
     )
@@ -152,7 +154,7 @@ def _plot(outcomes: Mapping[str, Sequence[Outcome]], path: Path) -> None:
 
 
 def _running(outcome: Outcome) -> list[float]:
-    """Seconds of training at the end of each step."""
+    """Cumulative training seconds at the end of each step."""
     return list(accumulate(step.step_s for step in outcome.history.steps))
 
 

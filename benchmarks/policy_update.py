@@ -1,14 +1,14 @@
-"""One optimizer update of Tandem's policy against the step of TRL's GRPOTrainer on the same batch.
+"""One update of Tandem's policy against one step of TRL's GRPOTrainer on the same batch.
 
-Both load the same 4-bit checkpoint of random weights, start from the same random LoRA and train on
-the same tokens and advantages; the gradient norms of their first steps must agree. Tandem runs
-`Policy.update(samples, GrpoConfig())`, the peer is described in benchmarks/trl_update.py. All
-rewards differ, so that no completion has a zero advantage, which Tandem would skip; all completions
-have the same length, so that TRL computes no padding and attends without a mask; and TRL is spared
-the extra forward pass that it needs to correct for rollouts of vLLM, which Tandem does without.
-Another peer is the recipe of benchmarks/recipe_update.py.
+Both load the same 4-bit checkpoint with random weights, start from the same random LoRA and train
+on the same tokens and advantages; the gradient norms of their first steps must agree. Tandem runs
+`Policy.update(samples, GrpoConfig())`; benchmarks/trl_update.py describes the peer. All rewards
+differ, because Tandem would skip a completion with zero advantage. All completions have the same
+length, so that TRL computes no padding and attends without a mask. TRL is spared the extra forward
+pass with which it corrects for sampling by vLLM; Tandem needs no such pass. Another peer is the
+recipe of benchmarks/recipe_update.py.
 
-Tokens per second count what a completion is without sharing, prompt + completion, on both sides.
+Tokens per second count prompt + completion for every completion on both sides, as without sharing.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from services.trainer.run_config import (
 from shared.adapters import LINEAR_MODULES
 from shared.schemas import PolicyId, QuantizationRecipe
 
-_NAME = str.maketrans({"×": "x", "+": "-", " ": None, "(": None, ")": None})  # of a report's file
-_LEARNING_RATE = 1e-6  # TRL's default; so small that the batch stays on-policy
+# Turns a batch into a part of the report's file name.
+_NAME = str.maketrans({"×": "x", "+": "-", " ": None, "(": None, ")": None})
+_LEARNING_RATE = 1e-6  # TRL's default; small enough that the batch stays on-policy
 _RANK = 32
 _MAX_NORM_DIFFERENCE = 0.1  # TRL's LoRA gradients are bfloat16, Tandem's float32
 _CONTEXTS = (1024, 4096, 8192, 16384, 32768)
@@ -71,7 +72,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Without sharing."""
+        """Tokens of all rows, with the prompt counted in every row."""
         return self.num_rows * self.row
 
     def __str__(self) -> str:
@@ -80,15 +81,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Whose update; `dtype` is that of TRL's unquantized weights."""
+    """An implementation of the update, with its settings."""
 
     name: str
     kind: Literal["tandem", "trl", "recipe"]
-    dtype: str = ""
-    liger: bool = False
-    recomputes: bool = True  # Tandem, with TRAINER_GRADIENT_CHECKPOINTING
-    offloads: bool = False  # Tandem, with TRAINER_OFFLOAD_ACTIVATIONS
-    max_tokens: int | None = None  # of Tandem's micro-batches, if others than of the rest
+    dtype: str = ""  # dtype of TRL's unquantized weights; unused by the other kinds
+    liger: bool = False  # whether TRL uses Liger's kernels
+    recomputes: bool = True  # TRAINER_GRADIENT_CHECKPOINTING of Tandem
+    offloads: bool = False  # TRAINER_OFFLOAD_ACTIVATIONS of Tandem
+    max_tokens: int | None = None  # tokens per micro-batch of Tandem; None: the benchmark's setting
 
     @property
     def is_tandem(self) -> bool:
@@ -101,11 +102,11 @@ RECIPE = Side("the usual recipe", "recipe")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    seconds: tuple[float, ...]  # of every update after the first
-    loss: float  # of the first update
-    grad_norm: float  # of the first update, before clipping
-    num_positions: int  # that one update's forward passes computed
-    peak_bytes: int  # CUDA, of the updates after the first; base and optimizer included
+    seconds: tuple[float, ...]  # duration of each update after the first
+    loss: float  # loss of the first update
+    grad_norm: float  # gradient norm of the first update, before clipping
+    num_positions: int  # positions computed by the forward passes of one update
+    peak_bytes: int  # CUDA peak after the first update, including base and optimizer
 
     @property
     def update_s(self) -> float:
@@ -114,7 +115,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What does not change between the updates that are compared."""
+    """The settings that all compared updates share."""
 
     checkpoint: Path
     vocabulary: int
@@ -123,8 +124,10 @@ class Measurement:
     rounds: int
 
     def of(self, side: Side, *batches: Batch) -> list[Outcome | None]:
-        """None where the device's memory does not suffice, and after that. In a process of its own,
-        because what replaces a library's kernels does so for all models of a process."""
+        """Measure in a separate process, because replaced kernels affect all models of a process.
+
+        From the first batch that does not fit in the device's memory on, outcomes are None.
+        """
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
             return alone.submit(self.here, side, batches).result()
 
@@ -184,7 +187,7 @@ class Measurement:
         )
 
     def _recipe(self, _: Side, batch: Batch) -> Outcome:
-        """With micro-batches half as large as long as they do not fit."""
+        """Measure the recipe, with smaller and smaller micro-batches until one fits."""
         from benchmarks.recipe_update import recipe_steps
 
         for rows in _fewer_and_fewer(batch, _rows_per_micro_batch(batch, self.max_tokens)):
@@ -211,7 +214,7 @@ class Measurement:
             print(f"the usual recipe: {rows} rows do not fit", file=sys.stderr, flush=True)
             gc.collect()
             torch.cuda.empty_cache()
-        raise torch.OutOfMemoryError("not even one row fits")
+        raise torch.OutOfMemoryError("not even one row fits in memory")
 
     def _trl(self, side: Side, batch: Batch) -> Outcome:
         from benchmarks.trl_update import trl_steps
@@ -240,7 +243,7 @@ class Measurement:
 
 
 class _Meter:
-    """Positions computed and memory used by updates, without what was allocated before it."""
+    """Counts positions computed and memory used by updates, beyond what was already allocated."""
 
     def __init__(self, device: str) -> None:
         self._is_cuda = device == "cuda"
@@ -268,7 +271,7 @@ class _Meter:
             torch.cuda.reset_peak_memory_stats()
 
     def outcome(self, seconds: Sequence[float], loss: float, grad_norm: float) -> Outcome:
-        """`seconds` of all updates, the first of which warmed up."""
+        """Build the outcome from the `seconds` of all updates, the first of which is a warm-up."""
         peak = torch.cuda.max_memory_allocated() if self._is_cuda else 0
         return Outcome(
             seconds=tuple(seconds[1:]),
@@ -283,7 +286,7 @@ class _Meter:
 
 
 def _tokens(batch: Batch, vocabulary: int) -> tuple[list[list[int]], list[list[int]]]:
-    """A prompt per group, a completion per row."""
+    """Random prompts, one per group, and completions, one per row."""
     rng = random.Random(1)
 
     def draw(length: int) -> list[int]:
@@ -299,9 +302,9 @@ def _rewards(batch: Batch) -> list[float]:
 
 
 def _advantages(batch: Batch) -> list[float]:
-    """What `_algorithm` makes of the rewards."""
+    """The advantages that `_algorithm` computes from the rewards."""
     rewards = _rewards(batch)
-    if batch.group_size == 1:  # whitened over all tokens
+    if batch.group_size == 1:  # REINFORCE whitens over all tokens
         tokens = [reward for reward in rewards for _ in range(batch.completion)]
         mean, deviation = statistics.fmean(tokens), statistics.stdev(tokens)
         return [(reward - mean) / deviation for reward in rewards]
@@ -314,12 +317,12 @@ def _advantages(batch: Batch) -> list[float]:
 
 
 def _algorithm(batch: Batch) -> GrpoConfig | ReinforceConfig:
-    """GRPO; in groups of one its advantages are 0, and the baseline is the batch's mean instead."""
+    """GRPO, or for groups of one, where its advantages are 0, a baseline over the whole batch."""
     return GrpoConfig() if batch.group_size > 1 else ReinforceConfig(loss="dapo")
 
 
 def _samples(batch: Batch, vocabulary: int, policy: Policy) -> list[Sample]:
-    """As if `policy` itself had sampled them: importance weights are 1, as TRL takes them to be."""
+    """Samples with the logprobs of `policy`, so that importance weights are 1, as TRL assumes."""
     prompts, completions = _tokens(batch, vocabulary)
     samples = [
         Sample(
@@ -342,13 +345,13 @@ def _samples(batch: Batch, vocabulary: int, policy: Policy) -> list[Sample]:
 
 
 def _rows_per_micro_batch(batch: Batch, max_tokens: int) -> int:
-    """The most that divide the batch and fit in the tokens that Tandem may compute at once."""
+    """The largest divisor of the batch's rows that fits in Tandem's micro-batches of tokens."""
     most = max(1, min(batch.num_rows, max_tokens // batch.row))
     return next(rows for rows in range(most, 0, -1) if batch.num_rows % rows == 0)
 
 
 def _fewer_and_fewer(batch: Batch, most: int) -> list[int]:
-    """Rows of a micro-batch that divide the batch: `most`, then at most half as many, down to 1."""
+    """Divisors of the batch's rows: `most`, then each at most half of the previous, down to 1."""
     sizes = [most]
     while sizes[-1] > 1:
         half = sizes[-1] // 2
@@ -360,7 +363,7 @@ def _fewer_and_fewer(batch: Batch, most: int) -> list[int]:
 
 
 def _randomize_lora(model: Any) -> None:
-    """The same values on both sides; B is not 0, so that A has a gradient."""
+    """Set the LoRA to the same random values on each side; B is not 0, so that A gets gradients."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -382,7 +385,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--completion", type=int, default=32)
     parser.add_argument(
-        "--rows-no-sharing", action="store_true", help="16 groups of one, 512 + 512 tokens each"
+        "--rows-no-sharing",
+        action="store_true",
+        help="use 16 groups of one completion, 512 + 512 tokens each",
     )
     parser.add_argument("--max-tokens", type=int, default=16384, help="of a micro-batch")
     parser.add_argument(
@@ -390,17 +395,17 @@ def main() -> None:
         nargs="+",
         choices=("trl", "recipe"),
         default=["trl"],
-        help="the recipe is in benchmarks/recipe_update.py",
+        help="sides to compare with; recipe is benchmarks/recipe_update.py",
     )
     parser.add_argument(
         "--peer-dtype",
         nargs="+",
         choices=("float32", "bfloat16"),
         default=["float32"],
-        help="of TRL's unquantized weights; float32 is its default",
+        help="dtypes of TRL's unquantized weights; float32 is its default",
     )
     parser.add_argument(
-        "--liger", action="store_true", help="also TRL with use_liger_kernel (CUDA)"
+        "--liger", action="store_true", help="also measure TRL with use_liger_kernel (CUDA)"
     )
     parser.add_argument(
         "--offload",
@@ -408,7 +413,8 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="TOKENS",
-        help="also Tandem with TRAINER_OFFLOAD_ACTIVATIONS, micro-batches of TOKENS (CUDA)",
+        help="also measure Tandem with TRAINER_OFFLOAD_ACTIVATIONS and micro-batches of TOKENS "
+        "(CUDA)",
     )
     parser.add_argument(
         "--no-recomputing",
@@ -416,16 +422,19 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="TOKENS",
-        help="also Tandem without TRAINER_GRADIENT_CHECKPOINTING, micro-batches of TOKENS",
+        help="also measure Tandem without TRAINER_GRADIENT_CHECKPOINTING, with micro-batches of "
+        "TOKENS",
     )
     parser.add_argument(
         "--scaling",
         action="store_true",
-        help="instead: memory against context and group size (CUDA)",
+        help="measure only memory against context and group size (CUDA)",
     )
-    parser.add_argument("--turns", type=int, default=3, help="of the sides, one after another")
-    parser.add_argument("--rounds", type=int, default=3, help="updates per turn, after the first")
-    parser.add_argument("--report", action="store_true", help="keep it in benchmarks/reports/")
+    parser.add_argument("--turns", type=int, default=3, help="turns that each side takes")
+    parser.add_argument("--rounds", type=int, default=3, help="updates per turn after a warm-up")
+    parser.add_argument(
+        "--report", action="store_true", help="save the report in benchmarks/reports/"
+    )
     arguments = parser.parse_args()
     for option in ("liger", "offload", "scaling"):
         if getattr(arguments, option) and arguments.device != "cuda":
@@ -478,7 +487,7 @@ def _update(
     if arguments.rows_no_sharing:
         batch = Batch(groups=16, group_size=1, prompt=512, completion=512)
     outcomes: dict[Side, Outcome | None] = {}
-    for _ in range(arguments.turns):  # the sides take turns, as other load comes and goes
+    for _ in range(arguments.turns):  # taking turns evens out other load on the machine
         for side in sides:
             (outcome,) = measurement.of(side, batch)
             outcomes[side] = _joined(outcomes.get(side), outcome)
@@ -513,8 +522,8 @@ def _update(
         setting=(
             f"{_where(arguments)}; batch of {batch} (groups × completions × (prompt + completion)) "
             f"tokens, at most {arguments.max_tokens:,} at once; {_algorithm(batch).name} with "
-            f"dapo's loss, LoRA of rank {_RANK} on all linears. The sides take {arguments.turns} "
-            f"turn(s) of {arguments.rounds} updates after one to warm up; medians. "
+            f"dapo's loss, LoRA of rank {_RANK} on all linears. Each side takes {arguments.turns} "
+            f"turn(s) of {arguments.rounds} updates after a warm-up; medians. "
             f"{_OF_THE_SETTINGS if arguments.offload or arguments.no_recomputing else ''}"
             f"{_SAMENESS}"
             f"{_OF_THE_RECIPE if RECIPE in outcomes else ''}"
@@ -540,10 +549,10 @@ def _update(
 
 
 def _against_peers(side: Side, outcome: Outcome, outcomes: Mapping[Side, Outcome | None]) -> str:
-    """Its speed, and on CUDA, where peaks are known, its memory."""
+    """A sentence about the speed of `side` and, on CUDA, where peaks are known, its memory."""
     peers = {peer: o for peer, o in outcomes.items() if o and not peer.is_tandem}
     if not peers:
-        return f"{side.name}: no peer had the memory."
+        return f"{side.name}: every peer ran out of memory."
     speed = [f"{o.update_s / outcome.update_s:.2f} × {peer.name}" for peer, o in peers.items()]
     text = f"{side.name}: tokens per second {', '.join(speed)}"
     if outcome.peak_bytes:
@@ -559,22 +568,22 @@ def _joined(earlier: Outcome | None, outcome: Outcome | None) -> Outcome | None:
 
 
 _SAMENESS = (
-    "Tokens per second count prompt + completion of every completion, positions computed what the "
-    "forward pass embeds. No advantage is zero, no row is padded; loss and gradient norm are the "
-    "first update's, from the same weights. TRL is 1.16.0's GRPOTrainer.train() with sampling "
-    "replaced by the batch, without the forward pass that it adds for rollouts of vLLM; the "
-    "dtype is that of its norms, embeddings and head."
+    "Tokens per second count prompt + completion of every completion; positions computed count "
+    "what the forward pass embeds. No advantage is zero and no row is padded; loss and gradient "
+    "norm are from the first update, from the same weights. TRL is GRPOTrainer.train() of version "
+    "1.16.0 with sampling replaced by the batch, without the forward pass that it adds for "
+    "sampling by vLLM; the dtype is that of its norms, embeddings and head."
 )
 _OF_THE_SETTINGS = (
-    "Offloaded is with TRAINER_OFFLOAD_ACTIVATIONS, nothing recomputed with "
-    "TRAINER_GRADIENT_CHECKPOINTING=false; the number is the most tokens at once. "
+    "Offloaded means TRAINER_OFFLOAD_ACTIVATIONS, nothing recomputed means "
+    "TRAINER_GRADIENT_CHECKPOINTING=false; the number is the limit of tokens per micro-batch. "
 )
 _OF_THE_RECIPE = (
     " The usual recipe is prepare_model_for_kbit_training, PEFT's LoRA in float32, Transformers' "
     "forward pass in bfloat16 autocast with gradient checkpointing, full logits, and AdamW, with "
-    "micro-batches as large as fit."
+    "the largest micro-batches that fit."
 )
-_TARGETS = "On CUDA at least 3 × the tokens per second and at most 0.4 × the memory are wanted."
+_TARGETS = "The targets on CUDA are at least 3 × the tokens per second at 0.4 × the memory or less."
 
 
 def _where(arguments: argparse.Namespace) -> str:
@@ -589,7 +598,7 @@ def _where(arguments: argparse.Namespace) -> str:
 def _scaling(
     arguments: argparse.Namespace, measurement: Measurement, sides: Sequence[Side]
 ) -> Report:
-    """Peak memory where a micro-batch is one row, and where it is one group."""
+    """Report peak memory with micro-batches of one row, and of one group."""
     contexts = [Batch(1, 2, length // 2, length // 2) for length in _CONTEXTS]
     groups = [Batch(1, size, 1024, 256) for size in _GROUP_SIZES]
     by_context = _sweep(replace(measurement, max_tokens=1), sides, contexts)
@@ -628,13 +637,13 @@ def _scaling(
         title="Memory of a policy update against context and group size",
         setting=(
             f"{_where(arguments)}, LoRA of rank {_RANK}; peak of torch's allocator in an update, "
-            "base and optimizer included. A micro-batch is one row in the first "
+            "including base and optimizer. A micro-batch is one row in the first "
             f"{len(contexts)} batches (groups × completions × (prompt + completion)), a whole "
             "group in the others."
         ),
         header=("batch", *(side.name for side in sides)),
         rows=rows,
-        conclusion="A peer is not measured beyond the first batch that it has no memory for.",
+        conclusion="A peer is not measured beyond the first batch that does not fit in memory.",
         plot=plot,
     )
 
@@ -642,7 +651,7 @@ def _scaling(
 def _sweep(
     measurement: Measurement, sides: Sequence[Side], batches: Sequence[Batch]
 ) -> dict[Side, list[int]]:
-    """Peak bytes per batch, 0 from the first one that runs out of memory."""
+    """Peak bytes per batch, or 0 from the first batch on that runs out of memory."""
     peaks = {}
     for side in sides:
         outcomes = replace(measurement, rounds=1).of(side, *batches)

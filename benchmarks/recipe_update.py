@@ -1,11 +1,11 @@
-"""A peer of benchmarks/policy_update.py: QLoRA as most scripts do it, on a given batch.
+"""A peer of benchmarks/policy_update.py: QLoRA on a given batch, the way most scripts do it.
 
     checkpoint, FixedBatch ─▶ a plain training loop ─▶ seconds, loss, gradient norm of each step
 
-PEFT's `prepare_model_for_kbit_training` makes what is not quantized float32, LoRA weights are
-float32, the forward pass is Transformers' under bfloat16 autocast with gradient checkpointing, and
-logprobs come from the logits of all positions at once. The loss is dapo's, on-policy; clipping and
-AdamW are torch's.
+PEFT's `prepare_model_for_kbit_training` converts unquantized weights to float32. LoRA weights are
+float32 too. The forward pass is Transformers' under bfloat16 autocast with gradient checkpointing,
+and logprobs come from the logits of all positions at once. The loss is dapo's, on-policy; clipping
+and AdamW are torch's.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def recipe_steps(
 ) -> list[Step]:
     """Train on `batch` for `num_steps` optimizer steps.
 
-    `on_model` gets the PEFT model before the first step, `on_step` the number of steps done after
-    each.
+    `on_model` gets the PEFT model before the first step; `on_step` gets the number of completed
+    steps after each step.
     """
     base = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.bfloat16, device_map={"": device}
@@ -53,7 +53,7 @@ def recipe_steps(
     )
     base.config.use_cache = False
     model = get_peft_model(base, lora_config(rank, target_modules))
-    model.train()  # without it gradient checkpointing is silently off
+    model.train()  # eval mode would silently disable gradient checkpointing
     on_model(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=_BETAS, weight_decay=0.0)
@@ -70,7 +70,7 @@ def recipe_steps(
 
 
 def _accumulate(model: Any, batch: FixedBatch, device: str, rows_per_micro_batch: int) -> float:
-    """Gradients of the whole batch, one micro-batch after another; the loss."""
+    """Accumulate the gradients of the whole batch over its micro-batches; returns the loss."""
     num_prompt = batch.prompt_ids.shape[1]
     rows = zip(
         torch.cat([batch.prompt_ids, batch.completion_ids], dim=1).split(rows_per_micro_batch),

@@ -1,4 +1,4 @@
-"""A rollout service for a benchmark: in a process of its own, or in a thread beside its engine."""
+"""A rollout service for benchmarks: in a separate process, or in a thread of this one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def replica_process(
 ) -> Iterator[str]:
     """Run `python -m <module>` with these settings; yields its URL once it is ready.
 
-    It gets the environment of this process, `without` some variables and with `extra` ones.
+    Its environment is that of this process, minus the variables in `without`, plus `extra`.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in without}
     environment = {
@@ -69,7 +69,7 @@ def replica_process(
 def replica_thread(
     settings: RolloutSettings,
 ) -> Iterator[tuple[str, Replica, asyncio.AbstractEventLoop]]:
-    """The same service in a thread of this process, so that its engine can be driven too.
+    """Run the service in a thread of this process, so that its engine can also be driven directly.
 
     Yields its URL, the replica, and the event loop on which the engine must be called.
     """

@@ -1,4 +1,4 @@
-"""Where a measurement was made, and its table: printed, and kept as a dated Markdown report."""
+"""A measurement's environment and table, printed and saved as a dated Markdown report."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    name: str  # of the benchmark, and of its file
+    name: str  # name of the benchmark, also used in the report's file name
     title: str
-    setting: str  # what was measured, in a sentence or two
+    setting: str  # what was measured and how, in a few sentences
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    conclusion: str  # the ratio against the target
-    plot: Callable[[Path], None] | None = None  # writes a PNG beside the report
-    variant: str = ""  # tells reports of one benchmark apart
+    conclusion: str  # the result against its target
+    plot: Callable[[Path], None] | None = None  # writes a PNG next to the report; None: no plot
+    variant: str = ""  # suffix of the file name that distinguishes reports of one benchmark
 
     def markdown(self, plot: Path | None = None) -> str:
         table = [self.header, ["---"] * len(self.header), *self.rows]
@@ -82,7 +82,7 @@ def hardware() -> str:
 
 
 def _gpus() -> list[str]:
-    """`2 × NVIDIA H100 80GB HBM3`, of those that this machine has."""
+    """The GPUs of this machine, such as `2 × NVIDIA H100 80GB HBM3`."""
     names: list[str] = []
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

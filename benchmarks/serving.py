@@ -1,9 +1,9 @@
-"""Generated tokens/s of one replica: through HTTP, under an adapter, merged, against a bare engine.
+"""Generated tokens/s of one replica (over HTTP, under an adapter, merged) against a bare engine.
 
-Every engine is a child process of its own (child.py) with the same KV cache; those of a wave boot
-beside each other, then the sides of all of them take turns, one at a time. The client of the HTTP
-sides is this process. The bare engine, vLLM's AsyncLLM without LoRA, is measured in every wave, so
-that each ratio is of one wave. Prompts are never used twice: no side finds another's prefix cache.
+Every engine runs in its own child process (child.py), with a KV cache of the same size. The engines
+of a wave boot concurrently; then all sides take turns, one at a time. This process is the client of
+the HTTP sides. The bare engine, vLLM's AsyncLLM without LoRA, is measured in every wave, so that
+each ratio compares sides of the same wave. No prompt is used twice, so prefix caches never help.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ MIN_HTTP_RATIO = 0.97
 MIN_LORA_RATIO = 0.90
 _BASE = "base engine, in-process"
 _POLICY = PolicyId(run_id="benchmark", version=1)
-_GPU_SHARE = 0.25  # must be free when an engine starts; its KV cache has a size of its own
-_MODES = ("lora", "merged")  # of the service
-# Settings of vLLM that could change what LoRA costs, each alone: engine options, environment.
+_GPU_SHARE = 0.25  # share that must be free at an engine's start; --kv-cache-gib sets the KV cache
+_MODES = ("lora", "merged")  # serving modes of the service
+# vLLM settings that may change the cost of LoRA: name -> (engine options, environment).
 _VARIANTS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]] = {
     "as-served": ({}, {}),
-    "all-modules": ({"lora_target_modules": None}, {}),  # the head, too
+    "all-modules": ({"lora_target_modules": None}, {}),  # includes the head
     "specialized": ({"specialize_active_lora": True}, {}),
     "dual-stream": ({}, {"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}),
     "specialized-dual-stream": (
@@ -57,7 +57,7 @@ _VARIANTS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]] = {
 @dataclass(frozen=True, slots=True)
 class Side:
     name: str
-    measure: Callable[[Workload], float]  # tokens/s
+    measure: Callable[[Workload], float]  # returns tokens/s
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +81,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     engines.add_arguments(parser, tuple(SHAPES))
     parser.add_argument("--concurrency", type=int, default=256)
-    parser.add_argument("--requests", type=int, help="of a round; default: the concurrency")
+    parser.add_argument("--requests", type=int, help="requests per round (default: --concurrency)")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=16, help="of the adapter")
-    parser.add_argument("--rounds", type=int, default=3, help="after one to warm up")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapter")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds after a warm-up")
     parser.add_argument(
         "--engines",
         nargs="+",
         choices=(*_MODES, *_VARIANTS),
         default=list(_MODES),
-        help="beside the bare one: modes of the service, or a bare one with a setting of LoRA",
+        help="engines to measure: modes of the service, or bare engines with a LoRA setting",
     )
     parser.add_argument(
-        "--variants", action="store_true", help="instead: a bare one with each setting of LoRA"
+        "--variants", action="store_true", help="compare bare engines with each LoRA setting"
     )
     parser.add_argument(
-        "--at-once", type=int, default=1, help="engines of a wave, beside the bare one"
+        "--at-once", type=int, default=1, help="engines per wave, not counting the bare one"
     )
-    parser.add_argument("--kv-cache-gib", type=float, default=12.0, help="of each, on CUDA")
+    parser.add_argument("--kv-cache-gib", type=float, default=12.0, help="per engine, on CUDA")
     arguments = parser.parse_args()
     if arguments.variants:
         arguments.engines = list(_VARIANTS)
@@ -122,7 +122,7 @@ class _Benchmark:
             _POLICY,
             rank=arguments.rank,
         )
-        self._adapter_folder = folder / "adapter"  # for engines without a service
+        self._adapter_folder = folder / "adapter"  # used by engines without a service
         self._adapter_folder.mkdir()
         (self._adapter_folder / ADAPTER_WEIGHTS).write_bytes(self._adapter)
         config = json.dumps(peft_config(manifest, str(self._model)))
@@ -136,7 +136,7 @@ class _Benchmark:
             return [rates for wave in waves for rates in self._wave(base, wave)]
 
     def _wave(self, base: Child[Any], names: Sequence[str]) -> list[Rates]:
-        """Boot these engines, let all sides take turns, end the engines."""
+        """Boot these engines, measure all sides in turns, and stop the engines."""
         with ExitStack() as stack:
             booting = [self._start(stack, name) for name in names]
             base.wait_until_ready()
@@ -145,9 +145,9 @@ class _Benchmark:
                 try:
                     say(f"{child.name}: ready after {child.wait_until_ready():.0f} s")
                     sides += make_sides()
-                except ChildError as error:  # the others can still be measured
+                except ChildError as error:  # other engines can still be measured
                     say(f"left out: {error}")
-            settle_memory()  # as the trainer does, which is such a client
+            settle_memory()  # the trainer, a similar client, does the same
             return self._take_turns(sides)
 
     def _take_turns(self, sides: Sequence[Side]) -> list[Rates]:
@@ -156,7 +156,7 @@ class _Benchmark:
             for side in sides:
                 rate = side.measure(replace(self._workload, seed=next(self._seeds)))
                 say(f"round {number}, {side.name}: {rate:,.0f} tokens/s")
-                if number:  # the first warms up
+                if number:  # the first round is a warm-up
                     rates[side.name].append(rate)
         return [Rates(name, own, rates[_BASE]) for name, own in rates.items()]
 
@@ -165,7 +165,7 @@ class _Benchmark:
     def _start(
         self, stack: ExitStack, name: str
     ) -> tuple[Child[Any], Callable[[], Sequence[Side]]]:
-        """An engine that boots, and what makes its sides once it is ready."""
+        """Start an engine; returns it with a function that makes its sides once it is ready."""
         if name in _MODES:
             settings = self._settings(serving_mode=name)
             service = stack.enter_context(self._child(name, {}, engines.service, settings))
@@ -227,7 +227,7 @@ class _Benchmark:
         return sides
 
     async def _install(self, url: str) -> None:
-        """Make the adapter the newest version, and use it: merging happens at the first use."""
+        """Make the adapter the newest version and use it once, because the first use merges it."""
         sampling = SamplingParams(max_tokens=1, detokenize=False)
         async with RolloutClient(url) as client:
             await client.sync_weights(self._adapter, in_flight="continue")
@@ -251,7 +251,7 @@ class _Benchmark:
 
 async def _under_adapter(engine: Any, workload: Workload, folder: Path) -> float:
     request = engines.lora_request("benchmark", 1, folder)
-    await engine.add_lora(request)  # again, it does nothing
+    await engine.add_lora(request)  # does nothing if it is already loaded
     return await engines.in_process(engine, workload, request)
 
 
@@ -278,8 +278,8 @@ def _report(arguments: argparse.Namespace, rates: Sequence[Rates]) -> Report:
             f"Qwen3 shape {arguments.shape}, random weights in 16 bits, adapter of rank "
             f"{arguments.rank} on all linears; {_workload(arguments)}, "
             f"{arguments.concurrency} at a time, temperature 1, with the sampled tokens' logprobs; "
-            f"median of {arguments.rounds} rounds in which the sides alternate, after one to warm "
-            "up. The base engine is vLLM's AsyncLLM without LoRA, measured beside each engine."
+            f"median of {arguments.rounds} rounds in which the sides alternate, after a warm-up "
+            "round. The base engine is vLLM's AsyncLLM without LoRA, measured with each engine."
         ),
         header=("side", "median tokens/s", "lowest", "highest", "of the base engine"),
         rows=[
@@ -297,7 +297,7 @@ def _report(arguments: argparse.Namespace, rates: Sequence[Rates]) -> Report:
 
 
 def _ratios(rates: Mapping[str, Rates]) -> list[str]:
-    """The sentences whose sides were both measured."""
+    """Sentences that compare two sides, if both were measured."""
     sentences = []
     for mode in _MODES:
         adapter = f"{mode}, adapter"

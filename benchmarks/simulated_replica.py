@@ -1,7 +1,7 @@
-"""A rollout service whose engine samples nothing: it answers at a set rate, on real HTTP.
+"""A rollout service on real HTTP whose engine samples nothing and answers at a fixed rate.
 
-`python -m benchmarks.simulated_replica`, with the ROLLOUT_* settings of the environment. An engine
-has `NUM_SLOTS` requests at once, each takes `SECONDS_PER_REQUEST`; a load takes `LOAD_S`.
+`python -m benchmarks.simulated_replica` reads the ROLLOUT_* settings from the environment. The
+engine runs `NUM_SLOTS` requests at once; a request takes `SECONDS_PER_REQUEST`, a load `LOAD_S`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TOKEN, _LOGPROB = 3, -0.5
 
 
 class SimulatedEngine:
-    """Deltas of `stream_interval` tokens, evenly over the time of a request."""
+    """Emits deltas of `stream_interval` tokens, spread evenly over the time of a request."""
 
     max_model_len = 512
 
@@ -66,7 +66,7 @@ class SimulatedEngine:
         return [_LOGPROB] * (len(token_ids) - 1)
 
     async def interrupt(self, request_ids: Iterable[str]) -> None:
-        raise AssertionError("the benchmark finishes what runs")
+        raise AssertionError("the benchmark never interrupts a request")
 
     async def load_adapter(self, adapter: Adapter) -> None:
         await asyncio.sleep(LOAD_S)
@@ -77,7 +77,7 @@ class SimulatedEngine:
         return None
 
     def num_unfinished(self) -> int:
-        return 0  # it never hangs
+        return 0  # the simulated engine never hangs
 
     def num_tokens_processed(self) -> int:
         return self._num_tokens

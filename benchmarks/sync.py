@@ -5,9 +5,9 @@
                             file in shared memory ─▶ add_lora ───┘
     child: the load         256 completions that run meanwhile; some are watched token by token
 
-Both sides end in the same engine: Tandem's adapter arrives over HTTP and is verified; the peer
-loads the same file from local shared memory by path, with nothing checked. Each then samples one
-token under it. With --replicas one version goes to several services at once, all on one device.
+Both sides use the same engine. Tandem's adapter arrives over HTTP and is verified; the peer loads
+the same file by path from local shared memory, without any check. Each then samples one token under
+the adapter. With --replicas, one version goes to several services at once, all on one device.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from shared.schemas import (
     SyncReceipt,
 )
 
-if TYPE_CHECKING:  # it imports torch, which the children must not get from here
+if TYPE_CHECKING:  # imports torch, which child processes must not inherit from this module
     from services.trainer.learner.learner import Learner
     from services.trainer.policy.adapter import PublishedAdapter
 
@@ -59,12 +59,12 @@ MAX_FLEET_S = 0.5
 _PROMPT = (1, 15, 5, 8, 4, 3, 7, 14)
 _SHARED_MEMORY = "/dev/shm"
 _ONE_TOKEN = SamplingParams(max_tokens=1, detokenize=False)
-_WINDOW_S = 1.0  # around a sync, and to compare with before and after it
+_WINDOW_S = 1.0  # seconds around a sync, and before and after them for comparison
 _IDLE_PAUSE_S = 0.2
-_LOADED_PAUSE_S = 2 * _WINDOW_S  # what is compared with has nothing of it
-_FIRST_PEER = 1000  # id of its first adapter, above those of the service
-_NUM_WARM_UP = 3  # until the policy writes into memory of adapters that it no longer keeps
-_GPU_SHARE = 0.1  # must be free when an engine starts; its KV cache has a size of its own
+_LOADED_PAUSE_S = 2 * _WINDOW_S  # keeps the windows for comparison free of other syncs
+_FIRST_PEER = 1000  # id of the peer's first adapter, above all ids of the service
+_NUM_WARM_UP = 3  # rounds until the policy reuses the memory of adapters that it has dropped
+_GPU_SHARE = 0.1  # share that must be free at an engine's start; --kv-cache-gib sets the KV cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ CASES = (Case("0.5 MB", "tiny", 13), Case("40 MB", "mid", 32), Case("160 MB", "m
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """When something began and ended, by time.perf_counter."""
+    """Start and end of an event, by time.perf_counter."""
 
     start: float
     end: float
@@ -90,14 +90,14 @@ class Span:
 
     @property
     def window(self) -> Span:
-        """The second around it, or as long as it takes."""
+        """The second around the middle of the span, or the span itself if it is longer."""
         middle, half = (self.start + self.end) / 2, max(_WINDOW_S, self.seconds) / 2
         return Span(middle - half, middle + half)
 
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """Seconds of one sync and its parts."""
+    """Duration of one sync and of its parts, in seconds."""
 
     span: Span
     export_s: float
@@ -114,11 +114,11 @@ class Sync:
 
 @dataclass(frozen=True, slots=True)
 class Disturbance:
-    """What running completions felt of something."""
+    """How an event disturbed running completions."""
 
-    gap_s: float  # longest between two tokens of a completion, while it ran and shortly after
-    usual_gap_s: float  # the same, in the seconds before and after
-    dip: float  # of tokens/s in the second around it, from those seconds
+    gap_s: float  # longest gap between two tokens of a completion, during and shortly after it
+    usual_gap_s: float  # longest gap in the seconds before and after
+    dip: float  # relative drop of tokens/s around the event, from the seconds before and after
 
     @classmethod
     def of(cls, span: Span, arrivals: Arrivals) -> Disturbance:
@@ -138,7 +138,7 @@ class Round:
     """A sync and its peer, in an idle replica or (`felt`) under load."""
 
     sync: Sync
-    add_lora: Span  # to the first token
+    add_lora: Span  # span of the peer's sync, up to its first token
     felt: Disturbance | None = None
     felt_of_peer: Disturbance | None = None
 
@@ -155,22 +155,22 @@ def main() -> None:
     engines.add_arguments(parser, tuple(SHAPES))
     parser.set_defaults(shape=None)
     parser.add_argument(
-        "--rank", type=int, action="append", help="of the adapters, with --shape; default: 16"
+        "--rank", type=int, action="append", help="adapter rank, with --shape (default: 16)"
     )
     parser.add_argument(
         "--only",
         choices=[case.label for case in CASES],
         action="append",
-        help="of the cases without --shape",
+        help="cases to measure, without --shape (default: all)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="after those to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up")
     parser.add_argument(
-        "--load", type=int, default=0, help="completions that run, as a second series of rounds"
+        "--load", type=int, default=0, help="running completions in a second series of rounds"
     )
     parser.add_argument("--load-prompt", type=int, default=128)
-    parser.add_argument("--load-tokens", type=int, default=768, help="of each completion")
-    parser.add_argument("--replicas", type=int, default=1, help="above 1: one sync to all of them")
-    parser.add_argument("--kv-cache-gib", type=float, default=17.0, help="of each, on CUDA")
+    parser.add_argument("--load-tokens", type=int, default=768, help="per completion of the load")
+    parser.add_argument("--replicas", type=int, default=1, help="above 1: sync to all at once")
+    parser.add_argument("--kv-cache-gib", type=float, default=17.0, help="per replica, on CUDA")
     arguments = parser.parse_args()
     cases = [case for case in CASES if not arguments.only or case.label in arguments.only]
     if arguments.shape:
@@ -192,7 +192,7 @@ class _Benchmark:
     # --- one replica ----------------------------------------------------------------------------
 
     def one(self, cases: Sequence[Case]) -> Report:
-        """On a GPU the engines of all cases boot beside each other; elsewhere one is up at once."""
+        """Measure one replica per case; on a GPU all boot concurrently, on a CPU one at a time."""
         rows: list[Sequence[str]] = []
         verdicts: list[str] = []
         waves = [list(cases)] if self._arguments.device == "cuda" else [[case] for case in cases]
@@ -212,7 +212,7 @@ class _Benchmark:
                             )
                             rows.append(_row(case, f"{self._arguments.load} running", loaded))
                             verdicts.append(_loaded_verdict(case, loaded))
-                    except (ChildError, ServiceError) as error:  # the rest can still be measured
+                    except (ChildError, ServiceError) as error:  # other cases can still be measured
                         say(f"{case.label} is cut short: {error}")
         variant = f"{self._arguments.device}-{cases[0].shape}" if self._arguments.shape else ""
         return Report(
@@ -221,11 +221,11 @@ class _Benchmark:
             title="From publish to the first token of the new version",
             setting=(
                 f"One replica on loopback. Milliseconds, medians of {self._arguments.rounds} "
-                "versions after some to warm up; transfer is the HTTP call without verify and "
-                "load; add_lora loads the same file from shared memory in the same engine. Gaps "
-                "are the longest between two tokens of a running completion, and usual ones those "
-                "of the seconds before and after; the dip is that of their tokens/s in the second "
-                "around it against those. Models are Qwen3's of random weights: "
+                "versions after a warm-up; transfer is the HTTP call without verify and load; "
+                "add_lora loads the same file from shared memory in the same engine. A gap is the "
+                "longest pause between two tokens of a running completion; usual gaps are from the "
+                "seconds before and after. The dip is the relative drop of tokens/s in the second "
+                "around the sync. Models are Qwen3 with random weights: "
                 f"{', '.join(dict.fromkeys(case.shape for case in cases))}."
             ),
             header=(
@@ -247,13 +247,13 @@ class _Benchmark:
                 "dip of add_lora",
             ),
             rows=rows,
-            conclusion=f"Ratio: total over add_lora and its first token. {' '.join(verdicts)}",
+            conclusion=f"Ratio: total over add_lora with its first token. {' '.join(verdicts)}",
         )
 
     async def _rounds(
         self, case: Case, learner: Learner, settings: RolloutSettings, service: Child[Replica]
     ) -> list[Round]:
-        """In an idle replica."""
+        """Measure in an idle replica."""
         rounds: list[Round] = []
         async with RolloutClient(_url(settings)) as client:
             for _ in range(_NUM_WARM_UP + self._arguments.rounds):
@@ -266,7 +266,7 @@ class _Benchmark:
     async def _loaded_rounds(
         self, case: Case, learner: Learner, settings: RolloutSettings, service: Child[Replica]
     ) -> list[Round]:
-        """The load begins anew in every round, and has settled when it is measured."""
+        """Measure under load, which restarts in every round and settles before the measurement."""
         rounds: list[Round] = []
         async with RolloutClient(_url(settings)) as client:
             with self._load(settings) as load:
@@ -285,7 +285,7 @@ class _Benchmark:
     # --- several replicas -----------------------------------------------------------------------
 
     def fleet(self, cases: Sequence[Case]) -> Report:
-        """One version to all replicas at once, and, in turn, to one of them alone."""
+        """Measure a sync to all replicas at once and, in turn, to only one of them."""
         number = self._arguments.replicas
         rows, verdicts = [], []
         for case in cases:
@@ -293,7 +293,7 @@ class _Benchmark:
                 first = self._start(stack, case, "replica-1")
                 learner = self._learner(case)
                 say(f"replica-1: ready after {first[1].wait_until_ready():.0f} s")
-                # The others find what the first has compiled.
+                # The others start later, to find the kernels that the first has compiled.
                 others = [self._start(stack, case, f"replica-{i}") for i in range(2, number + 1)]
                 for _, service in others:
                     say(f"{service.name}: ready after {service.wait_until_ready():.0f} s")
@@ -311,8 +311,8 @@ class _Benchmark:
             title="One version to several replicas",
             setting=(
                 f"{number} replicas on loopback, idle, all on one device; milliseconds, medians of "
-                f"{self._arguments.rounds} versions after some to warm up, which go to one replica "
-                "and to all in turns. The total is from before publish() to when every replica has "
+                f"{self._arguments.rounds} versions after a warm-up, which go in turn to one "
+                "replica and to all. The total is from before publish() until every replica has "
                 "answered with its first token of the new version; the parts are the longest of "
                 "any replica."
             ),
@@ -362,7 +362,7 @@ class _Benchmark:
             model,
             max_lora_rank=case.rank,
             max_model_len=given.load_prompt + given.load_tokens,
-            max_num_seqs=max(8, given.load + 1),  # the first token does not wait for a place
+            max_num_seqs=max(8, given.load + 1),  # leaves a place free for the first token
             stream_interval=1,
             **(on_cuda if given.device == "cuda" else {}),
         )
@@ -390,7 +390,7 @@ class _Benchmark:
         return model
 
     def _learner(self, case: Case) -> Learner:
-        """The trainer's side, at version 0 of a run with an adapter of this rank."""
+        """A learner at version 0 of a run with an adapter of the case's rank."""
         from services.trainer.learner.learner import Learner
         from services.trainer.policy.policy import Policy
         from services.trainer.run_config import LoraConfig, OptimizerConfig
@@ -407,7 +407,7 @@ class _Benchmark:
             OptimizerConfig(),
             seed=0,
         )
-        settle_memory()  # as the trainer does
+        settle_memory()  # the trainer does the same
         return learner
 
 
@@ -419,7 +419,7 @@ def _url(settings: RolloutSettings) -> str:
 
 
 def _train(learner: Learner) -> None:
-    """Make the next version."""
+    """Update the policy, which makes the next version."""
     from services.trainer.policy.samples import Sample
     from services.trainer.run_config import ReinforceConfig
 
@@ -456,7 +456,7 @@ async def _round(
 async def _sync(
     learner: Learner, clients: Sequence[RolloutClient]
 ) -> tuple[Sync, PublishedAdapter]:
-    """Publish to all of them at once. Of several replicas the parts are the longest of any."""
+    """Publish to all clients at once; each part is the longest of any replica."""
     start = time.perf_counter()
     adapter = learner.policy.publish()
     exported = time.perf_counter()
@@ -486,7 +486,7 @@ async def _sync(
 async def _add_lora(
     replica: Replica, content: bytes, manifest: AdapterManifest, number: int
 ) -> Span:
-    """The peer: the file already lies in shared memory, nothing checks it. To its first token."""
+    """The peer's sync, up to its first token: loads a file in shared memory without any check."""
     from vllm import SamplingParams as VllmSamplingParams
     from vllm.inputs import tokens_input
 

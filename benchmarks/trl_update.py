@@ -2,13 +2,13 @@
 
     checkpoint, FixedBatch ─▶ GRPOTrainer.train() ─▶ seconds, gradient norm, positions of each step
 
-Nothing of the trainer is replaced but sampling and scoring: `_generate_and_score_completions`
-answers with the batch. So the loss, its metrics, padding-side tensors, gradient accumulation,
-clipping and AdamW are TRL 1.16.0's and Transformers' own. What its own constructor makes of a
-4-bit base applies too: LoRA weights and their gradients in bfloat16, bfloat16 autocast, gradient
-checkpointing, no `prepare_model_for_kbit_training`, scaled-dot-product attention, and its fused
-head that computes logprobs and entropies in chunks. It is the step of a run without vLLM: with
-`use_vllm=True`, TRL adds one forward pass over the batch, which is not measured.
+Only sampling and scoring are replaced: `_generate_and_score_completions` returns the batch. Loss,
+metrics, padding, gradient accumulation, clipping and AdamW are those of TRL 1.16.0 and
+Transformers. TRL's constructor also decides how a 4-bit base is trained: LoRA weights and their
+gradients in bfloat16, bfloat16 autocast, gradient checkpointing, no
+`prepare_model_for_kbit_training`, scaled-dot-product attention, and a fused head that computes
+logprobs and entropies in chunks. This is the step of a run without vLLM; with `use_vllm=True`, TRL
+adds one forward pass over the batch, which is not measured.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def trl_steps(
 ) -> list[Step]:
     """Train on `batch` for `num_steps` optimizer steps.
 
-    `dtype` is that of norms, embeddings and head, "float32" by TRL's default. `on_model` gets the
-    PEFT model before the first step, `on_step` the number of steps done after each.
+    `dtype` is the dtype of norms, embeddings and head; TRL's default is "float32". `on_model` gets
+    the PEFT model before the first step; `on_step` gets the number of completed steps after each.
     """
     num_rows = len(batch.advantages)
-    num_generations = max(2, batch.group_size)  # TRL's least; nothing is generated
+    num_generations = max(2, batch.group_size)  # TRL requires at least 2; nothing is generated
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=str(checkpoint),
@@ -94,7 +94,7 @@ def trl_steps(
 
 
 def _no_rewards(**_: Any) -> list[float]:
-    raise AssertionError("the batch is scored already")
+    raise AssertionError("the batch is already scored")
 
 
 def _inputs(batch: FixedBatch, device: str) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def _inputs(batch: FixedBatch, device: str) -> dict[str, Tensor]:
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
-    """Seconds from before the first micro-batch to after the optimizer step."""
+    """Measures seconds from before the first micro-batch to after the optimizer step."""
 
     def __init__(self, device: str, on_step: Callable[[int], None]) -> None:
         self.seconds: list[float] = []

@@ -1,1 +1,1 @@
-"""Each example runs: `python -m examples.<name>`."""
+"""Runnable examples: start one with `python -m examples.<name>`."""

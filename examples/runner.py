@@ -1,8 +1,9 @@
-"""One way to run an example: `python -m examples.<name>`.
+"""The shared command line of examples: `python -m examples.<name>`.
 
     model ─▶ services as processes ─POST /runs with run.yaml─▶ events ─▶ table, curve, exit code
 
-It fails unless the reward on held-out prompts rises. Logs, runs and the curve are in .demo/<name>.
+An example fails unless the reward on held-out prompts rises. Logs, runs and the curve are in
+.demo/<name>.
 """
 
 from __future__ import annotations
@@ -38,18 +39,19 @@ Meanwhile = Callable[[History], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An example is a folder with a run.yaml; the rest is what it needs beside the two services."""
+    """An example: a folder with a run.yaml, and what it needs in addition to the two services."""
 
-    name: str  # of the folder
-    title: str  # of the curve
-    unit: str  # of the reward
-    min_rise_points: float  # of the reward on held-out prompts, in hundredths
-    model: str = "model"  # the folder of the one made on the spot; the demo's is shared
+    name: str  # folder of the example, below examples/
+    title: str  # title of the learning curve
+    unit: str  # what the reward measures, for example "correct answers"
+    min_rise_points: float  # required rise of the held-out reward, in hundredths
+    model: str = "model"  # folder of the generated model; examples with the demo's model share it
     make_model: Callable[[Path, Console], None] = make_model
-    # What the run config has instead, as of files that are made here.
+    # Maps the example's folder to values that replace those of run.yaml, such as generated files.
     changes: Callable[[Path], Mapping[str, Any]] = lambda folder: {}
-    environment: Mapping[str, str] = field(default_factory=dict)  # of the services, as keys
-    # What runs beside the services; it yields what happens during the run.
+    # Extra environment variables of both services, such as API keys.
+    environment: Mapping[str, str] = field(default_factory=dict)
+    # Runs something next to the services; yields what to do during the run, or None.
     beside: Callable[[Path, Console], AbstractAsyncContextManager[Meanwhile | None]] = (
         lambda folder, console: nullcontext()
     )
@@ -60,10 +62,10 @@ class Example:
 
 
 def main(example: Example, arguments: Sequence[str] | None = None) -> int:
-    """Run an example from the command line; the exit code."""
+    """Run an example from the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog=f"python -m examples.{example.name}")
-    parser.add_argument("--steps", type=int, help="policy updates (default: those of run.yaml)")
-    parser.add_argument("--seed", type=int, help="seed of the run (default: that of run.yaml)")
+    parser.add_argument("--steps", type=int, help="policy updates (default: from run.yaml)")
+    parser.add_argument("--seed", type=int, help="seed of the run (default: from run.yaml)")
     parser.add_argument(
         "--min-rise",
         type=float,
@@ -73,10 +75,10 @@ def main(example: Example, arguments: Sequence[str] | None = None) -> int:
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--model", type=Path, help="checkpoint to train instead of the one made on the spot"
+        "--model", type=Path, help="checkpoint to train instead of the generated model"
     )
     parser.add_argument(
-        "--work-dir", type=Path, default=WORK_DIR, help="for models, runs, logs and the curve"
+        "--work-dir", type=Path, default=WORK_DIR, help="folder for models, runs, logs and curve"
     )
     options = parser.parse_args(arguments)
     work_dir, console = options.work_dir.resolve(), Console(highlight=False)
@@ -107,8 +109,10 @@ def main(example: Example, arguments: Sequence[str] | None = None) -> int:
 async def _run(
     example: Example, config: RunConfig, folder: Path, model: Path, console: Console
 ) -> History | int:
-    """Everything between the first child process and the last; ends them whatever happens. The exit
-    code when a signal stopped it."""
+    """Start the services, train, and stop the services in every case.
+
+    Returns the history, or the exit code if a signal stopped the run.
+    """
     caught = catch_stop_signals()
     try:
         with DemoServices(
@@ -132,7 +136,7 @@ async def _run(
 def _report(
     example: Example, history: History, folder: Path, min_rise_points: float, console: Console
 ) -> bool:
-    """Print the summary and draw the curve; whether the reward rose enough."""
+    """Print the summary, draw the curve, and return whether the reward rose enough."""
     curve = folder / "curve.png"
     plot_curve(history, curve, title=example.title, unit=example.unit)
     first, last = history.evals[0], history.evals[-1]
@@ -153,7 +157,7 @@ def _report(
     if (rise := history.sampled_rise_points) < min_rise_points:
         print(
             f"The example failed: held-out {example.unit} rose by {rise:.1f} points, less than the "
-            f"{min_rise_points:g} it should (logs: {os.path.relpath(folder / 'logs')}).",
+            f"required {min_rise_points:g} (logs: {os.path.relpath(folder / 'logs')}).",
             file=sys.stderr,
         )
     return rise >= min_rise_points
@@ -176,7 +180,7 @@ def catch_stop_signals() -> list[int]:
 
 
 def print_lines(lines: Sequence[tuple[str, str]], console: Console) -> None:
-    """(what, value) per line, in two columns."""
+    """Print (label, value) pairs in two columns."""
     width = max(len(what) for what, _ in lines)
     for what, value in lines:
         console.print(f"{what:<{width}}  {value}", soft_wrap=True)

@@ -1,6 +1,6 @@
-"""What a user imports, `from tandem import PolicyModel`, and types, `tandem`.
+"""The package that users import (`from tandem import PolicyModel`) and the command `tandem`.
 
-Nothing is loaded before it is used.
+Attributes load on first use, so that importing the package imports no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m tandem`: the command line, as the script `tandem` runs it."""
+"""`python -m tandem`: the same command line as the script `tandem`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapter files for tests: valid ones whose effect is plain to see, and the knobs to break them."""
+"""Adapter files for tests: valid ones with an obvious effect, and knobs to break them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_manifest(
 def make_tensors(
     manifest: AdapterManifest, shapes: LinearShapes, *, seed: int, strength: float = 0.05
 ) -> dict[str, Tensor]:
-    """Every tensor that the manifest asks for, normal with deviation `strength`, in bf16."""
+    """Every tensor that the manifest requires: normal, standard deviation `strength`, in bf16."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (strength * torch.randn(shape, generator=generator)).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""One tiny checkpoint and one real rollout service for the whole session."""
+"""Session-wide fixtures: one tiny checkpoint and one real rollout service."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from shared.model_folder import linear_shapes
 from shared.rollout_client import RolloutClient
 from tests.replica_process import ReplicaProcess, start_replica, wait_until_ready
 
-if TYPE_CHECKING:  # it imports torch, which tests of the wire need not wait for
+if TYPE_CHECKING:  # imports torch, for which tests of the wire need not wait
     from tests.publisher import Publisher
 
-WEIGHT_FACTOR = 3.0  # default init gives flat logprobs, on which no adapter has an effect
+WEIGHT_FACTOR = 3.0  # default weights give flat logprobs, on which adapters have no effect
 
 
 def pytest_configure() -> None:
-    """Before torch is imported: its two threads would spin against the engine's."""
+    """Limit torch to one thread before its import, because more would compete with the engine."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -32,14 +32,14 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c() -> None:
-    """A background job of a shell ignores it, and so would the processes that are sent one here."""
+    """Restore SIGINT, which a shell's background job ignores and child processes would inherit."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 4 layers, 16 tokens and a context of 512."""
+    """A random Llama with 4 layers, a vocabulary of 16 tokens and a context of 512."""
     import torch
 
     from examples.demo import model as demo
@@ -56,7 +56,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where every replica of the session keeps the exact base: it is built once."""
+    """The cache folder of all replicas of the session, so that the exact base is built once."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -64,7 +64,7 @@ def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def replica(
     tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, base_cache: Path
 ) -> Iterator[ReplicaProcess]:
-    """The real service on the real engine. A test isolates itself with a run of its own."""
+    """The real service on the real engine; each test isolates itself by starting a new run."""
     replica = start_replica(
         tmp_path_factory.mktemp("replica"),
         tiny_checkpoint,
@@ -76,7 +76,7 @@ def replica(
         max_body_bytes=1 << 20,
         max_completions=64,
         max_num_seqs=8,
-        max_num_batched_tokens=512,  # one context: prefills queue up
+        max_num_batched_tokens=512,  # one full context, so that prefills queue up
     )
     try:
         wait_until_ready(replica)

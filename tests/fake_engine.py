@@ -1,4 +1,4 @@
-"""An engine that samples nothing: for tests of HTTP, leases and life cycle alone."""
+"""An engine that samples nothing, for tests of HTTP, leases and life cycle only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOKEN, LOGPROB = 3, -0.5
 
 
 class FakeEngine:
-    """Answers at once, or while `held` only after `release`. Keeps what was asked of it."""
+    """Answers at once, or after `hold` only once released. Records what it is asked to do."""
 
     max_model_len = 64
 
@@ -36,7 +36,7 @@ class FakeEngine:
     # --- what a test does -----------------------------------------------------------------------
 
     def hold(self, *, after: int = 0) -> None:
-        """Work waits for `release`; of a stream, only the tokens beyond `after`."""
+        """Make work wait for `release`; streams still emit their first `after` tokens."""
         self._free_tokens = after
         self._go.clear()
 
@@ -50,7 +50,7 @@ class FakeEngine:
         self._load.set()
 
     def die(self, reason: str) -> None:
-        """Like a process that is gone: whoever waits gets EngineDead."""
+        """Act like a process that has died: every waiting call raises EngineDead."""
         self.died = reason
         self.release()
 
@@ -65,7 +65,7 @@ class FakeEngine:
         *,
         stream: bool,
     ) -> AsyncGenerator[SampledDelta]:
-        """With `stream` one token of every sequence at a time."""
+        """With `stream`, yield one token of every sequence at a time."""
         num_tokens, num_left = sampling.max_tokens or 1, sampling.max_tokens or 1
         num_free = self._free_tokens if stream else 0
         while num_left:
@@ -120,7 +120,7 @@ class FakeEngine:
         self.has_shut_down = True
 
     async def _work(self, request_id: str) -> bool:
-        """Wait to be released; whether the work was interrupted."""
+        """Wait for `release`; returns whether the work was interrupted."""
         if self.fails:
             raise self.fails
         stop = self._stops[request_id] = asyncio.Event()

@@ -1,8 +1,8 @@
-"""A rollout service that is played in memory, behind a transport: for fleet logic alone.
+"""A rollout service simulated in memory behind an httpx transport, for tests of fleet logic.
 
-Every token says who sampled it: its id is 1000 × version + its place in the completion. So a test
-can tell from the completions alone whether one is attributed to the wrong policy, or has a token
-twice.
+The id of a token shows which version sampled it: 1000 × version + its position in the completion. A
+test can therefore tell from the completions alone whether one is attributed to the wrong policy or
+repeats a token.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ def policy_at(version: int) -> PolicyId:
 
 @dataclass
 class FakeReplica:
-    """`crash`, `boot`, `hang`, `wake_up` and `drain` are what a process does; the rest is told."""
+    """A simulated replica.
+
+    `crash`, `boot`, `hang`, `wake_up` and `drain` act as a process would; fields set the rest.
+    """
 
     url: str
     token_s: float = 0.01
@@ -72,17 +75,17 @@ class FakeReplica:
     max_live: int = 2
     status_changes: dict[str, Any] = field(default_factory=dict)
     num_busy_answers: int = 0
-    refusal: ServiceError | None = None  # of every adapter
-    failure: ServiceError | None = None  # of every request to generate
+    refusal: ServiceError | None = None  # raised for every adapter
+    failure: ServiceError | None = None  # raised for every request to generate
     only_interrupts: bool = False
-    lies: bool = False  # acks a version and serves what it served before
+    lies: bool = False  # acknowledges a version but keeps serving the previous one
     state: Literal["down", "ready", "draining"] = "ready"
     boot_id: str = ""
     newest: PolicyId = BASE_POLICY
     resident: list[PolicyId] = field(default_factory=list)
-    served: PolicyId = BASE_POLICY  # what the newest really is
-    proven: set[PolicyId] = field(default_factory=set)  # by FakeProver, since the boot
-    num_generated: int = 0  # requests
+    served: PolicyId = BASE_POLICY  # policy that requests for `newest` actually get
+    proven: set[PolicyId] = field(default_factory=set)  # checked by FakeProver since the boot
+    num_generated: int = 0  # requests to generate that were answered
     num_streams: int = 0
     replaced_run: bool = False
     uploads: list[PolicyId] = field(default_factory=list)
@@ -135,7 +138,7 @@ class FakeReplica:
                 raise AssertionError(path)
 
     async def _alive(self, boot_id: str) -> None:
-        """Wait while it hangs. The connections of a process that has ended break."""
+        """Wait while the replica hangs; fail as a broken connection if that process has ended."""
         await self._awake.wait()
         if self.state == "down" or self.boot_id != boot_id:
             raise httpx.ReadError("connection reset")
@@ -269,7 +272,7 @@ class FakeReplica:
 
 
 class FakeProver:
-    """Knows what a replica really serves; the real one finds out from logprobs."""
+    """Knows what a replica really serves; the real prover finds out from logprobs."""
 
     def __init__(self, replicas: Sequence[FakeReplica]) -> None:
         self._replicas = {replica.url: replica for replica in replicas}
@@ -332,7 +335,7 @@ def _json(body: Wire) -> httpx.Response:
 
 
 def check_groups(groups: Sequence[CompletionGroup], *, n: int, max_tokens: int) -> None:
-    """Every completion is whole, has no token twice, and names the policy that sampled each."""
+    """Assert that every completion is whole, repeats no token and attributes each correctly."""
     for group in groups:
         assert len(group.completions) == n
         for completion in group.completions:

@@ -1,6 +1,6 @@
-"""A TCP proxy in front of one service that cuts, stalls and counts what passes.
+"""A TCP proxy in front of one service that cuts, stalls and counts traffic.
 
-client ──▶ FaultyProxy ──▶ service          requests are framed by Content-Length, as ours are
+client ──▶ FaultyProxy ──▶ service          Content-Length frames requests, as in Tandem's clients
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CHUNK_BYTES = 64 << 10
 
 @dataclass(slots=True)
 class Traffic:
-    """What passed on behalf of the requests of one path, heads included."""
+    """Traffic of all requests for one path, including headers."""
 
     num_requests: int = 0
     up_bytes: int = 0
@@ -28,14 +28,14 @@ class Traffic:
 
 @dataclass(slots=True)
 class Cut:
-    """Closes the connection of the next requests that match, after `after_bytes` of them (`up`) or
-    of their answers (`down`) were forwarded."""
+    """Closes the connections of the next matching requests once `after_bytes` of the request (`up`)
+    or of its response (`down`) were forwarded."""
 
     direction: Literal["up", "down"]
     after_bytes: int
-    match: re.Pattern[str]  # searched in the request line: `POST /generate HTTP/1.1`
+    match: re.Pattern[str]  # searched in the request line, such as `POST /generate HTTP/1.1`
     num_left: int
-    made: asyncio.Event = field(default_factory=asyncio.Event)  # the last one was made
+    made: asyncio.Event = field(default_factory=asyncio.Event)  # set when the last cut was made
 
 
 @dataclass(slots=True)
@@ -48,18 +48,18 @@ class _Request:
 
 
 class _CutNow(Exception):
-    """This connection is cut here."""
+    """Ends a connection at the point of a cut."""
 
 
 class FaultyProxy:
-    """Listens on a loopback port of its own while it is open. Use as an async context manager."""
+    """An async context manager that listens on a free loopback port while it is open."""
 
     def __init__(self, target_url: str) -> None:
         target = urlsplit(target_url)
         assert target.hostname
         assert target.port
         self._target = target.hostname, target.port
-        self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)  # by path, without query
+        self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)  # key: path without query
         self._cuts: list[Cut] = []
         self._flowing = asyncio.Event()
         self._flowing.set()
@@ -93,17 +93,17 @@ class FaultyProxy:
         match: str = "",
         times: int = 1,
     ) -> Cut:
-        """Arm a cut of the next `times` requests whose first line has `match` (a regex) in it."""
+        """Arm a cut of the next `times` requests whose request line matches the regex `match`."""
         cut = Cut(direction, after_bytes, re.compile(match), times)
         self._cuts.append(cut)
         return cut
 
     def stall(self) -> None:
-        """Accept connections, forward nothing, in either direction."""
+        """Accept connections but forward nothing in either direction."""
         self._flowing.clear()
 
     def resume(self) -> None:
-        """Forward again, what was held back first."""
+        """Forward again, beginning with what was held back."""
         self._flowing.set()
 
     # --- one connection -------------------------------------------------------------------------
@@ -119,14 +119,14 @@ class FaultyProxy:
             upstream_reader, upstream_writer = await asyncio.open_connection(*self._target)
             writers.append(upstream_writer)
             await _Connection(self, reader, writer, upstream_reader, upstream_writer).run()
-        except ConnectionError:  # the service is away, and so is the proxy
+        except ConnectionError:  # the service is down, so the proxy acts as if it were down too
             pass
         finally:
             for writer in writers:
                 writer.transport.abort()
 
     def allowed_bytes(self, request: _Request, direction: Literal["up", "down"], size: int) -> int:
-        """How many of the next `size` bytes may pass; fewer than `size` means: then cut."""
+        """How many of the next `size` bytes may pass; fewer than `size` means a cut after them."""
         passed = request.up_bytes if direction == "up" else request.down_bytes
         for cut in self._cuts:
             matches = cut.direction == direction and cut.num_left and cut.match.search(request.line)
@@ -144,7 +144,7 @@ class FaultyProxy:
         direction: Literal["up", "down"],
         writer: asyncio.StreamWriter,
     ) -> None:
-        """Raises _CutNow when a cut falls into `data`."""
+        """Forward `data`. Raises _CutNow when a cut falls into it."""
         await self._flowing.wait()
         passing = data[: self.allowed_bytes(request, direction, len(data))]
         writer.write(passing)
@@ -162,7 +162,7 @@ class FaultyProxy:
 
 @dataclass(slots=True)
 class _Connection:
-    """Two pumps; the one upstream knows the request that the one downstream answers."""
+    """Two pumps; the upstream pump records the request that the downstream pump answers."""
 
     proxy: FaultyProxy
     reader: asyncio.StreamReader
@@ -172,7 +172,7 @@ class _Connection:
     request: _Request | None = None
 
     async def run(self) -> None:
-        """Until either side closes or a cut is made."""
+        """Pump both directions until either side closes or a cut is made."""
         pumps = [asyncio.ensure_future(self._run(pump)) for pump in (self._up, self._down)]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
 """`LIE_FILE=path python -m tests.lying_replica`: a rollout service whose engine lies.
 
-The real service on the real engine, but an adapter is loaded as the word in LIE_FILE says at that
-moment: the receipt is the same, what is served is not.
+This is the real service on the real engine, except that the word in LIE_FILE decides how the next
+adapter is loaded: the receipt is the same, but the served weights are not.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def boot_liar(settings: RolloutSettings, model_dir: Path) -> BootedEngine:
     class LyingEngine(VllmEngine):
         def __init__(self, engine: object, max_model_len: int) -> None:
             super().__init__(engine, max_model_len)
-            self._ignored: set[int] = set()  # slots that serve the base
+            self._ignored: set[int] = set()  # slots that serve the base instead
             self._last_honest = b""
 
         async def load_adapter(self, adapter: Adapter) -> None:

@@ -1,4 +1,4 @@
-"""One fresh run that publishes adapters to a replica: what a trainer does, without training."""
+"""Publishes the adapters of a new run to a replica, as a trainer does, but without training."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Publisher:
     def adapter(
         self, policy: PolicyId, *, seed: int | None = None, strength: float = 0.05, **fields: Any
     ) -> bytes:
-        """A valid adapter; `seed` is the version unless given, `fields` go into the manifest."""
+        """A valid adapter; `seed` defaults to the version, and `fields` go into the manifest."""
         manifest = make_manifest(self.base, policy, **fields)
         seed = policy.version if seed is None else seed
         tensors = make_tensors(manifest, self.shapes, seed=seed, strength=strength)
         return adapter_file(manifest, tensors)
 
     async def publish(self, version: int, **options: Any) -> PolicyId:
-        """Publish a version of this run and take the replica over from any other run."""
+        """Publish a version of this run, which replaces any other run on the replica."""
         policy = self.policy(version)
         await self.client.sync_weights(self.adapter(policy), replace_run=True, **options)
         return policy

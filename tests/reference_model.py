@@ -1,4 +1,4 @@
-"""What transformers and PEFT say about a checkpoint: computed apart from the engine."""
+"""Logprobs of a checkpoint according to Transformers and PEFT, independent of the engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.schemas import AdapterManifest
 
 
 class ReferenceModel:
-    """bf16 weights with a float32 head, like the engine; `adapter` is the file that was pushed."""
+    """bf16 weights with a float32 head, like the engine; `adapter` is a pushed adapter file."""
 
     def __init__(
         self, checkpoint: Path, adapter: bytes | None = None, work_dir: Path | None = None

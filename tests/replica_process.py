@@ -1,4 +1,4 @@
-"""A rollout service in a process of its own, as an operator starts it."""
+"""A rollout service in a separate process, started as an operator would start it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ReplicaProcess:
     process: subprocess.Popen[bytes]
     url: str
     log: Path
-    checkpoint: Path  # the source, before quantization
+    checkpoint: Path  # source checkpoint, before quantization
     cache_dir: Path
     adapter_dir: Path
 
@@ -44,12 +44,12 @@ class ReplicaProcess:
         return sum(map(float, lines))
 
     def num_leases(self, policy: PolicyId) -> int:
-        """How many requests run under a resident policy."""
+        """Number of requests that run under a resident policy."""
         policies = PoliciesResponse.model_validate_json(self.get("/policies").content)
         return sum(item.num_leases for item in policies.resident if item.policy == policy)
 
     def adapter_files(self) -> list[Path]:
-        """What lies in the adapter folder, without the lock of the process."""
+        """Files in the adapter folder, except the lock of the process."""
         return [
             path for path in self.adapter_dir.rglob("*") if path.is_file() and path.name != "lock"
         ]
@@ -62,14 +62,14 @@ class ReplicaProcess:
         return self.cache_dir / "bases" / name
 
     def engine_pid(self) -> int:
-        """The process of the engine, a child of the service."""
+        """Process id of the engine, a child of the service."""
         tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
         children = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
         (pid,) = [p for p in children if "EngineCor" in Path(f"/proc/{p}/comm").read_text()]
         return pid
 
     def end(self) -> None:
-        """Stop the process by its id, politely first."""
+        """Stop the process: first with SIGTERM, then with SIGKILL."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -87,7 +87,7 @@ def start_replica(
     module: str = "services.rollout",
     **settings: object,
 ) -> ReplicaProcess:
-    """Start a service; `settings` are those of RolloutSettings. Wait with `wait_until_ready`."""
+    """Start a service with fields of RolloutSettings; wait for it with `wait_until_ready`."""
     root.mkdir(parents=True, exist_ok=True)
     port = free_port()
     named = {
@@ -105,7 +105,7 @@ def start_replica(
     log = root / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            child.command(module),  # a test run that is killed leaves nothing behind
+            child.command(module),  # leaves no process behind if the test run is killed
             stdout=output,
             stderr=output,
             env=environment | {"HF_HUB_OFFLINE": "1"},
@@ -121,7 +121,7 @@ def start_replica(
 
 
 def wait_until_ready(replica: ReplicaProcess) -> None:
-    """Return when /readyz is 200; fail with the log when the process ends or takes too long."""
+    """Return when /readyz answers 200; fail with the log if the process ends or takes too long."""
 
     def ready() -> bool:
         assert replica.process.poll() is None, replica.log.read_text()
@@ -141,7 +141,7 @@ def free_port() -> int:
 
 
 def eventually(condition: Callable[[], bool], *, timeout_s: float) -> bool:
-    """Whether `condition` becomes true in time: for what other processes do unannounced."""
+    """Poll whether `condition` becomes true in time, for effects in other processes."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if condition():
@@ -151,5 +151,5 @@ def eventually(condition: Callable[[], bool], *, timeout_s: float) -> bool:
 
 
 async def until(condition: Callable[[], bool], *, timeout_s: float = 15.0) -> None:
-    """Wait for `condition` beside the event loop; fail when it does not become true in time."""
+    """Wait for `condition` without blocking the event loop; fail if it stays false too long."""
     assert await asyncio.to_thread(eventually, condition, timeout_s=timeout_s)

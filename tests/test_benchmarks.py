@@ -1,4 +1,4 @@
-"""What the benchmarks conclude from what they have seen, and the processes that they drive."""
+"""The conclusions that benchmarks draw from measurements, and the processes that they drive."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.sync import Disturbance, Span
 
 
 def steady(start: float, end: float, *, every: float) -> list[tuple[float, int]]:
-    """One token at a time."""
+    """Arrivals of one token at a time, at equal intervals."""
     return [(start + i * every, 1) for i in range(round((end - start) / every) + 1)]
 
 

@@ -1,4 +1,4 @@
-"""A trainer in the test's own process, on the real engine, and a client of it without a socket."""
+"""A trainer in the test's own process, on the real engine, and a client without a socket."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def booted_trainer(
 
 @asynccontextmanager
 async def client_of(trainer: Trainer) -> AsyncIterator[TrainerClient]:
-    """Its run is stopped at the end."""
+    """A client of `trainer`; stops the run at the end."""
     transport = httpx.ASGITransport(create_app(trainer))
     async with TrainerClient("http://trainer", transport=transport, timeout_s=120) as client:
         yield client

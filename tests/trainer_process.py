@@ -1,4 +1,4 @@
-"""A trainer service in a process of its own, as an operator starts it, and the run it executes."""
+"""A trainer service in a separate process, started as an operator would, and its run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from services import child
 from shared.schemas import RunStatus
 from tests.replica_process import eventually, free_port
 
-# `python -c` of it is a trainer that says `loading`, and is still at it a minute later.
+# A script for `python -c`: a trainer that prints `loading` and then loads for a minute.
 SLOW_BOOT = """
 import sys, time
 import services.trainer.trainer as trainer
@@ -34,7 +34,7 @@ _BOOT_TIMEOUT_S = 60.0
 
 
 def share_of_small_digits(completions: list[str], **_: object) -> list[float]:
-    """A reward that a random policy gets in part, so that every step learns something."""
+    """A reward that a random policy partly earns, so that every step has a gradient."""
     return [sum(c in "01234" for c in text) / max(len(text), 1) for text in completions]
 
 
@@ -60,7 +60,7 @@ class TrainerProcess:
         return RunStatus.model_validate_json(self.get("/runs/current").content)
 
     def until_end(self, *, timeout_s: float) -> RunStatus:
-        """The run once it has completed; fails with the log when it ends otherwise."""
+        """Wait until the run completes; fail with the log if it ends in any other way."""
 
         def ended() -> bool:
             assert self.process.poll() is None, self.log.read_text()
@@ -72,12 +72,12 @@ class TrainerProcess:
         return status
 
     def kill(self) -> None:
-        """As the kernel does when there is no memory left."""
+        """Kill the process as the kernel does when memory runs out."""
         self.process.kill()
         self.process.wait(10)
 
     def end(self) -> None:
-        """Stop the process by its id, politely first."""
+        """Stop the process: first with SIGTERM, then with SIGKILL."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -89,9 +89,9 @@ class TrainerProcess:
 def start_trainer(
     root: Path, checkpoint: Path, *rollout_urls: str, **settings: object
 ) -> TrainerProcess:
-    """Start a service on the runs of `root` and wait until it is ready; again after it has ended.
+    """Start a service on the runs in `root` and wait until it is ready; it can be started again.
 
-    `settings` are those of TrainerSettings.
+    `settings` are fields of TrainerSettings.
     """
     root.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -114,7 +114,7 @@ def start_trainer(
             child.command("services.trainer"),
             stdout=output,
             stderr=output,
-            # One thread: sums have one order, so that two runs can be compared.
+            # One thread keeps the order of sums, so that two runs can be compared.
             env=environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         )
     trainer = TrainerProcess(process, f"http://127.0.0.1:{port}", log, root / "runs")
@@ -131,7 +131,7 @@ def start_trainer(
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file; none before it exists. A last line that is cut is left out."""
+    """The records of a JSONL file, without an incomplete last line; empty if there is no file."""
     if not path.exists():
         return []
     whole, _, _ = path.read_text().rpartition("\n")

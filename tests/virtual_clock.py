@@ -1,6 +1,6 @@
 """An event loop whose clock jumps to the next timer instead of waiting: minutes take milliseconds.
 
-For code that waits on timers alone. Threads and sockets would be overtaken by the clock.
+Use it only for code that waits on timers: the clock would overtake threads and sockets.
 """
 
 from __future__ import annotations

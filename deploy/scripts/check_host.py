@@ -1,6 +1,7 @@
-"""Can this machine run Tandem? One sentence per unmet requirement; exits 1 if there is one.
+"""Checks whether this machine can run Tandem.
 
-Standard library only, and readable by every Python since 3.6, so that an old one is told so.
+Prints one sentence per unmet requirement, and exits with 1 if there is any. Uses only the standard
+library and runs on Python 3.6 or newer, so that it can tell an old Python that it is too old.
 """
 
 import ctypes
@@ -9,9 +10,9 @@ import re
 import sys
 
 OLDEST_PYTHON = (3, 11)
-NEWEST_PYTHON = (3, 13)  # deploy/requirements/cpu.txt is resolved for these
+NEWEST_PYTHON = (3, 13)  # deploy/requirements/cpu.txt is resolved for this range
 MEMORY_GB = 8
-MEMORY_TOLERANCE_GB = 1  # what firmware and kernel keep of an 8 GB machine
+MEMORY_TOLERANCE_GB = 1  # memory that firmware and kernel may reserve on an 8 GB machine
 MEMORY_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
@@ -22,8 +23,8 @@ def main() -> int:
     system, machine = platform.system(), platform.machine()
     if (system, machine) != ("Linux", "x86_64"):
         tell(
-            f"This machine is {system} on {machine}, and the pinned packages are built for x86-64 "
-            "Linux: use such a machine, a virtual one included."
+            f"This machine is {system} on {machine}, but the pinned packages are built for x86-64 "
+            "Linux: use such a machine or a virtual machine."
         )
         return 1
     unmet = [*python_obstacles(), *numa_obstacles(), *memory_obstacles(), *cpu_obstacles()]
@@ -43,8 +44,8 @@ def python_obstacles() -> "list[str]":
     if sys.version_info[:2] >= OLDEST_PYTHON:
         return []
     return [
-        f"{sys.executable} is Python {platform.python_version()}, and Tandem needs "
-        f"{dotted(OLDEST_PYTHON)} or newer: install one and name it, as in "
+        f"{sys.executable} is Python {platform.python_version()}, but Tandem needs "
+        f"{dotted(OLDEST_PYTHON)} or newer: install it and run "
         f"`make setup PYTHON=python{dotted(OLDEST_PYTHON)}`."
     ]
 
@@ -53,9 +54,9 @@ def python_notes() -> "list[str]":
     if sys.version_info[:2] <= NEWEST_PYTHON:
         return []
     return [
-        f"{sys.executable} is Python {platform.python_version()}, and the pinned packages are "
+        f"{sys.executable} is Python {platform.python_version()}, but the pinned packages are "
         f"resolved for {dotted(OLDEST_PYTHON)} to {dotted(NEWEST_PYTHON)}: if the installation "
-        f"fails, name another one, as in `make setup PYTHON=python{dotted(NEWEST_PYTHON)}`."
+        f"fails, run `make setup PYTHON=python{dotted(NEWEST_PYTHON)}`."
     ]
 
 
@@ -64,9 +65,9 @@ def numa_obstacles() -> "list[str]":
         ctypes.CDLL("libnuma.so.1")
     except OSError:
         return [
-            "The library libnuma.so.1, which vLLM loads, is not on this machine: install it, on "
-            "Debian and Ubuntu with `apt-get install libnuma1`, on Fedora with "
-            "`dnf install numactl-libs`."
+            "The library libnuma.so.1, which vLLM loads, is missing: install it with "
+            "`apt-get install libnuma1` on Debian and Ubuntu, or `dnf install numactl-libs` on "
+            "Fedora."
         ]
     return []
 
@@ -76,13 +77,13 @@ def memory_obstacles() -> "list[str]":
     if memory_gb >= MEMORY_GB - MEMORY_TOLERANCE_GB:
         return []
     return [
-        f"This machine (or its container) has {memory_gb:.1f} GB of memory, and two services with "
-        f"torch need about {MEMORY_GB} GB: give it more."
+        f"This machine (or its container) has {memory_gb:.1f} GB of memory, but two services with "
+        f"torch need about {MEMORY_GB} GB: add memory or raise the container's limit."
     ]
 
 
 def available_memory_bytes() -> int:
-    """What the machine has, or the limit of the container if that is less."""
+    """Memory of the machine, or the limit of the container if that is lower."""
     sizes = [int(found) * 1024 for found in re.findall(r"MemTotal: +(\d+)", read("/proc/meminfo"))]
     sizes += [int(text) for text in map(read, MEMORY_LIMITS) if text.isdigit()]
     return min(sizes)
@@ -93,7 +94,7 @@ def cpu_obstacles() -> "list[str]":
         return []
     return [
         "This CPU has no AVX2, which vLLM for CPU needs: use a machine with a newer CPU, or let "
-        "the hypervisor show the host's (`-cpu host` in QEMU)."
+        "the hypervisor expose the host's CPU features (`-cpu host` in QEMU)."
     ]
 
 
@@ -112,7 +113,7 @@ def cpu_flags() -> "set[str]":
 
 
 def read(path: str) -> str:
-    """The text of a file, stripped; empty if this kernel does not have it."""
+    """The stripped text of a file; empty if it cannot be read, for example on an older kernel."""
     try:
         with open(path) as file:
             return file.read().strip()

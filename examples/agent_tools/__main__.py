@@ -1,7 +1,7 @@
-"""`python -m examples.agent_tools`: train the agent on this machine, from nothing.
+"""`python -m examples.agent_tools`: train the agent from scratch on this machine.
 
-Makes the model, starts a rollout and a trainer service, lets the agent of agent.py learn, and ends
-them. What it writes is under .demo/agent_tools/.
+Makes the model, starts a rollout and a trainer service, trains with the loop in agent.py, and stops
+the services. All output is under .demo/agent_tools/.
 """
 
 from __future__ import annotations
@@ -29,23 +29,26 @@ from shared.trainer_client import TrainerClient
 
 WORK_DIR = ROOT / ".demo" / "agent_tools"
 _READY_TIMEOUT_S = 180.0
-_AVERAGED_STEPS = 3  # for first and last reward
+_AVERAGED_STEPS = 3  # steps averaged for the first and the last reward
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.agent_tools", description=__doc__)
     parser.add_argument("--steps", type=int, default=25, help="policy updates (%(default)s)")
-    parser.add_argument("--episodes", type=int, default=64, help="per update (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--episodes", type=int, default=64, help="episodes per update (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
     parser.add_argument(
         "--min-rise",
         type=float,
         default=0.3,
-        help="fail unless the mean reward of the last steps is higher by this much (%(default)s)",
+        help="fail unless the mean reward rises by this much from the first to the last steps "
+        "(%(default)s)",
     )
     options = parser.parse_args()
     if options.steps < 1 or options.episodes < 1:
-        parser.error("--steps and --episodes are at least 1")
+        parser.error("--steps and --episodes must be at least 1")
     try:
         make_model(WORK_DIR / "model")
         steps = asyncio.run(run(WORK_DIR, options.steps, options.episodes, options.seed))
@@ -58,17 +61,17 @@ def main() -> int:
 
 
 def make_model(path: Path, num_steps: int = NUM_WARM_START_STEPS) -> None:
-    """Make the model at `path`, unless it is there."""
+    """Make the model at `path`, unless it already exists."""
     if path.is_dir():
         return
     print(f"Making the model: {num_steps} supervised steps on noisy conversations, once ...")
-    torch.set_num_threads(1)  # a second one gains little, and loses much if the machine is shared
+    torch.set_num_threads(1)  # a second thread gains little and is slow on a shared machine
     logging.disable_progress_bar()
     make_agent_model(path, num_steps=num_steps)
 
 
 async def run(work_dir: Path, num_steps: int, num_episodes: int, seed: int) -> list[Step]:
-    """Everything between the first child process and the last."""
+    """Start the services, train, stop the services; returns one record per update."""
     started = time.monotonic()
     with DemoServices(work_dir, num_replicas=1) as services:
         print("Starting a rollout and a trainer service ...")
@@ -106,7 +109,7 @@ async def run(work_dir: Path, num_steps: int, num_episodes: int, seed: int) -> l
 
 
 def report(steps: Sequence[Step], min_rise: float) -> int:
-    """Draw the curve and say first and last reward; 1 when it did not rise."""
+    """Plot the curve, print the first and last reward, and return the exit code."""
     curve = WORK_DIR / "curve.png"
     plot(steps, curve)
     first, last = (
@@ -118,8 +121,8 @@ def report(steps: Sequence[Step], min_rise: float) -> int:
     if last - first >= min_rise:
         return 0
     print(
-        f"The example failed: the reward rose by {last - first:.2f}, less than the {min_rise:g} it "
-        f"should (logs: {(WORK_DIR / 'logs').relative_to(ROOT)}).",
+        f"The example failed: the reward rose by {last - first:.2f}, less than the required "
+        f"{min_rise:g} (logs: {(WORK_DIR / 'logs').relative_to(ROOT)}).",
         file=sys.stderr,
     )
     return 1

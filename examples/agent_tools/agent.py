@@ -1,18 +1,18 @@
-"""An agent that speaks OpenAI to the policy, and learns from exactly the tokens that it sampled.
+"""An agent that talks to the policy over OpenAI's API and trains on exactly the sampled tokens.
 
     chat ─▶ ids of turn 1 ─▶ calculator ─▶ ids so far + ids of its result ─▶ turn 2 ─▶ …
                                                   every turn ─▶ ScoredGroup ─▶ POST /train
 
-No text of the policy is tokenized again: "08" + "5s" and "085s" may be other tokens than what was
-sampled. The first answer comes with the ids of the prompt that the chat template made and of what
-was sampled. From then on the conversation is a list of ids, to which only the tool's text is added,
-and goes to /v1/completions as it is: so every prompt is the one before, what was sampled, and the
-tool's result.
+The policy's text is never tokenized again, because "08" + "5s" and "085s" may tokenize differently
+from what was sampled. The first response contains the ids of the prompt, as the chat template made
+it, and the ids that were sampled. From then on the conversation is a list of ids: the agent appends
+only the tool's text and sends the list to /v1/completions. Every prompt is therefore the previous
+prompt, the sampled tokens and the tool's result.
 
-A completion has no mask for tokens that the tool wrote. Each turn is therefore a sample of its own:
-what came before is its prompt, which has no loss, and the reward is that of the episode. Turns of
-one number have different prompts, so there is no group to compare them in: REINFORCE++ takes groups
-of one, and compares with the mean of the batch.
+A completion has no mask for tokens that the tool wrote, so each turn is a separate sample: all that
+precedes it is its prompt, which has no loss, and its reward is the reward of the episode. The turns
+of different episodes have different prompts, so there is no group in which to compare them:
+REINFORCE++ accepts groups of one and compares with the mean of the batch.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ RUN = {
     "replace_run": True,
 }
 _CALL = CHARACTERS.index("=")  # the token that ends a call
-# What OpenAI's API lacks: the ids, no sampling that a gradient cannot use, and where a call ends.
+# Extensions of OpenAI's API: return token ids, refuse sampling unfit for training, end at a call.
 _EXTRA = {"return_token_ids": True, "purpose": "train", "stop_token_ids": [_CALL]}
 
-Encode = Callable[[str], list[int]]  # without special tokens
+Encode = Callable[[str], list[int]]  # adds no special tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What the policy said at once, as it was sampled."""
+    """One completion of the policy and the prompt that it continues, as sampled."""
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -101,7 +101,7 @@ class Episode:
 async def play(
     client: AsyncOpenAI, encode: Encode, problem: Problem, *, model: str, seed: int
 ) -> Episode:
-    """One conversation, to its answer."""
+    """Play one episode, until the policy answers or makes too many or invalid calls."""
     chat = await client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": problem.question}],
@@ -143,7 +143,7 @@ def _turn(choice: CompletionChoice) -> Turn:
 def _as_turn(
     choice: ChatChoice | CompletionChoice, text: str | None, logprobs: Sequence[float]
 ) -> Turn:
-    """`model_extra` has the fields that are Tandem's own."""
+    """Build a Turn from a choice; `model_extra` holds Tandem's additional fields."""
     extra = choice.model_extra
     assert extra
     return Turn(
@@ -166,7 +166,7 @@ def _as_turn(
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one update learned from, and what it says of itself."""
+    """The episodes of one update and the record that the trainer returned."""
 
     episodes: tuple[Episode, ...]
     record: StepRecord
@@ -177,7 +177,7 @@ class Step:
 
     @property
     def num_calls(self) -> float:
-        """Mean of an episode."""
+        """Mean number of calculator calls per episode."""
         return sum(episode.num_calls for episode in self.episodes) / len(self.episodes)
 
 
@@ -191,13 +191,13 @@ async def train(
     seed: int = 0,
     on_step: Callable[[Step], object] = lambda _: None,
 ) -> list[Step]:
-    """The whole run: play, score, train, again."""
+    """The whole run: play, score and train, `num_steps` times."""
     rng = random.Random(seed)
     policy = (await trainer.start_run(RUN)).policy
     steps = []
     try:
         for number in range(num_steps):
-            # Pinned: the base at first, then the version that the last update made.
+            # Pin the version: first the base, then the version that the last update produced.
             model = f"policy@{policy.version}"
             episodes = await asyncio.gather(
                 *(
@@ -220,7 +220,7 @@ async def _update(
         TrainRequest(
             groups=tuple(group for episode in episodes for group in episode.groups()),
             expected_policy=policy,
-            idempotency_key=f"step-{number}",  # a retry takes no second step
+            idempotency_key=f"step-{number}",  # a retried request does not update twice
         )
     )
     return trained.policy, Step(episodes, trained.step)

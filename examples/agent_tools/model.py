@@ -1,7 +1,7 @@
-"""The agent's model, trained on the spot: the demo's, on conversations that mostly go wrong.
+"""The agent's model: the demo's architecture, trained here on conversations that mostly go wrong.
 
-The demonstrations know the calculator, but half of them answer before they have used it twice: from
-there reinforcement learning takes over.
+The demonstrations use the calculator, but at every turn half of them answer too early instead of
+calling it. Reinforcement learning takes over from there.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from examples.agent_tools.task import Problem, calculator, problem
 from examples.demo.model import EOS, PAD, make_model, make_tokenizer, save
 
 NUM_WARM_START_STEPS = 220
-_CALL_SHARE = 0.5  # of turns that call where they should; the others answer at once
+_CALL_SHARE = 0.5  # fraction of turns that call the calculator; the others answer too early
 _LEARNING_RATE = 2e-3
-_IGNORED = -100  # no loss
+_IGNORED = -100  # label of a position without a loss
 
 
 def demonstration(problem: Problem, rng: random.Random) -> list[tuple[str, bool]]:
-    """A conversation: texts, and whether the policy writes them. The last one is its answer."""
+    """A conversation as (text, whether the policy writes it); the last text is the answer."""
     a, b, c = problem.numbers
     said = [(problem.question + "=", False)]
-    known = f"{a:03}"  # what it would answer now
+    known = f"{a:03}"  # the answer, if the conversation stopped at this point
     for number, first in ((b, f"{a}"), (c, None)):
         if rng.random() > _CALL_SHARE:
             break
@@ -47,7 +47,7 @@ def make_agent_model(
     num_steps: int = NUM_WARM_START_STEPS,
     on_step: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Write the checkpoint, whole or not at all: about 0.2 s per step on one core."""
+    """Train and write the checkpoint atomically: about 0.2 s per step on one core."""
     model, tokenizer, rng = make_model(seed=seed), make_tokenizer(), random.Random(seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=_LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98)
@@ -76,7 +76,7 @@ def make_agent_model(
 def _ids_and_labels(
     said: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[list[int], list[int]]:
-    """The ids of a conversation; labels are those that the policy writes."""
+    """Token ids of a conversation, and labels that mask out everything but the policy's text."""
     ids: list[int] = []
     labels: list[int] = []
     for number, (text, is_policy) in enumerate(said):

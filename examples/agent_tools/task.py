@@ -15,17 +15,17 @@ import re
 from dataclasses import dataclass
 
 MAX_TURNS = 4
-MAX_TURN_TOKENS = 8  # "085+25=" has seven
+MAX_TURN_TOKENS = 8  # the longest call, "085+25=", has seven
 _CALL = re.compile(r"(\d{1,3})\+(\d{1,3})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    numbers: tuple[int, int, int]  # of two digits
+    numbers: tuple[int, int, int]  # two digits each
 
     @property
     def question(self) -> str:
-        """What the user says; the chat template adds the last "="."""
+        """The user's message; the chat template appends "="."""
         return "s" + "+".join(map(str, self.numbers))
 
     @property
@@ -39,12 +39,11 @@ def problem(rng: random.Random) -> Problem:
 
 
 def calculator(expression: str) -> str | None:
-    """What the tool says to `47+38`; None to what is no sum of two numbers."""
+    """The tool's result for a call such as `47+38`, or None if it is not a sum of two numbers."""
     match = _CALL.fullmatch(expression)
     return f"{int(match[1]) + int(match[2]):03}s" if match else None
 
 
 def reward(problem: Problem, last_text: str) -> float:
-    """1 for the right answer, else 0: so for a call that the calculator does not take, or too
-    many of them."""
+    """1 for the right answer, else 0; an episode that ends in a call has no answer and gets 0."""
     return float(last_text == problem.answer)

@@ -1,1 +1,1 @@
-"""`make demo`: two services train a policy over HTTP on this machine, from nothing."""
+"""`make demo`: two services train a policy from scratch over HTTP on this machine."""

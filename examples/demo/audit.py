@@ -1,4 +1,4 @@
-"""What a run trained on, recounted from `<run_dir>/groups.jsonl`: one line per trained group."""
+"""Counts what a run trained on: `<run_dir>/groups.jsonl`, one line per trained group ─▶ Audit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from services.trainer.run_config import RunConfig
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Counts of completions: a fault that costs one, repeats one or mixes its version up shows."""
+    """Counts of completions; they show whether a fault lost, repeated or mislabelled any."""
 
     num_trained: int
-    num_lost: int  # of the positions that the steps had to train on
-    num_duplicated: int  # of a position that was trained on before, or beyond the last one
-    num_wrong_version: int  # with a token of another run, of the future, or of too long ago
-    num_mixed: int  # with tokens of several versions, each within bounds
+    num_lost: int  # expected by the steps, but never trained on
+    num_duplicated: int  # trained on more than once, or beyond the last expected position
+    num_wrong_version: int  # some token is from another run, a later version or a too stale one
+    num_mixed: int  # tokens come from several versions
 
     @property
     def is_clean(self) -> bool:
@@ -34,18 +34,18 @@ class Audit:
 
 
 def audit(run_dir: Path, config: RunConfig) -> Audit:
-    """Count the completions of a run that completed; the folder has the name of the run."""
+    """Audit a completed run, whose folder is named after its run id."""
     with (run_dir / "groups.jsonl").open() as lines:
         groups = [json.loads(line) for line in lines]
     return audit_groups(groups, config, run_id=run_dir.name)
 
 
 def audit_groups(groups: Iterable[Mapping[str, Any]], config: RunConfig, *, run_id: str) -> Audit:
-    """`groups` are the lines of groups.jsonl. Step s learns under version s - 1."""
+    """Audit `groups`, the lines of groups.jsonl. Step s starts from policy version s - 1."""
     assert config.num_steps
     num_per_group = config.sampling.n
     num_expected = config.num_steps * config.prompts_per_step
-    trained: Counter[int] = Counter()  # completions by position
+    trained: Counter[int] = Counter()  # dataset position -> completions
     num_wrong_version = num_mixed = 0
     for group in groups:
         completions: Sequence[Sequence[tuple[str, int]]] = group["segments"]
@@ -67,6 +67,6 @@ def audit_groups(groups: Iterable[Mapping[str, Any]], config: RunConfig, *, run_
 
 
 def _version(policy: str, run_id: str) -> float:
-    """The version in `<run_id>.<incarnation>@<version>`; another run's is never in bounds."""
+    """The version in `<run_id>.<incarnation>@<version>`; NaN, never in bounds, for another run."""
     life, _, version = policy.rpartition("@")
     return int(version) if life.rpartition(".")[0] == run_id else float("nan")

@@ -1,7 +1,7 @@
-"""Faults on purpose, while a run goes on: replicas are killed, frozen, drained and replaced.
+"""Deliberate faults during a run: replicas are killed, frozen, drained and replaced.
 
 every few seconds: a replica that others can stand in for ──▶ kill · kill_engine · freeze · drain
-whenever one ended: a new process on a new port, which registers itself with the trainer
+whenever one has ended: a new process on a new port, which registers itself with the trainer
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from shared.trainer_client import TrainerClient
 FaultKind = Literal["kill", "kill_engine", "freeze", "drain", "blackout"]
 FAULT_MEANINGS: dict[FaultKind, str] = {
     "kill": "kill -9 of the service",
-    "kill_engine": "kill -9 of the engine core under it",
+    "kill_engine": "kill -9 of its engine core",
     "freeze": "SIGSTOP of both, SIGCONT some seconds later",
-    "drain": "POST /drain, after which it exits 0",
+    "drain": "POST /drain, after which the service exits with 0",
     "blackout": "kill -9 of every replica at once",
 }
 DEFAULT_KINDS: tuple[FaultKind, ...] = ("kill", "kill_engine", "freeze", "drain")
-FREEZE_S = (3.0, 15.0)  # shorter and longer than it takes the trainer to notice
+FREEZE_S = (3.0, 15.0)  # range of durations: the trainer notices long freezes, not short ones
 _POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     kind: FaultKind
-    replica: str  # its name; "all" of a blackout
-    at_s: float  # since the first moment of the chaos
-    freeze_s: float | None = None
+    replica: str  # name of the replica; "all" for a blackout
+    at_s: float  # seconds since fault injection began
+    freeze_s: float | None = None  # duration of a freeze; None for every other kind
 
     def __str__(self) -> str:
         duration = f" for {self.freeze_s:.0f} s" if self.freeze_s else ""
@@ -46,10 +46,10 @@ class Fault:
 
 
 class Chaos:
-    """Injects one fault after the other until `run` is cancelled; `faults` is what it did.
+    """Injects one fault after another until `run` is cancelled, and records them in `faults`.
 
-    All kinds come in turn, in a shuffled order, so that a short run sees each of them. But for a
-    blackout, a fault waits until another replica serves, says the trainer, and is not frozen.
+    The kinds take turns in shuffled order, so that even a short run sees each of them. Except for a
+    blackout, a fault waits until the trainer reports another serving replica that is not frozen.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Chaos:
         services: DemoServices,
         *,
         seed: int,
-        pause_s: tuple[float, float] = (2.0, 6.0),  # between two faults
+        pause_s: tuple[float, float] = (2.0, 6.0),  # range of pauses before a fault
         kinds: Sequence[FaultKind] = DEFAULT_KINDS,
     ) -> None:
         assert set(kinds) <= set(get_args(FaultKind))
@@ -67,7 +67,7 @@ class Chaos:
         self._random = random.Random(seed)
         self._pause_s = pause_s
         self._kinds = kinds
-        self._hit: set[ServiceProcess] = set()  # not to be counted on, until thawed or replaced
+        self._hit: set[ServiceProcess] = set()  # unusable until thawed or replaced
         self._thawing: dict[ServiceProcess, asyncio.Task[None]] = {}
 
     def summary(self) -> str:
@@ -78,7 +78,7 @@ class Chaos:
         return f"{len(self.faults)} ({kinds}), {self.num_replaced} replicas started again"
 
     async def run(self) -> None:
-        """Until it is cancelled; then no replica is frozen any more."""
+        """Inject and replace until cancelled, then thaw every frozen replica."""
         tasks = [asyncio.ensure_future(self._inject_all()), asyncio.ensure_future(self._replace())]
         try:
             await asyncio.gather(*tasks)
@@ -102,7 +102,7 @@ class Chaos:
             yield from self._random.sample(self._kinds, len(self._kinds))
 
     async def _victim(self, trainer: TrainerClient) -> ServiceProcess:
-        """A replica that serves, once there are two of them."""
+        """Wait for two serving replicas, then pick one of them."""
         while True:
             serving = await _serving_urls(trainer)
             candidates = [
@@ -123,7 +123,7 @@ class Chaos:
             case "kill", ServiceProcess():
                 victim.kill()
             case "kill_engine", ServiceProcess():
-                if not victim.kill_engine():  # it has just ended by itself
+                if not victim.kill_engine():  # it has just ended on its own
                     return
             case "freeze", ServiceProcess():
                 freeze_s = self._random.uniform(*FREEZE_S)
@@ -133,7 +133,7 @@ class Chaos:
                 async with RolloutClient(victim.url, api_key=self._services.api_key) as client:
                     try:
                         await client.drain()
-                    except ServiceError:  # it has just ended by itself
+                    except ServiceError:  # it has just ended on its own
                         return
         self._hit |= {victim} if victim else set(self._services.replicas)
         self.faults.append(Fault(kind, victim.name if victim else "all", at_s, freeze_s))
@@ -145,7 +145,7 @@ class Chaos:
         del self._thawing[replica]
 
     async def _replace(self) -> None:
-        """Start a replica for each that ended, whatever ended it."""
+        """Start a new replica for each one that has ended, for whatever reason."""
         while True:
             for replica in [r for r in self._services.replicas if r.ending]:
                 self._services.replace(replica)
@@ -156,6 +156,6 @@ class Chaos:
 async def _serving_urls(trainer: TrainerClient) -> set[str]:
     try:
         statuses = (await trainer.replicas()).replicas
-    except Unavailable:  # busy: whether it has ended, the demo watches
+    except Unavailable:  # busy; the demo itself notices if the trainer has ended
         return set()
     return {status.url for status in statuses if status.state == "serving"}

@@ -1,4 +1,4 @@
-"""The events of a run, and what they say in the end."""
+"""The events of a run and the summary printed at its end."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from shared.schemas import EvalRecord, StepRecord
 
 @dataclass(slots=True)
 class History:
-    """An accuracy is a mean exact-match reward, in [0, 1]."""
+    """Steps and evaluations of a run; an accuracy is a mean exact-match reward, in [0, 1]."""
 
     steps: list[StepRecord] = field(default_factory=list)
     evals: list[EvalRecord] = field(default_factory=list)
 
     @property
     def sampled_rise_points(self) -> float:
-        """Percentage points of held-out sampled accuracy, last over first."""
+        """Rise of the held-out sampled accuracy, last minus first, in percentage points."""
         return 100 * (self.evals[-1].sampled_reward - self.evals[0].sampled_reward)
 
     @property
@@ -27,7 +27,7 @@ class History:
         return [step for step in self.steps if step.adapter_bytes > 0]
 
     def summary(self) -> list[tuple[str, str]]:
-        """(what, value) per line; needs two evaluations and one sync."""
+        """(label, value) per line; needs two evaluations and one sync."""
         first, last, syncs = self.evals[0], self.evals[-1], self.syncs
         sync_ms = 1000 * statistics.median(step.sync_s for step in syncs)
         adapter_mb = syncs[-1].adapter_bytes / 1e6
@@ -42,7 +42,7 @@ class History:
         ]
 
     def _token_mean(self, value: Callable[[StepRecord], float | None]) -> float:
-        """Mean over the tokens of the steps that have the number."""
+        """Mean of `value`, weighted by tokens, over the steps that have it."""
         known = [(v, step.num_tokens) for step in self.steps if (v := value(step)) is not None]
         num_tokens = sum(count for _, count in known)
         return sum(v * count for v, count in known) / max(num_tokens, 1)

@@ -1,7 +1,7 @@
-"""The demo model, trained on the spot: a 0.8M-parameter Llama that half knows how to sort digits.
+"""Makes the demo's model: a 0.8M-parameter Llama that half knows how to sort digits.
 
-Supervised on noisy demonstrations (45 % sorted, the rest descending or copied), so that it answers
-in the right form but mostly wrong: the state from which reinforcement learning takes over.
+It is trained on noisy demonstrations (45 % sorted, the rest descending or copied), so that its
+answers have the right form but are mostly wrong. Reinforcement learning takes over from there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHARACTERS = ("<pad>", "<bos>", "<eos>", *"0123456789+=s")
 PAD, BOS, EOS = 0, 1, 2
 CORRECT_SHARE = 0.45
 NUM_WARM_START_STEPS = 220
-# One ChatML-like line per message, so that chat requests can be shown too.
+# Concatenates the messages and ends the prompt with "=", so that chat requests work too.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}={% endif %}"
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; `<bos>` is put in front of a text."""
+    """A tokenizer with one token per character that prepends `<bos>`."""
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(CHARACTERS)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -51,7 +51,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(
     *, seed: int, max_position_embeddings: int = 64, vocab_size: int = len(CHARACTERS)
 ) -> LlamaForCausalLM:
-    """Random weights. All widths are multiples of the 64 weights that share an NF4 scale."""
+    """A model with random weights; all widths are multiples of 64, the block size of NF4."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -119,7 +119,7 @@ def make_demo_model(
     num_steps: int = NUM_WARM_START_STEPS,
     on_step: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Train the demo model and write it as a Hugging Face checkpoint, whole or not at all."""
+    """Train the demo model and write it atomically as a Hugging Face checkpoint."""
     model = make_model(seed=seed)
     warm_start(model, num_steps=num_steps, seed=seed + 1, on_step=on_step)
     unfinished = path.with_name(f"{path.name}.unfinished")
@@ -130,9 +130,9 @@ def make_demo_model(
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("name the folder to write: python -m examples.demo.model .demo/model")
+        sys.exit("pass the folder to write: python -m examples.demo.model .demo/model")
     folder = Path(sys.argv[1])
     if folder.exists():
-        print(f"{folder} is there already")
+        print(f"{folder} already exists")
     else:
         make_demo_model(folder)

@@ -1,4 +1,4 @@
-"""The learning curve as a PNG."""
+"""Draws the learning curve of a run: History ─▶ PNG."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def plot_curve(
     title: str = "Sorting five digits: GRPO over HTTP",
     unit: str = "exact match",
 ) -> None:
-    """Reward of every step as a line, held-out accuracies as points."""
+    """Plot the reward of every step as a line and held-out accuracies as points."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)

@@ -1,1 +1,1 @@
-"""Word problems with a verifiable reward: the final answer is checked by math-verify."""
+"""Word problems with a verifiable reward: math-verify checks the final answer."""

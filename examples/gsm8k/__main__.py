@@ -1,7 +1,7 @@
 """`python -m examples.gsm8k`: see README.md.
 
-On a CPU a model made on the spot (model.py) trains on problems that a script makes and is
-evaluated on the shipped sample.
+A small model (model.py) is made for CPUs, trained on generated problems and evaluated on the
+shipped sample.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _NUM_TRAINING_PROBLEMS = 2048
 
 
 def make_model(path: Path, console: Console) -> None:
-    """Make the model at `path`, unless it is there."""
+    """Make the model at `path`, unless it already exists."""
     if path.is_dir():
         return
-    console.print("Making a model of word problems: supervised on noisy demonstrations, once ...")
+    console.print("Making a model for word problems: supervised on noisy demonstrations, once ...")
     from examples.gsm8k.model import NUM_WARM_START_STEPS, make_gsm8k_model
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,10 @@ def make_model(path: Path, console: Console) -> None:
 
 
 def datasets(folder: Path) -> Mapping[str, Any]:
-    """Problems to train on, and the shipped sample to evaluate with, as files of prompts."""
+    """Write prompt files: generated problems to train on, and the shipped sample for evaluation.
+
+    Returns the parts of the run config that name these files.
+    """
     train, test = folder / "train.jsonl", folder / "test.jsonl"
     problems = islice(training_problems(random.Random(0)), _NUM_TRAINING_PROBLEMS)
     write_jsonl(train, ({"prompt": p.question, "answer": p.answer} for p in problems))

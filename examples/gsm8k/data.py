@@ -1,9 +1,10 @@
-"""From a file in GSM8K's format to a dataset of prompts: question and worked answer, JSONL or
-Parquet ─▶ JSONL with `prompt` and `answer`.
+"""Converts a file in GSM8K's format to a dataset of prompts.
+
+JSONL or Parquet with `question` and `answer` ─▶ JSONL with `prompt` and `answer`
 
     python -m examples.gsm8k.data train.parquet .demo/gsm8k/train.jsonl
 
-A prompt is a chat message with the instruction below; --plain leaves the question as it is.
+A prompt is a chat message with an instruction; with --plain it is only the question.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ INSTRUCTION = "Think step by step. End with a line that has #### and the final n
 
 
 def convert(source: Path, target: Path, *, plain: bool = False) -> int:
-    """Write `target`, and say how many rows it has. Raises ValueError with what is wrong where."""
+    """Write `target` and return its number of rows. Raises ValueError that names a bad row."""
     rows = [_row(row, f"row {n} of {source}", plain) for n, row in enumerate(_read(source))]
     if not rows:
         raise ValueError(f"{source} has no rows")
@@ -36,9 +37,9 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise ValueError(f"there is no file {path}: pass a .jsonl or .parquet file")
     if path.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"{path} ends with neither .jsonl nor .parquet: convert it to one")
+        raise ValueError(f"{path} is neither .jsonl nor .parquet: convert it to one of them")
     from datasets import Dataset
     from datasets.exceptions import DatasetsError
 
@@ -55,10 +56,10 @@ def _row(row: Mapping[str, Any], where: str, plain: bool) -> dict[str, Any]:
         if not isinstance(row.get(column), str):
             raise ValueError(
                 f"{where} has no text in a column {column!r}; its columns are {', '.join(row)}: "
-                "GSM8K has question and answer"
+                "rename them to question and answer"
             )
     if final_answer(row["answer"]) is None:
-        raise ValueError(f"{where}: its answer has no number after ####, as GSM8K's have")
+        raise ValueError(f"{where}: its answer has no number after ####, which the reward needs")
     question = row["question"]
     chat = [{"role": "user", "content": f"{question}\n{INSTRUCTION}"}]
     return {"prompt": question if plain else chat, "answer": row["answer"]}
@@ -66,8 +67,10 @@ def _row(row: Mapping[str, Any], where: str, plain: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.gsm8k.data", description=__doc__)
-    parser.add_argument("source", type=Path, help="question and answer, .jsonl or .parquet")
-    parser.add_argument("target", type=Path, help="the .jsonl that run configs name")
+    parser.add_argument(
+        "source", type=Path, help="file of questions and answers, .jsonl or .parquet"
+    )
+    parser.add_argument("target", type=Path, help="the .jsonl to write, for use in run configs")
     parser.add_argument("--plain", action="store_true", help="for models without a chat template")
     options = parser.parse_args()
     try:

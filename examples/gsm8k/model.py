@@ -1,8 +1,8 @@
-"""A model for CPUs, trained on the spot: 0.9M parameters that half know how to solve the small
-word problems of word_problems.py, one token per word and number.
+"""Makes a model for CPUs: 0.9M parameters that half know how to solve the small word problems of
+word_problems.py, with one token per word and number.
 
-Supervised on noisy demonstrations (45 % right, the rest with a wrong operator or the last number
-of the question as the answer), as examples/demo/model.py.
+It is trained on noisy demonstrations (45 % right, the rest with a wrong operator or the last number
+of the question as the answer), like the model of examples/demo/model.py.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def demonstration(problem: WordProblem, rng: random.Random) -> str:
 def warm_start(
     model: LlamaForCausalLM, *, num_steps: int, seed: int, on_step: Callable[[int], object]
 ) -> None:
-    """Supervised training, in place."""
+    """Train `model` in place on noisy demonstrations."""
     tokenizer, rng = make_tokenizer(), random.Random(seed)
     problems = training_problems(rng)
     optimizer = torch.optim.AdamW(
@@ -111,7 +111,7 @@ def make_gsm8k_model(
     num_steps: int = NUM_WARM_START_STEPS,
     on_step: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Train the model and write it as a Hugging Face checkpoint, whole or not at all."""
+    """Train the model and write it atomically as a Hugging Face checkpoint."""
     model = make_model(
         seed=seed, max_position_embeddings=_MAX_POSITIONS, vocab_size=len(vocabulary())
     )

@@ -1,10 +1,10 @@
-r"""1 for a completion whose final answer equals the worked answer's, else 0.
+r"""The reward: 1 for a completion whose final answer equals that of the worked answer, else 0.
 
-completion ─▶ what is in its last \boxed{}, or after its last #### ─▶ math-verify ─▶ 0 or 1
+completion ─▶ content of its last \boxed{}, or text after its last #### ─▶ math-verify ─▶ 0 or 1
 
-`math-verify` reads numbers, fractions, LaTeX, units and thousands separators, and stops after some
-seconds by an alarm; so it needs the main thread, which a reward function has. An alarm does not
-stop one huge power: answers here are numbers, and what is not written as one is no answer.
+`math-verify` reads numbers, fractions, LaTeX, units and thousands separators. It stops itself with
+an alarm after a few seconds and so needs the main thread, on which reward functions run. An alarm
+cannot interrupt the computation of one huge power, so only plain numbers count as answers here.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_MAX_CHARACTERS = 64  # of a final answer
-# Powers, factorials, commands but for fractions and units, and numbers of more than 18 digits.
+_MAX_CHARACTERS = 64  # longest final answer
+# Powers, factorials, LaTeX commands except fractions and text, and numbers of more than 18 digits.
 _NO_NUMBER = re.compile(r"[\^!]|\*\*|\\(?!d?frac|text|mathrm)|\d{19}")
 _SPELLINGS = {"−": "-", "{,}": ",", r"\$": "", r"\,": "", r"\!": "", r"\ ": " ", r"\%": "%"}
 _TIMEOUT_S = 2
@@ -22,7 +22,7 @@ _TIMEOUT_S = 2
 def correct_answer(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: object
 ) -> list[float]:
-    """The reward function; `answer` has a worked answer of the dataset for each completion."""
+    """The reward function; `answer` holds the dataset's worked answer for each completion."""
     return [
         float(is_correct(completion, worked))
         for completion, worked in zip(completions, answer, strict=True)
@@ -30,12 +30,14 @@ def correct_answer(
 
 
 def is_correct(completion: str, worked: str) -> bool:
-    """Whether the final answers are equal. Raises ValueError for a `worked` one without any."""
+    """Whether the final answers are equal. Raises ValueError if `worked` has no final answer."""
     from math_verify import parse, verify
 
     right = final_answer(worked)
     if right is None:
-        raise ValueError(f"the dataset's answer {worked!r:.200} has no number after ####")
+        raise ValueError(
+            f"the dataset's answer {worked!r:.200} has no number after ####: add it to the dataset"
+        )
     given = final_answer(completion)
     if given is None:
         return False
@@ -46,13 +48,13 @@ def is_correct(completion: str, worked: str) -> bool:
 
 
 def _marked(text: str) -> str:
-    """An answer with LaTeX in it is a box again, in which it is read as such."""
+    """Put an answer with LaTeX back into a box, so that math-verify parses it as LaTeX."""
     return rf"\boxed{{{text}}}" if "\\" in text else text
 
 
 def final_answer(text: str) -> str | None:
-    r"""What is in the last \boxed{}, or in the line after the last ####, whichever comes later;
-    None unless it can be a number."""
+    r"""The content of the last \boxed{}, or the rest of the line after the last ####, whichever is
+    later in the text; None unless it can be a number."""
     boxed, hashes = text.rfind(r"\boxed{"), text.rfind("####")
     if max(boxed, hashes) < 0:
         return None
@@ -70,7 +72,7 @@ def final_answer(text: str) -> str | None:
 
 
 def _braced(text: str) -> str | None:
-    """The text before the brace that closes one opened before it; None if none does soon."""
+    """The text up to the brace that closes one opened before it; None if it is too far away."""
     depth = 1
     for place, character in enumerate(text[: _MAX_CHARACTERS + 1]):
         depth += (character == "{") - (character == "}")

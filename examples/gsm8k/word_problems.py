@@ -1,5 +1,5 @@
-"""Small word problems of own making, in the format of GSM8K: a question, and a worked answer whose
-last line is `#### number`.
+"""Generates small word problems in the format of GSM8K: a question, and a worked answer whose last
+line is `#### number`.
 
 `python -m examples.gsm8k.word_problems > examples/gsm8k/sample.jsonl` writes the shipped sample.
 """
@@ -18,7 +18,7 @@ Operator = Literal["+", "-", "*"]
 
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")
 THINGS = ("apples", "books", "coins", "eggs", "kites", "pens", "shells", "stamps")
-# With {n}ame, {t}hing and the numbers {a}, {b}, {c}; then what is computed: a op b, and op c.
+# Text with {n}ame, {t}hing and the numbers {a}, {b}, {c}, then the operators: a op b, then op c.
 TEMPLATES: tuple[tuple[str, tuple[Operator, ...]], ...] = (
     ("{n} has {a} {t} and buys {b} more . How many {t} does {n} have ?", ("+",)),
     ("{n} had {a} {t} and gave {b} away . How many {t} are left ?", ("-",)),
@@ -42,7 +42,7 @@ class WordProblem:
     operators: tuple[Operator, ...]
 
     def worked(self, *, operators: tuple[Operator, ...] | None = None) -> tuple[list[str], int]:
-        """The lines of the computation, and its result; with other operators a wrong one."""
+        """The lines of the computation and its result; other `operators` give a wrong result."""
         result, lines = self.numbers[0], []
         for operator, number in zip(operators or self.operators, self.numbers[1:], strict=True):
             before, result = result, compute(result, operator, number)
@@ -60,7 +60,7 @@ def compute(left: int, operator: Operator, right: int) -> int:
 
 
 def draw(rng: random.Random) -> WordProblem:
-    """All numbers, and all results of right computations, are from 0 to 99."""
+    """Draw a problem whose numbers and correct results all lie between 0 and 99."""
     text, operators = rng.choice(TEMPLATES)
     a, b = (rng.randint(2, 5), rng.randint(2, 5)) if "*" in operators else _in_order(rng)
     c = rng.randint(1, 3)
@@ -74,7 +74,7 @@ def _in_order(rng: random.Random) -> tuple[int, int]:
 
 
 def sample() -> list[WordProblem]:
-    """The shipped problems; `training_problems` never yields one of their questions."""
+    """The shipped problems, whose questions `training_problems` never yields."""
     rng = random.Random(_SAMPLE_SEED)
     found: dict[str, WordProblem] = {}
     while len(found) < NUM_SAMPLE:
@@ -84,7 +84,7 @@ def sample() -> list[WordProblem]:
 
 
 def training_problems(rng: random.Random) -> Iterator[WordProblem]:
-    """Problems without end, in the order of `rng`."""
+    """An endless stream of problems, in an order determined by `rng`."""
     held_out = {problem.question for problem in sample()}
     while True:
         problem = draw(rng)

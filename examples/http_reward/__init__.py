@@ -1,1 +1,1 @@
-"""A reward that a service of its own computes, over HTTP."""
+"""A reward computed by a separate service over HTTP."""

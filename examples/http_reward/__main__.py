@@ -1,6 +1,6 @@
 """`python -m examples.http_reward`: see README.md.
 
-The reward service is killed after some steps and started again: the run waits for it.
+The reward service is killed after a few steps and restarted; the run waits for it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from examples.demo.history import History
 from examples.demo.processes import ServiceProcess, free_ports, wait_until_ready
 from examples.runner import READY_TIMEOUT_S, Example, Meanwhile, main
 
-_NUM_STEPS_BEFORE = 3  # steps that the service lives to see
-_AWAY_S = 4.0
+_NUM_STEPS_BEFORE = 3  # steps until the service is killed
+_AWAY_S = 4.0  # seconds until it is restarted
 _STOP_TIMEOUT_S = 10.0
 
 
 class RewardService:
-    """The process of server.py, on a port of its own for as long as this example runs."""
+    """Runs server.py as a process, on the same free port across restarts."""
 
     def __init__(self) -> None:
         (self.port,) = free_ports(1)
@@ -43,14 +43,17 @@ class RewardService:
         )
 
     def changes(self, _folder: Path) -> Mapping[str, Any]:
-        """The run config's reward, at this port."""
+        """The `rewards` of run.yaml, with the URL of this service."""
         text = Path(__file__).with_name("run.yaml").read_text()
         (reward,) = yaml.safe_load(text)["rewards"]
         return {"rewards": [{**reward, "url": f"http://127.0.0.1:{self.port}/rewards"}]}
 
     @asynccontextmanager
     async def running(self, folder: Path) -> AsyncIterator[list[ServiceProcess]]:
-        """The service is ready; what is in the list at the end, is stopped."""
+        """Yields the process once it is ready; on exit, stops every process in the list.
+
+        A caller that restarts the service appends the new process.
+        """
         processes = [self.start(folder)]
         try:
             await wait_until_ready(
@@ -66,17 +69,17 @@ class RewardService:
 
     @asynccontextmanager
     async def beside(self, folder: Path, console: Console) -> AsyncIterator[Meanwhile]:
-        """The service is ready; what is yielded kills it, and starts it again."""
+        """Yields, once the service is ready, a coroutine function that kills and restarts it."""
         async with self.running(folder) as processes:
 
             async def die_and_come_back(history: History) -> None:
                 while len(history.steps) < _NUM_STEPS_BEFORE:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 processes[-1].kill()
-                console.print(f"The reward service is killed; it comes back in {_AWAY_S:g} s")
+                console.print(f"Killed the reward service; restarting it in {_AWAY_S:g} s")
                 await asyncio.sleep(_AWAY_S)
                 processes.append(self.start(folder))
-                console.print("The reward service is started again")
+                console.print("Restarted the reward service")
 
             yield die_and_come_back
 

@@ -1,9 +1,9 @@
-"""A reward service: POST /rewards {prompts, completions, columns} ─▶ {"rewards": [a number each]}.
+"""A reward service: POST /rewards {prompts, completions, columns} ─▶ {"rewards": [number, ...]}.
 
     REWARD_KEY=secret REWARD_PORT=8090 python -m examples.http_reward.server
 
-It shares nothing with Tandem but this request, so it may be in any language, on any machine. Put
-your model or your sandbox in the place of `score`.
+It shares only this request with Tandem, so it may be written in any language and run on any
+machine. Replace `score` with your model or your sandbox.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BEARER = HTTPBearer(auto_error=False)
 
 
 class RewardRequest(BaseModel):
-    """Lists are parallel: completion i answers prompt i, and columns are its row of the dataset."""
+    """Parallel lists: completion i answers prompt i, whose dataset row has columns[...][i]."""
 
     prompts: list[str]
     completions: list[str]
@@ -30,7 +30,7 @@ class RewardRequest(BaseModel):
     @model_validator(mode="after")
     def _has_parallel_lists(self) -> RewardRequest:
         if {len(self.completions)} != {len(self.prompts), *map(len, self.columns.values())}:
-            raise ValueError("prompts, completions and each column must be of one length")
+            raise ValueError("prompts, completions and each column must have the same length")
         return self
 
 
@@ -39,7 +39,7 @@ class RewardResponse(BaseModel):
 
 
 def score(completion: str, answer: str) -> float:
-    """The share of the answer's characters that are in their places; nothing for one too long."""
+    """The share of the answer's characters that are in their places; 0 for a longer completion."""
     if len(completion) > len(answer):
         return 0.0
     return sum(a == b for a, b in zip(completion, answer, strict=False)) / len(answer)
@@ -55,10 +55,12 @@ def create_app(key: str | None) -> FastAPI:
 
     @app.post("/rewards", dependencies=[Depends(check_key)])
     def rewards(body: RewardRequest) -> RewardResponse:
-        """A whole batch at once: a reward model would score it in one forward pass."""
+        """Score a whole batch; a reward model would do so in one forward pass."""
         if "answer" not in body.columns:
             raise HTTPException(
-                422, f"rewards need a column 'answer', there is {', '.join(body.columns) or 'none'}"
+                422,
+                "the dataset needs a column 'answer'; the request has "
+                f"{', '.join(body.columns) or 'no columns'}",
             )
         pairs = zip(body.completions, body.columns["answer"], strict=True)
         return RewardResponse(

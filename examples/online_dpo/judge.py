@@ -1,8 +1,8 @@
-"""Preferences become rewards: the share of the others that a completion beats.
+"""Turns preferences into rewards: the share of the other completions that a completion beats.
 
     group of one prompt ─▶ every pair to `prefers` ─▶ win rate of each ─▶ best and worst: a DPO pair
 
-Put your judge, as a call of a larger model, in the place of `prefers`.
+Replace `prefers` with your judge, for example a call to a larger model.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from itertools import combinations, groupby
 def win_rate(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: object
 ) -> list[float]:
-    """The reward function: wins count 1, ties 1/2, over the completions of the same prompt.
+    """The reward function: the mean over the prompt's other completions of 1 per win, 1/2 per tie.
 
-    A completion that is alone, as in an evaluation, is compared with the dataset's answer: 1 when
-    it is as good, else 0.
+    A prompt's only completion, as in an evaluation, is compared with the dataset's answer: 1 if it
+    is at least as good, else 0.
     """
     rewards = [0.0] * len(completions)
     for _prompt, places in groupby(range(len(prompts)), key=lambda place: prompts[place]):
@@ -34,14 +34,14 @@ def win_rate(
 
 
 def prefers(prompt: str, first: str, second: str) -> int:
-    """1 when the judge prefers the first answer to `s53812=`, -1 when the second, 0 for a tie."""
+    """1 if the first answer to a prompt like `s53812=` is better, -1 if the second, 0 for a tie."""
     a, b = disorder(prompt, first), disorder(prompt, second)
     return (a < b) - (a > b)
 
 
 def disorder(prompt: str, completion: str) -> int:
-    """How far a completion is from the sorted digits of its prompt: the pairs of digits in the
-    wrong order, and more than all of them when they are not the digits of the prompt."""
+    """How far a completion is from the sorted digits of its prompt: the number of digit pairs in
+    the wrong order, or one more than all pairs if it has other digits than the prompt."""
     digits = prompt.removeprefix("s").removesuffix("=")
     pairs = list(combinations(digits, 2))
     if sorted(completion) != sorted(digits):

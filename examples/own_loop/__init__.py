@@ -1,1 +1,1 @@
-"""Two training loops of your own: in your process, and over HTTP."""
+"""Two ways to write your own training loop: in your process, and over HTTP."""

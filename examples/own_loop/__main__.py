@@ -1,7 +1,7 @@
-"""A training loop of your own, in your own process: your prompts, reward, loss and optimizer.
+"""Your own training loop in your own process, with your prompts, reward, loss and optimizer.
 
-`python -m examples.own_loop` teaches the demo's model to sort digits by GRPO, in two to three
-minutes on two CPU cores. `PolicyModel` starts the engine beside it and ends it again.
+`python -m examples.own_loop` trains the demo's model to sort digits with GRPO, in two to three
+minutes on two CPU cores. `PolicyModel` starts and stops the engine.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tandem import PolicyModel
 from tandem.model.outputs import RequestOutput
 
 WORK_DIR = ROOT / ".own_loop"
-NUM_COMPLETIONS = 8  # per prompt
+NUM_COMPLETIONS = 8  # completions per prompt
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 EVAL_EVERY = 10
-MIN_RISE = 0.25  # of the held-out accuracy
+MIN_RISE = 0.25  # required rise of the held-out accuracy
 
 
 def rewards(outputs: list[RequestOutput], answers: list[str]) -> Tensor:
@@ -42,7 +42,7 @@ def rewards(outputs: list[RequestOutput], answers: list[str]) -> Tensor:
 
 
 def grpo_loss(model: PolicyModel, outputs: list[RequestOutput], reward: Tensor) -> Tensor:
-    """Clipped, against the probabilities with which the engine sampled; over all tokens."""
+    """Clipped GRPO loss, with ratios to the sampler's probabilities, averaged over all tokens."""
     advantages = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
     policy = model.logprobs(outputs)
     weights = advantages.flatten()[:, None].to(policy.logprobs.device)  # [B, 1]
@@ -53,7 +53,7 @@ def grpo_loss(model: PolicyModel, outputs: list[RequestOutput], reward: Tensor) 
 
 
 def accuracy(model: PolicyModel) -> float:
-    """The share of held-out problems whose sampled answer is right."""
+    """The share of held-out problems that a sampled answer solves."""
     prompts, answers = zip(*held_out_problems(), strict=True)
     with model.for_inference():
         outputs = model.fast_generate_batches(list(prompts), max_tokens=8, seed=0)
@@ -61,7 +61,7 @@ def accuracy(model: PolicyModel) -> float:
 
 
 def train(model: PolicyModel, *, num_steps: int, num_prompts: int, seed: int) -> list[float]:
-    """The reward of every step."""
+    """Train for `num_steps` steps; returns the mean reward of each."""
     optimizer = torch.optim.AdamW(
         (p for p in model.parameters() if p.requires_grad), lr=1e-3, weight_decay=0.0
     )
@@ -88,11 +88,15 @@ def train(model: PolicyModel, *, num_steps: int, num_prompts: int, seed: int) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.own_loop", description=__doc__)
-    parser.add_argument("--model", type=Path, help="default: the demo's model, made on the spot")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--prompts", type=int, default=32, help="per step (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rollout-urls", nargs="*", default=(), help="replicas of your own")
+    parser.add_argument(
+        "--model", type=Path, help="checkpoint to train (default: make the demo's model)"
+    )
+    parser.add_argument("--steps", type=int, default=50, help="policy updates (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts per step (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+    parser.add_argument(
+        "--rollout-urls", nargs="*", default=(), help="replicas to use instead of a new engine"
+    )
     options = parser.parse_args()
     started = time.perf_counter()
     folder = options.model or WORK_DIR / "model"

@@ -1,8 +1,8 @@
-"""A training loop of your own: sample, score and train with two clients, nothing else.
+"""Your own training loop over HTTP: sample, score and train with two clients.
 
 `python -m examples.own_loop.over_http` needs both services (docs/first_run.md), and TANDEM_API_KEY
-if they have a key. The trainer keeps policy and optimizer; prompts, rewards and the order of things
-are yours.
+if they have a key. The trainer holds policy and optimizer; your code holds prompts, rewards and
+control flow.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shared.schemas import (
 from shared.trainer_client import TrainerClient
 
 RUN = {
-    "managed": False,  # no dataset, no rewards: the loop is here
+    "managed": False,  # this loop brings its own prompts and rewards
     "lora": {"rank": 16, "alpha": 32},
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
     "replace_run": True,
@@ -55,7 +55,7 @@ async def train(rollout: RolloutClient, trainer: TrainerClient, num_steps: int) 
             response = await rollout.generate(
                 GenerateRequest(
                     prompts=prompts,
-                    policy=policy,  # every token knows the version that sampled it
+                    policy=policy,  # pins the version; the response names it for every token
                     purpose="train",
                     sampling=SamplingParams(n=8, max_tokens=8, seed=1000 * step),
                 )
@@ -64,10 +64,10 @@ async def train(rollout: RolloutClient, trainer: TrainerClient, num_steps: int) 
                 TrainRequest(
                     groups=tuple(map(score, response.groups, answers)),
                     expected_policy=policy,
-                    idempotency_key=f"step-{step}",  # a retry takes no second step
+                    idempotency_key=f"step-{step}",  # a retried request does not update twice
                 )
             )
-            policy = trained.policy  # and every replica has it
+            policy = trained.policy  # every replica already has this version
             print(f"{policy}: reward {trained.step.reward_mean:.2f}")
     finally:
         await trainer.stop_run()

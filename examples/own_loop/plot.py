@@ -1,4 +1,4 @@
-"""The learning curve of a loop as a PNG."""
+"""Draws the learning curve of a loop: rewards ─▶ PNG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 
 
 def plot_curve(rewards: Sequence[float], *, before: float, after: float, path: Path) -> None:
-    """Reward of every step as a line, the held-out accuracy before and after as points."""
+    """Plot the reward of every step as a line, and held-out accuracy before and after as points."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=100)

@@ -1,4 +1,4 @@
-"""The command line: `tandem COMMAND`. It imports no torch before a command needs it."""
+"""The command line: `tandem COMMAND`. It imports torch only when a command needs it."""
 
 from tandem.cli.app import main
 

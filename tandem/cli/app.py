@@ -1,11 +1,11 @@
 """`tandem`: arguments -> a command -> an exit code.
 
-0   done; for a run: completed, or stopped on request
-1   a failure: a service that is not there or refuses, a run that failed, a plan that does not fit
+0   success; a followed run completed, or was stopped on request
+1   failure: a service is unavailable or refuses, a run failed, a plan does not fit
 2   bad input
 130 Ctrl-C
 
-Results go to stdout. An error is one sentence on stderr, with --json the RFC 9457 problem.
+Results go to stdout. An error is one sentence on stderr, or an RFC 9457 problem with --json.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _BAD_INPUT = (InvalidRequest, InvalidAdapter, Unauthorized, NotFound)
 
 app = typer.Typer(
     name="tandem",
-    help="Reinforcement learning of language models with two services: a trainer, and rollout "
-    "replicas.",
+    help="Train language models by reinforcement learning with two services: a trainer, and "
+    "rollout replicas.",
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         return app(arguments, prog_name="tandem", standalone_mode=False) or 0
-    except typer.TyperException as error:  # of typer itself: options and arguments
+    except typer.TyperException as error:  # Typer rejected an option or argument
         command = getattr(getattr(error, "ctx", None), "command_path", "tandem")
         sentence = error.format_message().rstrip(".")
         failure: ServiceError = InvalidRequest(f"{sentence}: see `{command} --help`")

@@ -1,4 +1,4 @@
-"""What commands share: options, the clients of the services they name, and what they print.
+"""Shared by all commands: options, clients for the services that they name, and output.
 
 TANDEM_TRAINER_URL, TANDEM_ROLLOUT_URLS, TANDEM_API_KEY ──▶ clients        records ──▶ text or JSON
 """
@@ -24,27 +24,31 @@ from shared.rollout_client import RolloutClient
 from shared.trainer_client import TrainerClient
 
 _ROLLOUT_VARIABLE = "TANDEM_ROLLOUT_URLS"
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but \t and \n
-_PIPED_WIDTH = 240  # of what no terminal shows: long enough for a row of a table
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters except \t and \n
+_PIPED_WIDTH = 240  # columns when output is not a terminal: no table row wraps
 
 TrainerUrl = Annotated[
-    str, typer.Option("--url", envvar="TANDEM_TRAINER_URL", metavar="URL", help="The trainer.")
+    str,
+    typer.Option("--url", envvar="TANDEM_TRAINER_URL", metavar="URL", help="URL of the trainer."),
 ]
 RolloutUrls = Annotated[
     list[str] | None,
     typer.Option(
         "--url",
         metavar="URL",
-        help=f"A replica; more of them by repeating it. [env var: {_ROLLOUT_VARIABLE}, separated "
-        f"by commas; default: http://127.0.0.1:{ROLLOUT_PORT}]",
+        help="URL of a replica; repeat the option to name several. "
+        f"[env var: {_ROLLOUT_VARIABLE}, comma-separated; "
+        f"default: http://127.0.0.1:{ROLLOUT_PORT}]",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and errors as RFC 9457 problems.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print results as JSON and errors as RFC 9457 problems.")
+]
 DEFAULT_TRAINER_URL = f"http://127.0.0.1:{TRAINER_PORT}"
 
 
 def rollout_urls(given: Sequence[str] | None) -> list[str]:
-    """The replicas that are named, by options or the environment; one at least."""
+    """Replica URLs from --url, else from TANDEM_ROLLOUT_URLS, else the default; never empty."""
     named = given or os.environ.get(_ROLLOUT_VARIABLE, "").split(",")
     urls = [service_url(text.strip(), port=ROLLOUT_PORT) for text in named if text.strip()]
     return urls or [f"http://127.0.0.1:{ROLLOUT_PORT}"]
@@ -52,10 +56,13 @@ def rollout_urls(given: Sequence[str] | None) -> list[str]:
 
 @asynccontextmanager
 async def trainer_at(url: str) -> AsyncIterator[TrainerClient]:
-    """Errors inside say what to do when nothing answers at `url`, or when it wants a key."""
+    """A client for the trainer at `url`.
+
+    An error raised inside says what to do when nothing answers there or the key is refused.
+    """
     url = service_url(url, port=TRAINER_PORT)
     start = "start one with `tandem trainer --model …`"
-    with _explained(f"no trainer answers at {url}: {start}, or name another with --url", url):
+    with _explained(f"no trainer answers at {url}: {start}, or pass another --url", url):
         async with TrainerClient(url, api_key=_api_key()) as client:
             yield client
 
@@ -63,7 +70,7 @@ async def trainer_at(url: str) -> AsyncIterator[TrainerClient]:
 @asynccontextmanager
 async def replica_at(url: str) -> AsyncIterator[RolloutClient]:
     start = "start one with `tandem rollout --model …`"
-    with _explained(f"no replica answers at {url}: {start}, or name another with --url", url):
+    with _explained(f"no replica answers at {url}: {start}, or pass another --url", url):
         async with RolloutClient(url, api_key=_api_key()) as client:
             yield client
 
@@ -82,7 +89,7 @@ def _explained(absent: str, url: str) -> Iterator[None]:
         raise
     except Unauthorized as error:
         raise Unauthorized(
-            f"{url} refuses the key: set TANDEM_API_KEY to the one that the service has"
+            f"{url} refused the API key: set TANDEM_API_KEY to the key of that service"
         ) from error
 
 
@@ -90,7 +97,7 @@ def _explained(absent: str, url: str) -> Iterator[None]:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Colours and control codes for a terminal alone (and NO_COLOR leaves the colours out)."""
+    """A console that writes colours and control codes to terminals only; NO_COLOR drops colours."""
     made = Console(stderr=stderr, highlight=False, emoji=False, markup=False)
     if not made.is_terminal:
         made.width = max(made.width, _PIPED_WIDTH)
@@ -98,15 +105,15 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def harmless(text: str, stream: TextIO) -> str:
-    """For a terminal without control characters: what a service sends could be commands to it.
+    """Replace control characters in `text` when `stream` is a terminal, which could obey them.
 
-    As it is for a file or a pipe.
+    Text for a file or a pipe stays unchanged.
     """
     return _CONTROL.sub("\ufffd", text) if stream.isatty() else text
 
 
 def print_json(document: BaseModel | Mapping[str, Any]) -> None:
-    """In one line: a document is also a stream of one."""
+    """Print one line, so that a single document is also valid NDJSON."""
     if isinstance(document, BaseModel):
         print(document.model_dump_json(), flush=True)
     else:

@@ -1,4 +1,4 @@
-"""A run as it happens: a bar and a table on a terminal, else one line per event.
+"""Live view of a run: a progress bar and a table on a terminal, otherwise one line per event.
 
 RunEvent, ReplicaStatus ──▶ RunDisplay ──▶ console
 """
@@ -17,12 +17,12 @@ from rich.text import Text
 from shared.schemas import EvalRecord, ReplicaStatus, RunEvent, StepRecord
 from tandem.cli.connect import milliseconds, plain_table
 
-_NUM_ROWS = 10  # the last steps, in the table
-_WRONG = {"quarantined": "bold red", "gone": "red"}  # states of a replica that want a look
+_NUM_ROWS = 10  # steps shown in the table
+_WRONG = {"quarantined": "bold red", "gone": "red"}  # replica states that need attention
 
 
 class RunDisplay:
-    """Use as a context manager."""
+    """Shows events while the context manager is open."""
 
     def __init__(self, console: Console, *, title: str, num_steps: int | None) -> None:
         self._console = console
@@ -66,10 +66,10 @@ class RunDisplay:
             self._print(self._state)
 
     def set_fleet(self, replicas: Sequence[ReplicaStatus], note: str = "") -> None:
-        """`note` is something else to say in the line of the fleet."""
+        """Update the fleet line; `note` is appended to it."""
         self._fleet = fleet_summary(replicas, note)
         states = (note, *((replica.id, replica.state) for replica in replicas))
-        if states != self._states:  # a detail alone changes every second
+        if states != self._states:  # details change every second and are not worth a line
             self._states = states
             self._print(self._fleet.plain)
 
@@ -89,7 +89,7 @@ class RunDisplay:
 
 
 def progress(console: Console) -> Progress:
-    """A bar with a description, steps done and time elapsed."""
+    """A progress bar with a description, completed steps and elapsed time."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -101,7 +101,7 @@ def progress(console: Console) -> Progress:
 
 
 def step_cells(step: StepRecord, held_out: EvalRecord | None) -> dict[str, str]:
-    """What a step says in short: name -> value."""
+    """The table row of a step, as column name -> formatted value."""
     return {
         "step": str(step.step),
         "reward": _number(step.reward_mean, ".3f"),
@@ -129,7 +129,7 @@ def _table(rows: Sequence[dict[str, str]]) -> Table:
 
 
 def fleet_summary(replicas: Sequence[ReplicaStatus], note: str = "") -> Text:
-    """Who serves in one line, and what is wrong with whom in one more each."""
+    """One line that counts serving replicas, then one line per quarantined or gone replica."""
     num_serving = sum(replica.state == "serving" for replica in replicas)
     summary = f"replicas: {num_serving} of {len(replicas)} serving"
     text = Text(" · ".join(filter(None, (summary, note))))

@@ -1,4 +1,4 @@
-"""`tandem status` and `tandem replicas`: what the trainer says of itself, its run and its fleet."""
+"""`tandem status` and `tandem replicas`: the state of the trainer, its run and its fleet."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tandem.cli.connect import (
 )
 from tandem.cli.display import fleet_summary, replica_table, step_cells
 
-ReplicaName = Annotated[str, typer.Argument(metavar="ID", help="host:port, as the table names it.")]
+ReplicaName = Annotated[str, typer.Argument(metavar="ID", help="host:port, as in the table.")]
 
 
 def register(app: typer.Typer) -> None:
     app.command()(status)
-    replicas = typer.Typer(help="The fleet: who serves, and why not; add, drain, remove.")
+    replicas = typer.Typer(help="List the replicas of the fleet; add, drain or remove one.")
     replicas.callback(invoke_without_command=True)(show)
     for command in (add, drain, remove):
         replicas.command()(command)
@@ -78,13 +78,13 @@ def _run_text(run: RunStatus) -> str:
 def show(
     context: typer.Context, url: TrainerUrl = DEFAULT_TRAINER_URL, as_json: Json = False
 ) -> None:
-    """Without a command: a table of the replicas."""
+    """Without a subcommand: print a table of the replicas."""
     if context.invoked_subcommand is None:
         asyncio.run(_show(url, as_json=as_json))
         return
     sources = (context.get_parameter_source(name) for name in ("url", "as_json"))
     if any(source is not None and source.name == "COMMANDLINE" for source in sources):
-        raise ValueError(f"write --url and --json behind `{context.invoked_subcommand}`")
+        raise ValueError(f"put --url and --json after `{context.invoked_subcommand}`")
 
 
 async def _show(url: str, *, as_json: bool) -> None:
@@ -103,7 +103,7 @@ def add(
     url: TrainerUrl = DEFAULT_TRAINER_URL,
     as_json: Json = False,
 ) -> None:
-    """Register a replica: it serves once the trainer has proven it."""
+    """Register a replica: it serves once it passes the trainer's conformance check."""
 
     async def register_it() -> None:
         registration = ReplicaRegistration(url=service_url(replica, port=ROLLOUT_PORT))
@@ -112,7 +112,9 @@ def add(
         if as_json:
             return print_json(answer)
         detail = f": {answer.detail}" if answer.detail else ""
-        console().print(f"{answer.id} is {answer.state}{detail}; `tandem replicas` shows it.")
+        console().print(
+            f"{answer.id} is {answer.state}{detail}; `tandem replicas` shows its state."
+        )
 
     asyncio.run(register_it())
 
@@ -120,7 +122,7 @@ def add(
 def remove(
     replica: ReplicaName, url: TrainerUrl = DEFAULT_TRAINER_URL, as_json: Json = False
 ) -> None:
-    """Take a replica out of the fleet: it finishes what it has and keeps running."""
+    """Take a replica out of the fleet: it finishes its requests and its process keeps running."""
 
     async def remove_it() -> None:
         async with trainer_at(url) as trainer:
@@ -128,19 +130,19 @@ def remove(
             fleet = await trainer.replicas()
         if as_json:
             return print_json(fleet)
-        console().print(f"{replica} gets no more requests; `tandem replicas add` takes it back.")
+        console().print(f"{replica} gets no more requests; `tandem replicas add` adds it again.")
 
     asyncio.run(remove_it())
 
 
 def drain(
     replica: Annotated[
-        str, typer.Argument(metavar="ID|URL", help="Its id in the table, or its own URL.")
+        str, typer.Argument(metavar="ID|URL", help="Id as shown in the table, or URL.")
     ],
     url: TrainerUrl = DEFAULT_TRAINER_URL,
     as_json: Json = False,
 ) -> None:
-    """Let a replica finish what runs and end its process."""
+    """Let a replica finish its running requests, then end its process."""
 
     async def drain_it() -> None:
         target = replica
@@ -151,7 +153,7 @@ def drain(
             answer = await client.drain()
         if as_json:
             return print_json(answer)
-        console().print(f"{replica} is {answer.state}: it ends when what runs there has.")
+        console().print(f"{replica} is {answer.state}: it exits once its requests finish.")
 
     asyncio.run(drain_it())
 
@@ -160,5 +162,7 @@ def _url_of(replica: str, fleet: ReplicasResponse) -> str:
     urls = {status.id: status.url for status in fleet.replicas}
     if replica not in urls:
         known = ", ".join(urls) or "none"
-        raise NotFound(f"there is no replica {replica!r}: the fleet has {known}")
+        raise NotFound(
+            f"there is no replica {replica!r}: the fleet has {known}; pass one of its ids, or a URL"
+        )
     return urls[replica]

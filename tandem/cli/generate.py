@@ -1,4 +1,7 @@
-"""`tandem generate`: a prompt to a replica, its completions as they come."""
+"""`tandem generate`: send a prompt to a replica and print its completions as they arrive.
+
+prompt ─▶ GenerateRequest ─▶ POST /generate ─▶ StreamStart, StreamTokens ─▶ CompletionPrinter
+"""
 
 from __future__ import annotations
 
@@ -43,35 +46,44 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text; - is stdin.")],
-    n: Annotated[int, typer.Option("--n", "-n", help="Completions.")] = 1,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
+    prompt: Annotated[str, typer.Argument(help="Prompt text, or - to read stdin.")],
+    n: Annotated[int, typer.Option("--n", "-n", help="Completions to sample.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens with this total probability.")
+    ] = 1.0,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Of a completion. [default: up to the context]")
+        int | None, typer.Option(help="Token limit per completion. [default: as many as fit]")
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Ends a completion; repeatable.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Completion k uses seed + k.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends a completion; repeatable.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed; completion k uses seed + k.")
+    ] = None,
     policy: Annotated[
         str | None,
         typer.Option(
-            help="base, a version as 17, or run.incarnation@version. [default: the newest]"
+            help="base, a version such as 17, or run.incarnation@version. [default: newest]"
         ),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="The prompt is a user's message: apply the template.")
+        bool,
+        typer.Option(
+            "--chat", help="Send the prompt as a user message, through the chat template."
+        ),
     ] = False,
-    system: Annotated[str | None, typer.Option(help="A system message; implies --chat.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message; implies --chat.")] = None,
     logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="Show token ids with their logprobs.")
+        bool, typer.Option("--logprobs", help="Print token ids and their logprobs.")
     ] = False,
     url: RolloutUrls = None,
     as_json: Json = False,
 ) -> int:
-    """Sample from a replica and print the text as it comes.
+    """Sample from a replica and print the text as it arrives.
 
-    With several URLs the first that answers is asked. --json prints the whole answer at once: token
-    ids, logprobs and the policy version of every token.
+    With several URLs, the first replica that answers gets the request. --json prints the whole
+    response at once: token ids, logprobs and the policy version of every token.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     messages = [("system", system)] if system else []
@@ -114,7 +126,7 @@ def generate(
 
 
 async def _policy(client: RolloutClient, name: str | None) -> PolicyId | None:
-    """The policy of `base`, `17`, `policy@17` or `run.1@17`; None is the newest."""
+    """Parse `base`, `17`, `policy@17` or `run.1@17`; None stands for the newest policy."""
     if name is None or name == "policy":
         return None
     if match := _FULL_POLICY.fullmatch(name):
@@ -124,7 +136,7 @@ async def _policy(client: RolloutClient, name: str | None) -> PolicyId | None:
     version = "0" if name == "base" else name.removeprefix("policy@")
     if not version.isdecimal():
         raise ValueError(
-            f"--policy {name}: write base, a version as 17, or run.incarnation@version"
+            f"--policy {name}: use base, a version such as 17, or run.incarnation@version"
         )
     newest = (await client.policies()).newest
     return newest.model_copy(update={"version": int(version)})
@@ -136,7 +148,7 @@ async def _policy(client: RolloutClient, name: str | None) -> PolicyId | None:
 async def _show(
     records: AsyncIterator[StreamStart | StreamTokens], n: int, *, logprobs: bool
 ) -> int:
-    """Completion after completion; each as it comes once those before it have ended."""
+    """Print completions in order; each streams once the previous ones have ended."""
     out = CompletionPrinter(n, logprobs=logprobs)
     start: StreamStart | None = None
     async with aclosing(records) as stream:  # type: ignore[type-var]
@@ -145,23 +157,23 @@ async def _show(
                 start = record
             else:
                 out.add(record)
-    assert start, "a stream begins with it"
+    assert start, "a stream begins with its StreamStart"
     console(stderr=True).print(Text(out.summary(start), style="dim"), end="")
     if "interrupted" in out.reasons:
         raise ServiceError(
-            "the replica was interrupted within a completion, by a new version or because it "
-            "drains: ask again"
+            "the replica interrupted a completion, because it received a new policy version or is "
+            "draining: send the prompt again"
         )
     return 0
 
 
 class CompletionPrinter:
-    """Prints the text of a stream to stdout, completion after completion."""
+    """Prints the text of a stream to stdout, one completion after another."""
 
     def __init__(self, n: int, *, logprobs: bool) -> None:
         self.reasons: list[str | None] = [None] * n
         self._records: list[list[StreamTokens]] = [[] for _ in range(n)]
-        self._num_shown = [0] * n  # records of each whose text is printed
+        self._num_shown = [0] * n  # printed records per completion
         self._current = 0
         self._logprobs = logprobs
 

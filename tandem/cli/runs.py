@@ -1,4 +1,4 @@
-"""`tandem run`: submit a run config, follow the run, stop it.
+"""`tandem run`: submit a run config, follow the run, or stop it.
 
 CONFIG ─▶ POST /runs          GET /runs/current/events ─▶ RunDisplay, or NDJSON
 """
@@ -40,25 +40,26 @@ def run(
     config: Annotated[
         str | None,
         typer.Argument(
-            metavar="CONFIG", help="A run config, YAML or JSON; - is stdin. Without one: attach."
+            metavar="CONFIG",
+            help="Run config, YAML or JSON; - reads stdin. Without it, attach to the current run.",
         ),
     ] = None,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not follow.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not follow the run.")] = False,
     stop: Annotated[
-        bool, typer.Option("--stop", help="Stop the current run after its step.")
+        bool, typer.Option("--stop", help="Stop the current run after its current step.")
     ] = False,
     url: TrainerUrl = DEFAULT_TRAINER_URL,
     as_json: Json = False,
 ) -> int:
     """Start a run and follow it, attach to the current one, or stop it.
 
-    Ctrl-C detaches: the run goes on. With --json the events come as NDJSON. The exit code is 1
+    Ctrl-C detaches and the run continues. --json prints the events as NDJSON. The exit code is 1
     when the run fails.
     """
     if config is not None and stop:
-        raise ValueError("CONFIG starts a run and --stop ends the current one: give one of them")
+        raise ValueError("CONFIG starts a run and --stop ends the current one: pass only one")
     if config is None and detach and not stop:
-        raise ValueError("--detach starts a run and leaves it: name its CONFIG")
+        raise ValueError("--detach needs a run to start or stop: add a CONFIG or --stop")
     if stop:
         return asyncio.run(_stop(url, wait=not detach, as_json=as_json))
     content = None if config is None else _read(config)
@@ -68,7 +69,7 @@ def run(
     except KeyboardInterrupt:
         for status in started:
             print(
-                f"\nDetached: run {status.run_id} goes on. `tandem run` attaches again, "
+                f"\nDetached: run {status.run_id} continues. `tandem run` attaches again, "
                 "`tandem run --stop` stops it.",
                 file=sys.stderr,
             )
@@ -76,7 +77,7 @@ def run(
 
 
 def follow(url: TrainerUrl = DEFAULT_TRAINER_URL, as_json: Json = False) -> int:
-    """Attach to the current run, as `tandem run` without a config."""
+    """Attach to the current run, like `tandem run` without a CONFIG."""
     return run(url=url, as_json=as_json)
 
 
@@ -87,7 +88,9 @@ def _read(config: str) -> bytes:
         with open(config, "rb") as file:
             return file.read()
     except OSError as error:
-        raise ValueError(f"{config} cannot be read ({error.strerror}): name a run config") from None
+        raise ValueError(
+            f"{config} cannot be read ({error.strerror}): pass the path of a run config"
+        ) from None
 
 
 async def _run(
@@ -121,7 +124,11 @@ async def _current(trainer: TrainerClient) -> RunStatus:
 
 
 async def _follow(trainer: TrainerClient, status: RunStatus, *, as_json: bool) -> int:
-    """Show every event until the run has ended; raises what it failed of."""
+    """Show every event until the run ends.
+
+    Raises ServiceError when the run failed, Unavailable when it was suspended or its events ended
+    early.
+    """
     last: RunEvent | None = None
     if as_json:
         async for last in trainer.events():
@@ -129,7 +136,7 @@ async def _follow(trainer: TrainerClient, status: RunStatus, *, as_json: bool) -
     else:
         title = f"run {status.run_id} on {trainer.url}"
         if (out := console()).is_terminal:
-            title += " · Ctrl-C detaches, the run goes on"
+            title += " · Ctrl-C detaches, the run continues"
         with RunDisplay(out, title=title, num_steps=status.num_steps) as display:
             watching = asyncio.create_task(_watch_fleet(trainer, display))
             try:
@@ -152,13 +159,13 @@ async def _outcome(trainer: TrainerClient, last: StateRecord, *, as_json: bool) 
         raise ServiceError(f"run {status.run_id} failed: {last.detail}")
     if last.state == "suspended":
         raise Unavailable(
-            f"the trainer went away at step {status.step} of run {status.run_id} and takes it up "
-            "when it is started again: then `tandem run` attaches"
+            f"the trainer shut down at step {status.step} of run {status.run_id}: start it again "
+            "to resume the run, then attach with `tandem run`"
         )
     if not as_json:
         console().print(
             f"Run {status.run_id} {last.state} at step {status.step}; results in {status.run_dir}. "
-            "`tandem export FOLDER` writes the adapter, with --merged a checkpoint.",
+            "`tandem export FOLDER` writes the adapter, or with --merged a checkpoint.",
             soft_wrap=True,
         )
     return 0
@@ -166,7 +173,7 @@ async def _outcome(trainer: TrainerClient, last: StateRecord, *, as_json: bool) 
 
 async def _watch_fleet(trainer: TrainerClient, display: RunDisplay) -> None:
     while True:
-        with contextlib.suppress(Unavailable):  # busy, or ending, which the events tell
+        with contextlib.suppress(Unavailable):  # busy or shutting down: the events say which
             display.set_fleet((await trainer.replicas()).replicas)
         await asyncio.sleep(_FLEET_POLL_S)
 
@@ -181,7 +188,9 @@ async def _stop(url: str, *, wait: bool, as_json: bool) -> int:
     if as_json:
         print_json(status)
     elif before.state in _ENDED:
-        console().print(f"Run {status.run_id} had ended: it {status.state} at step {status.step}.")
+        console().print(
+            f"Run {status.run_id} has already ended: {status.state} at step {status.step}."
+        )
     elif status.state in _ENDED:
         console().print(f"Run {status.run_id} {status.state} at step {status.step}.")
     else:

@@ -1,4 +1,4 @@
-"""`tandem sync`: an adapter file to replicas. `tandem export`: a policy to files.
+"""`tandem sync` pushes an adapter file to replicas; `tandem export` writes a policy to files.
 
 adapter file, PEFT folder ─▶ POST /sync_weights      run folder, GET /policy ─▶ adapter, checkpoint
 """
@@ -48,31 +48,35 @@ def register(app: typer.Typer) -> None:
 
 def sync(
     adapter: Annotated[
-        Path, typer.Argument(help="An adapter file of Tandem's, or a folder as PEFT saves it.")
+        Path, typer.Argument(help="Adapter file written by Tandem, or a folder saved by PEFT.")
     ],
     replace_run: Annotated[
-        bool, typer.Option("--replace-run", help="End the run that the replica serves.")
+        bool,
+        typer.Option("--replace-run", help="Replace the run that the replica currently serves."),
     ] = False,
     in_flight: Annotated[
         Literal["finish", "continue"],
-        typer.Option(help="Running completions end under their version, or go on under this one."),
+        typer.Option(
+            help="Let running completions finish on their version, or continue them on this one."
+        ),
     ] = "finish",
     activate: Annotated[
-        bool, typer.Option(help="Make it the newest version, or only install it.")
+        bool, typer.Option(help="Make this the newest version, or only install it.")
     ] = True,
     run_id: Annotated[
-        str | None, typer.Option(help="Of a PEFT adapter. [default: from its content]")
+        str | None,
+        typer.Option(help="Run id to give a PEFT adapter. [default: a hash of its content]"),
     ] = None,
-    version: Annotated[int, typer.Option(help="Of a PEFT adapter.", min=1)] = 1,
+    version: Annotated[int, typer.Option(help="Policy version to give a PEFT adapter.", min=1)] = 1,
     url: RolloutUrls = None,
     as_json: Json = False,
 ) -> None:
-    """Push an adapter to replicas, which serve it from then on; show the receipts.
+    """Push an adapter to replicas, which then serve it, and print their receipts.
 
-    An adapter of PEFT becomes one of the base that the replica has.
+    A PEFT adapter does not record its base; it is taken to belong to the replica's base.
     """
     if not adapter.exists():
-        raise ValueError(f"{adapter}: no such file or folder; name an adapter")
+        raise ValueError(f"{adapter} does not exist: pass an adapter file or folder")
 
     async def push(target: str) -> _Pushed | ServiceError:
         try:
@@ -83,7 +87,7 @@ def sync(
                 receipt = await replica.sync_weights(
                     content, activate=activate, replace_run=replace_run, in_flight=in_flight
                 )
-        except ServiceError as error:  # the other replicas still get theirs
+        except ServiceError as error:  # one failure must not stop the push to other replicas
             if target not in error.detail:
                 error.detail = f"{target}: {error.detail}"
             return error
@@ -131,11 +135,15 @@ def _print_receipts(pushed: list[_Pushed]) -> None:
 
 
 def _adapter_file(path: Path, run_id: str | None, version: int, base: BaseIdentity | None) -> bytes:
-    """What to push: our own file as it is, PEFT's under a manifest for `base`."""
+    """The bytes to push: Tandem's own file unchanged, a PEFT adapter with a manifest for `base`.
+
+    Raises ValueError when `run_id` is given for Tandem's own file, InvalidAdapter for an unreadable
+    adapter, and ServiceError while the replica has no base.
+    """
     weights = path / ADAPTER_WEIGHTS if path.is_dir() else path
     if not path.is_dir() or _is_ours(weights):
         if run_id is not None:
-            raise ValueError(f"--run-id: {path} names its policy itself; leave it out")
+            raise ValueError(f"{path} already records its policy: remove --run-id")
         try:
             read_header(weights)
         except InvalidAdapter as error:
@@ -143,13 +151,13 @@ def _adapter_file(path: Path, run_id: str | None, version: int, base: BaseIdenti
         return weights.read_bytes()
     if base is None:
         raise ServiceError(
-            "the replica is starting and has no base yet: try again when it is ready"
+            "the replica is still starting and has not loaded its base: try again when it is ready"
         )
     try:
         run_id = run_id or f"peft-{hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}"
     except OSError as error:
         raise InvalidAdapter(
-            f"{path} has no readable {ADAPTER_WEIGHTS}: save the adapter there with "
+            f"{path} has no readable {ADAPTER_WEIGHTS}: save the adapter to this folder with "
             "save_pretrained()"
         ) from error
     return from_peft(path, PolicyId(run_id=run_id, version=version), base)
@@ -167,44 +175,52 @@ def _is_ours(weights: Path) -> bool:
 
 
 def export(
-    output: Annotated[Path, typer.Argument(help="The folder to make.")],
+    output: Annotated[Path, typer.Argument(help="Folder to create.")],
     run: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Of a run, as runs/<run_id>, or of its checkpoint. [default: ask the trainer]",
+            help="Run folder (runs/<run_id>) or checkpoint folder to read. "
+            "[default: ask the trainer]",
         ),
     ] = None,
     version: Annotated[
-        int | None, typer.Option(help="One that the trainer keeps. [default: the current one]")
+        int | None,
+        typer.Option(help="Policy version that the trainer keeps. [default: the current one]"),
     ] = None,
     merged: Annotated[
-        bool, typer.Option("--merged", help="A 16-bit checkpoint instead of an adapter.")
+        bool,
+        typer.Option("--merged", help="Write a merged 16-bit checkpoint instead of an adapter."),
     ] = False,
     base: Annotated[
         Literal["exact", "original"],
-        typer.Option(help="Merge into the weights that were trained, or those before 4 bits."),
+        typer.Option(
+            help="Merge into the weights that were trained (exact), or into the checkpoint before "
+            "quantization (original)."
+        ),
     ] = "exact",
     model: Annotated[
-        str | None, typer.Option(help="The checkpoint that was trained. [default: as recorded]")
+        str | None,
+        typer.Option(help="Checkpoint that was trained. [default: the one that was recorded]"),
     ] = None,
     device: Annotated[
-        Literal["cpu", "cuda"], typer.Option(help="Where 4-bit weights are made.")
+        Literal["cpu", "cuda"], typer.Option(help="Device that computes the 4-bit weights.")
     ] = "cpu",
     url: TrainerUrl = DEFAULT_TRAINER_URL,
     as_json: Json = False,
 ) -> None:
-    """Write the policy: an adapter for PEFT, or with --merged a checkpoint that loads anywhere.
+    """Write the policy: a PEFT adapter, or with --merged a checkpoint that loads anywhere.
 
-    A merged checkpoint brings tokenizer, chat template and generation config. `exact` is the model
-    that was trained and sampled from: the 4-bit weights in bf16, plus the adapter.
+    A merged checkpoint includes tokenizer, chat template and generation config. `--base exact`
+    gives the model that was trained and sampled from: the 4-bit weights in bf16, plus the adapter.
     """
     if run is not None and version is not None:
         raise ValueError(
-            "--version is of the trainer's policy: name a checkpoint of the run with --run"
+            "--version selects a policy of the trainer: with --run, pass the folder of a "
+            "checkpoint instead"
         )
     if base == "original" and not merged:
-        raise ValueError("--base is what --merged merges into: add that, or leave it out")
+        raise ValueError("--base only applies to --merged: add --merged, or remove --base")
     from tandem.export import read_policy, refuse_existing, write_merged, write_peft
 
     refuse_existing(output)
@@ -232,7 +248,7 @@ def export(
 
 
 def _quiet() -> None:
-    """No bars of the libraries where no terminal shows them, nor a warning of every start."""
+    """Hide the libraries' progress bars unless on a terminal, and a warning that always appears."""
     from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
@@ -248,7 +264,8 @@ async def _trainers_policy(url: str, version: int | None) -> TrainedPolicy:
         wanted = status.policy.version if version is None else version
         if wanted == 0:
             raise ServiceError(
-                f"policy {status.policy} is the base, which has no adapter: train a step first"
+                f"version 0 of {status.policy.run_id} is the base, which has no adapter: train at "
+                "least one step first"
             )
         manifest = AdapterManifest(
             policy=status.policy.model_copy(update={"version": wanted}),

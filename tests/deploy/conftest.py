@@ -1,4 +1,4 @@
-"""The images, built once, and one CPU stack for the tests that only look or disturb it briefly."""
+"""Fixtures: the images, built once, and one CPU stack for tests that disturb it at most briefly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SWAPPED_IMAGE = "tandem-rollout:0.2.0-swapped"
 
 @pytest.fixture(scope="session")
 def engine() -> None:
-    """A Docker engine with compose answers; without one the tests fail."""
+    """Check that a Docker engine with compose answers; otherwise the tests fail."""
     for command in (["docker", "info"], ["docker", "compose", "version"]):
         if not shutil.which("docker") or run(*command).returncode:
             pytest.fail(
@@ -30,9 +30,9 @@ def engine() -> None:
 
 @pytest.fixture(scope="session")
 def images(engine: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Build the CPU images as `make up STACK=cpu` does. The names by service.
+    """Build the CPU images as `make up STACK=cpu` does; returns service -> image name.
 
-    Wheels of pip's PIP_FIND_LINKS are taken into account, as they are outside of containers.
+    Wheels in pip's PIP_FIND_LINKS are used, as they are outside of containers.
     """
     more = []
     wheels = os.environ.get("PIP_FIND_LINKS", "")
@@ -49,9 +49,9 @@ def images(engine: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="session")
 def stack(images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Trainer and two replicas on CPU, all ready."""
+    """A ready trainer with two replicas on a CPU."""
     stack = Stack.make(tmp_path_factory.mktemp("stack"), "tandem-test", "cpu")
-    stack.down()  # of a run that was killed
+    stack.down()  # removes what a killed test run left
     try:
         started = time.monotonic()
         stack.must_compose("up", "--detach", "--wait", "--wait-timeout", "400")
@@ -65,7 +65,7 @@ def stack(images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="session")
 def prometheus(engine: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An image with Debian's Prometheus, which takes the arguments of the official one."""
+    """An image with Debian's Prometheus, which accepts the arguments of the official image."""
     folder, image = tmp_path_factory.mktemp("prometheus"), "tandem-test-prometheus"
     (folder / "Dockerfile").write_text(
         "FROM python:3.11.14-slim-bookworm\n"

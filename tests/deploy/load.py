@@ -1,7 +1,7 @@
-"""`python load.py STOP_FILE`, in a container of the stack: requests to the replicas until stopped.
+"""`python load.py STOP_FILE`, in a container of the stack: sends requests until stopped.
 
-Every request goes to one address of the name `rollout`, and to another one if that refuses, as a
-load balancer would send it. Prints what came of them as JSON.
+Like a load balancer, it sends every request to one address of the name `rollout`, and to another
+one if the first refuses. Prints counts of the outcomes as JSON.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ async def request(rng: random.Random, results: Counter[str]) -> None:
             try:
                 answer = await replica.generate(body)
             except ServiceError as error:
-                if isinstance(error, NotReady) or "ConnectError" in str(error):  # never taken
+                if isinstance(error, NotReady) or "ConnectError" in str(error):  # never accepted
                     results["refused there"] += 1
                     continue
                 results[f"failed: {error}"] += 1

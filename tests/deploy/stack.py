@@ -1,4 +1,4 @@
-"""The compose stack as an operator runs it: a checkout of its own, `.env`, `docker compose`."""
+"""The compose stack as an operator runs it: a separate checkout, `.env` and `docker compose`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _POLL_S = 0.5
 
 
 def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run to the end; the caller looks at the exit code."""
+    """Run a command to its end; the caller checks the exit code."""
     options = {"timeout": 600, "cwd": ROOT, **options}
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> float:
-    """Seconds until `condition` holds. Raises TimeoutError."""
+    """Wait for `condition` and return the seconds that it took. Raises TimeoutError."""
     started = time.monotonic()
     while not condition():
         if time.monotonic() - started > timeout_s:
@@ -48,7 +48,7 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120.0)
 
 @dataclass
 class Stack:
-    """One compose project in a folder of its own, with ports that nobody else has."""
+    """A compose project in its own folder, with ports that no other project uses."""
 
     folder: Path
     project: str
@@ -56,7 +56,7 @@ class Stack:
 
     @classmethod
     def make(cls, folder: Path, project: str, stack: str, **settings: str) -> Stack:
-        """Copy what a checkout has and make its .env. `stack` as in `make up STACK=...`."""
+        """Copy the files of a checkout and create .env; `stack` is as in `make up STACK=...`."""
         folder.mkdir(exist_ok=True)
         for name in _PARTS:
             source, target = ROOT / name, folder / name
@@ -86,7 +86,7 @@ class Stack:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What every command runs with: .env alone decides."""
+        """The environment of every command, in which only .env configures the stack."""
         ours = {*self.settings, "COMPOSE_PROFILES"}
         inherited = {name: value for name, value in os.environ.items() if name not in ours}
         return {**inherited, "COMPOSE_PROJECT_NAME": self.project, "COMPOSE_ANSI": "never"}
@@ -98,7 +98,7 @@ class Stack:
         return self.run("docker", "compose", *arguments, **options)
 
     def must_compose(self, *arguments: str, **options: Any) -> str:
-        """Standard output. Raises AssertionError with both streams when it fails."""
+        """Standard output of a command. Raises AssertionError with both streams if it fails."""
         result = self.compose(*arguments, **options)
         words = result.stdout[-3000:] + result.stderr[-3000:]
         assert result.returncode == 0, f"{arguments}: {words}\n{self.logs()[-6000:]}"
@@ -111,7 +111,7 @@ class Stack:
         return self.must_compose("ps", "--all", "--quiet", service).split()
 
     def inspect(self, service: str) -> dict[str, Any]:
-        """The only container of a service."""
+        """`docker inspect` of a service's only container."""
         (container,) = self.containers(service)
         return inspect(container)
 
@@ -126,7 +126,7 @@ class Stack:
         return RolloutClient(f"http://127.0.0.1:{port}", api_key=api_key)
 
     def num_left(self) -> Mapping[str, int]:
-        """How many containers, networks and volumes of the project there are."""
+        """Numbers of the project's containers, networks and volumes."""
         label = f"label=com.docker.compose.project={self.project}"
         return {
             kind: len(run("docker", kind, "ls", "--quiet", "--filter", label, *more).stdout.split())
@@ -144,6 +144,6 @@ def inspect(what: str) -> dict[str, Any]:
 
 
 def address(container: Mapping[str, Any]) -> str:
-    """Of its service on the project's network, as the trainer names a replica."""
+    """Address of a container on the project's network, as the trainer names a replica."""
     (network,) = container["NetworkSettings"]["Networks"].values()
     return f"{network['IPAddress']}:8000"

@@ -1,4 +1,4 @@
-"""What can be said of the deployment's files without running them."""
+"""Checks of the deployment files that need no running container."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config_of(stack: Stack, *profiles: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", STACKS)
 def test_every_combination_is_a_compose_file(engine: None, tmp_path: Path, name: str) -> None:
-    """For the engine's compose and for the newest schema of the specification."""
+    """Valid for the engine's compose and for the newest schema of the specification."""
     stack = stack_of(tmp_path, name)
     merged = stack.must_compose("--profile", "observability", "config")
     (tmp_path / "merged.yml").write_text(merged)
@@ -68,7 +68,7 @@ def test_every_service_is_confined_watched_and_restarted(
             assert config["init"] is True
         if service != "demo-model":
             assert config["restart"] == "on-failure:5", service
-            assert config["healthcheck"]["test"][0] == "CMD", service  # no shell
+            assert config["healthcheck"]["test"][0] == "CMD", service  # needs no shell
         for port in config.get("ports", []):
             assert port["host_ip"] == "127.0.0.1", service
 
@@ -84,10 +84,10 @@ def test_grace_periods_cover_a_drain(engine: None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "cpu"])
 def test_every_variable_is_a_setting(engine: None, tmp_path: Path, name: str) -> None:
-    """A misspelt name would be ignored by the service without a word."""
+    """A service would silently ignore a misspelt name."""
     known = {f"ROLLOUT_{field}".upper() for field in RolloutSettings.model_fields}
     known |= {f"TRAINER_{field}".upper() for field in TrainerSettings.model_fields}
-    ours = {"ROLLOUT_GPUS"}  # of claim_gpu.py
+    ours = {"ROLLOUT_GPUS"}  # read by claim_gpu.py
     services = config_of(stack_of(tmp_path, name), "scale")["services"]
     names = {name for service in services.values() for name in service.get("environment", {})}
     prefixed = {name for name in names if name.startswith(("ROLLOUT_", "TRAINER_"))}
@@ -137,7 +137,7 @@ def test_an_env_whose_last_line_has_no_end_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_new_key_makes_new_containers(engine: None, tmp_path: Path) -> None:
-    """Prometheus has it in a file, which compose does not compare."""
+    """Prometheus reads the key from a file, whose content compose does not compare."""
     stack = stack_of(tmp_path, "")
     hashes = []
     for key in ("a", "b"):
@@ -151,7 +151,7 @@ def test_an_unknown_stack_is_refused(tmp_path: Path) -> None:
     stack_of(tmp_path, "")
     refused = run("deploy/scripts/make_env.sh", "tpu", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "There is no stack tpu: STACK is one of" in refused.stderr
+    assert "There is no stack tpu: set STACK to one of" in refused.stderr
 
 
 def test_linters() -> None:
@@ -166,7 +166,7 @@ def test_linters() -> None:
 
 
 def test_image_closures_are_what_the_tests_ran_with() -> None:
-    """The versions of the CPU images are those of cpu.txt; nobody edits one by hand."""
+    """The CPU images have the versions of cpu.txt, so none was edited by hand."""
 
     def pins(name: str) -> dict[str, str]:
         lines = (ROOT / "deploy/requirements" / name).read_text().splitlines()

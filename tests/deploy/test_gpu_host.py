@@ -1,4 +1,4 @@
-"""The wiring of a GPU host: who gets which GPU. Containers are created, not started."""
+"""Which service gets which GPU on a GPU host. Containers are created, but not started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.deploy.stack import ROOT, Stack, run
 
 
 def created(folder: Path, name: str, images: dict[str, str], **settings: str) -> Stack:
-    """The stack's containers, with the CPU images in place of the CUDA ones."""
+    """Create the stack's containers, with the CPU images instead of the CUDA images."""
     stand_ins = {
         "TRAINER_IMAGE": images["trainer"],
         **{f"{name}_IMAGE": images["rollout"] for name in ("ROLLOUT_0", "ROLLOUT_1", "ROLLOUT")},
@@ -50,7 +50,7 @@ def test_everyone_has_a_gpu_of_its_own(folder: Path, images: dict[str, str]) -> 
 
 @pytest.mark.compose
 def test_gpus_are_those_of_the_env(folder: Path, images: dict[str, str]) -> None:
-    """Two for a tensor-parallel replica: the engine joins ids with commas, as nvidia reads them."""
+    """A tensor-parallel replica gets two, whose ids the engine joins with commas for NVIDIA."""
     stack = created(folder, "", images, TRAINER_GPU="3", ROLLOUT_0_GPU="4,5")
     assert gpus(stack.inspect("trainer")) == ["3"]
     assert gpus(stack.inspect("rollout-0")) == ["4,5"]
@@ -100,12 +100,12 @@ def line(process: subprocess.Popen[str], stream: str = "stdout") -> str:
 
 
 def test_two_replicas_never_have_the_same_gpu(tmp_path: Path) -> None:
-    """The third waits, and takes over the GPU of one that is killed."""
+    """A third replica waits, and takes over the GPU of a killed one."""
     first, second = claim(tmp_path, "4,7"), claim(tmp_path, "4,7")
     with first, second:
         assert sorted([line(first), line(second)]) == ["GPU 0", "GPU 1"]
         with claim(tmp_path, "4,7") as third:
-            assert line(third, "stderr") == "all GPUs of 4, 7 are taken: waiting for one"
+            assert line(third, "stderr") == "all GPUs are taken (4, 7): waiting for one"
             first.kill()
             assert line(third).startswith("GPU ")
             third.kill()
@@ -116,7 +116,7 @@ def test_two_replicas_never_have_the_same_gpu(tmp_path: Path) -> None:
 def test_no_gpu_to_choose_from_is_one_sentence(tmp_path: Path, gpus: str) -> None:
     with claim(tmp_path, gpus) as process:
         assert line(process, "stderr") == (
-            "ROLLOUT_GPUS names no GPU: set it in .env, as in ROLLOUT_GPUS=1,2"
+            "ROLLOUT_GPUS is empty: set it in .env, for example ROLLOUT_GPUS=1,2"
         )
     assert process.returncode == 2
 
@@ -125,4 +125,4 @@ def test_replicas_by_number_are_not_tensor_parallel(tmp_path: Path) -> None:
     environment = {"ROLLOUT_GPUS": "0,1", "ROLLOUT_TENSOR_PARALLEL_SIZE": "2"}
     refused = run(*CLAIM, *SHOW, env=environment)
     assert refused.returncode == 2
-    assert "replicas by number have one GPU each" in refused.stderr
+    assert "scaled replicas have one GPU each" in refused.stderr

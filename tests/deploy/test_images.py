@@ -1,4 +1,4 @@
-"""What is in the images, and what is not."""
+"""What the images contain, and what they do not."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_an_image_runs_as_nobody_special_and_owns_its_caches(images: dict[str, s
         config = inspect(image)["Config"]
         assert config["User"] == "10001:10001"
         assert config["Entrypoint"][:2] == ["python", "-m"]
-        assert not config.get("Healthcheck")  # several roles may use an image
+        assert not config.get("Healthcheck")  # every user of an image brings its own
         owners = python_in(
             image,
             "import os; folders = '/cache/hf /cache/vllm /cache/tandem /models /runs'.split(); "
@@ -54,7 +54,7 @@ def test_an_image_runs_as_nobody_special_and_owns_its_caches(images: dict[str, s
 
 
 def test_no_secret_is_in_an_image(images: dict[str, str]) -> None:
-    """Neither in how it was made, nor in its environment or files."""
+    """Not in its history, its environment or its files."""
     for image in images.values():
         history = run("docker", "history", "--no-trunc", image).stdout
         environment = " ".join(inspect(image)["Config"]["Env"])
@@ -68,17 +68,17 @@ def test_no_secret_is_in_an_image(images: dict[str, str]) -> None:
 
 
 def test_torch_is_one_layer_of_both_images(images: dict[str, str]) -> None:
-    """A host that runs both stores it once."""
+    """A host that runs both services stores the layer once."""
     layers = [inspect(image)["RootFS"]["Layers"] for image in images.values()]
     base = inspect("python:3.11.14-slim-bookworm")["RootFS"]["Layers"]
     common = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*layers, strict=False)))
-    assert len(common) == len(base) + 2  # user and folders, torch
+    assert len(common) == len(base) + 2  # one with user and folders, one with torch
     assert python_in(images["rollout"], "import torch; print(torch.__version__)") == "2.13.0+cpu"
 
 
 @pytest.mark.parametrize("service", ["trainer", "rollout"])
 class TestAMistakeIsOneLine:
-    """The container ends by itself, and the last line of its log says what to set."""
+    """The container exits on its own, and the last line of its log says what to set."""
 
     def last_line(self, image: str, *options: str) -> str:
         folders = ["--tmpfs", "/tmp", "--volume", "/runs"]
@@ -100,7 +100,7 @@ class TestAMistakeIsOneLine:
     def test_too_little_memory(
         self, images: dict[str, str], large_model: Path, service: str
     ) -> None:
-        """Instead of a container that the kernel kills without a word."""
+        """Otherwise the kernel would kill the container without an explanation."""
         options = ["--memory", "1g", "--memory-swap", "1g"]
         volume = ["--volume", f"{large_model}:/models:ro"]
         line = self.last_line(images[service], *options, *volume, *variables(service, "/models"))
@@ -111,7 +111,7 @@ class TestAMistakeIsOneLine:
 
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose weights are 4 GB of nothing: a sparse file."""
+    """A checkpoint whose weights are a sparse file of 4 GB."""
     folder = tmp_path_factory.mktemp("large") / "model"
     demo.save(demo.make_model(seed=0), folder)
     num_rows, width = 2_000_000, 1024

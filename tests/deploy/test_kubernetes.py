@@ -1,6 +1,6 @@
-"""The manifests of deploy/k8s as kubectl renders them: valid, and fitting together.
+"""The manifests of deploy/k8s, as kubectl renders them, are valid and consistent.
 
-No cluster runs here: deploy/README.md names what only a running one shows.
+No cluster runs here; deploy/README.md lists what only a running cluster can show.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from services.trainer.settings import TrainerSettings
 pytestmark = pytest.mark.compose
 
 K8S = Path(__file__).parents[2] / "deploy" / "k8s"
-KUBERNETES_VERSIONS = ("1.27", "1.32", "1.37")  # the oldest that has every field, and newer ones
+KUBERNETES_VERSIONS = ("1.27", "1.32", "1.37")  # the oldest with every field, and newer ones
 SETTINGS: Mapping[str, type[BaseSettings]] = {
     "rollout": RolloutSettings,
     "trainer": TrainerSettings,
 }
-OF_LIBRARIES = {"HF_TOKEN", "OMP_NUM_THREADS", "PYTHONPATH"}  # variables of no settings class
+OF_LIBRARIES = {"HF_TOKEN", "OMP_NUM_THREADS", "PYTHONPATH"}  # read by no settings class
 
 Document = dict[str, Any]
 
@@ -46,7 +46,7 @@ def kustomize(folder: Path) -> str:
 
 
 def edited_gpu_overlay(folder: Path, edits: Mapping[str, str]) -> str:
-    """The GPU overlay as it renders after a user has replaced these texts of it."""
+    """The rendered GPU overlay after a user has replaced these texts in it."""
     shutil.copytree(K8S, folder / "k8s")
     file = folder / "k8s" / "overlays" / "gpu" / "kustomization.yaml"
     text = file.read_text()
@@ -59,7 +59,7 @@ def edited_gpu_overlay(folder: Path, edits: Mapping[str, str]) -> str:
 
 def with_all_components(folder: Path) -> str:
     edits = {
-        "replicas:  # of rollout; leave this out with the component autoscale\n"
+        "replicas:  # number of rollout replicas; remove this with the component autoscale\n"
         "  - name: rollout\n"
         "    count: 2\n": "",
         "# components:": "components:",
@@ -70,7 +70,7 @@ def with_all_components(folder: Path) -> str:
 
 
 class Manifests:
-    """What one kustomization renders to."""
+    """The documents to which one kustomization renders."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -100,7 +100,7 @@ class Manifests:
 
     @property
     def containers(self) -> list[Document]:
-        """Those that prepare a pod included."""
+        """All containers, including init containers."""
         pods = self.pods.values()
         return [c for pod in pods for c in [*pod["containers"], *pod.get("initContainers", ())]]
 
@@ -113,7 +113,7 @@ class Manifests:
         ]
 
     def environment(self, name: str) -> dict[str, str]:
-        """What a service's container reads, with a stand-in for each secret value."""
+        """The environment of a service's container, with a placeholder for each secret."""
         container = self.services[name]
         environment: dict[str, str] = {}
         for source in container["envFrom"]:
@@ -161,7 +161,7 @@ def cpu() -> Manifests:
 
 
 def refusals(document: Document) -> list[str]:
-    """What the strict schemas of each Kubernetes version say against it."""
+    """The errors of a document in the strict schema of each Kubernetes version."""
     found = []
     for version in KUBERNETES_VERSIONS:
         try:
@@ -315,7 +315,7 @@ def test_every_variable_is_a_setting_that_the_service_accepts(
 
 
 def test_no_service_link_can_be_read_as_a_setting(manifests: Manifests) -> None:
-    """The Service `trainer` would set TRAINER_PORT=tcp://... in every pod of the namespace."""
+    """Otherwise the Service `trainer` would set TRAINER_PORT=tcp://... in every pod."""
     for pod in manifests.pods.values():
         assert pod["enableServiceLinks"] is False
 
@@ -462,7 +462,7 @@ def test_the_cpu_overlay_wants_no_gpu(cpu: Manifests) -> None:
 
 
 def test_the_demo_model_is_made_once_on_one_node_for_both_services(cpu: Manifests) -> None:
-    """Made in each pod it would differ between processors, and no replica would be admitted."""
+    """Pods on different processors would make different models and refuse each other's."""
     trainer, rollout = cpu.pods["trainer"], cpu.pods["rollout"]
     assert trainer["initContainers"] == rollout["initContainers"]
     assert trainer["affinity"] == rollout["affinity"]

@@ -1,4 +1,4 @@
-"""Prometheus and Grafana ask for what the services expose; alerts tell faults from health."""
+"""Prometheus and Grafana query metrics that exist, and alerts tell faults from healthy runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMETHEUS = DEPLOY / "prometheus"
 GRAFANA = DEPLOY / "grafana"
 DASHBOARD = GRAFANA / "dashboards" / "tandem.json"
 POLICY = PolicyId(run_id="r", version=1)
-OF_PROMETHEUS = {"up", "ALERTS"}  # series that it makes itself
+OF_PROMETHEUS = {"up", "ALERTS"}  # series that Prometheus itself creates
 
 
 def read_yaml(path: Path) -> Any:
@@ -63,7 +63,7 @@ def trainer_families() -> list[Metric]:
     metrics.begin_run(max_staleness=0, min_ready_replicas=1)
     bare = step(grad_norm=1.0)
     absent = [name for name, value in bare if value is None]
-    metrics.record(bare.model_copy(update=dict.fromkeys(absent, 1)))  # whatever a step may have
+    metrics.record(bare.model_copy(update=dict.fromkeys(absent, 1)))  # with all optional numbers
     evaluation = EvalRecord(
         step=1, policy=POLICY, num_prompts=1, sampled_reward=0.5, greedy_reward=0.5, eval_s=1.0
     )
@@ -89,13 +89,13 @@ def rollout_families() -> list[Metric]:
 
 
 def service_samples() -> list[tuple[str, dict[str, str]]]:
-    """(name, labels) of what both services expose, without vLLM's own."""
+    """(name, labels) of all metrics of both services, except vLLM's."""
     families = [*trainer_families(), *rollout_families(), *REGISTRY.collect()]
     return [(sample.name, sample.labels) for family in families for sample in family.samples]
 
 
 def vllm_names() -> set[str]:
-    """The names in the source of vLLM's Prometheus logger, which takes seconds to import."""
+    """Metric names from the source of vLLM's Prometheus logger, whose import takes seconds."""
     spec = importlib.util.find_spec("vllm")
     assert spec
     assert spec.submodule_search_locations
@@ -115,19 +115,19 @@ def vllm_names() -> set[str]:
 _STRING = re.compile(r'"[^"]*"')
 _LABELS = re.compile(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)")
 _NUMBER = re.compile(r"\b\d[\w.]*")
-_WORD = re.compile(r"[a-zA-Z_:][\w:]*(?!\w|:|\s*\()")  # of a function follows a parenthesis
+_WORD = re.compile(r"[a-zA-Z_:][\w:]*(?!\w|:|\s*\()")  # a function's name is followed by "("
 _KEYWORDS = {"and", "or", "unless", "bool", "offset"}
 
 
 def metric_names(expression: str) -> set[str]:
-    """All that is no label, number, function or keyword."""
+    """All words that are not labels, numbers, functions or keywords."""
     for noise in (_STRING, re.compile(r"\{[^}]*\}|\[[^\]]*\]"), _LABELS, _NUMBER):
         expression = noise.sub(" ", expression)
     return set(_WORD.findall(expression)) - _KEYWORDS
 
 
 def matchers(expression: str) -> Iterator[tuple[str, str, str]]:
-    """(metric, label, value) of each label that is matched, for each of the alternatives."""
+    """(metric, label, value) for each label matcher and each of its alternatives."""
     for name, labels in re.findall(r"([\w:]+)\{([^}]*)\}", expression):
         for label, values in re.findall(r'(\w+)=~?"([^"]*)"', labels):
             for value in values.split("|"):
@@ -156,7 +156,7 @@ def test_every_metric_of_alerts_and_dashboard_is_exposed() -> None:
 
 
 def test_every_label_value_of_an_alert_is_there_before_anything_happens() -> None:
-    """A counter that begins at 1 shows no increase, a gauge that is absent cannot be 0."""
+    """A counter that begins at 1 shows no increase, and an absent gauge cannot be 0."""
     samples = service_samples()
     for rule in rules():
         for name, label, value in matchers(rule["expr"]):
@@ -181,7 +181,7 @@ def test_every_alert_says_what_where_and_how_grave() -> None:
         summary, description = rule["annotations"]["summary"], rule["annotations"]["description"]
         assert summary[-1].isalnum(), rule["alert"]
         assert description.endswith("."), rule["alert"]
-        if rule["alert"] != "NoReplica":  # there is nobody to name
+        if rule["alert"] != "NoReplica":  # no replica exists to be named
             assert "{{ $labels." in description, rule["alert"]
 
 
@@ -259,7 +259,7 @@ def test_grafana_asks_as_often_as_prometheus_scrapes() -> None:
 
 
 def promtool(*arguments: str) -> str:
-    """What `promtool` prints, with exit code 0."""
+    """Output of `promtool`, which must exit with 0."""
     program = shutil.which("promtool")
     if program is None:
         pytest.fail("promtool is not installed: install Prometheus (Debian package prometheus)")
@@ -270,7 +270,7 @@ def promtool(*arguments: str) -> str:
 
 @pytest.mark.compose
 def test_promtool_accepts_the_configuration(tmp_path: Path) -> None:
-    """As mounted in the container, but for where the key is."""
+    """The files as mounted in the container, except for the path of the key."""
     key = tmp_path / "key"
     key.write_text("a-key")
     config = (PROMETHEUS / "prometheus.yml").read_text()

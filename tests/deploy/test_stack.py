@@ -1,4 +1,4 @@
-"""The CPU stack at work: a run, requests from outside, swaps, kills, scaling, and the end of it."""
+"""The CPU stack in operation: a run, outside requests, swaps, kills, scaling and shutdown."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_config(num_steps: int) -> dict[str, Any]:
 
 
 async def wait_for_run(stack: Stack, *, step: int) -> RunStatus:
-    """Until the run is there, or has ended."""
+    """Wait until the run reaches `step` or ends."""
     async with asyncio.timeout(240), stack.trainer() as trainer:
         while True:
             status = await trainer.run()
@@ -46,7 +46,7 @@ async def wait_for_run(stack: Stack, *, step: int) -> RunStatus:
 
 
 async def stop(stack: Stack) -> None:
-    """End the run, after its current step."""
+    """Stop the run after its current step."""
     async with stack.trainer() as trainer:
         await trainer.stop_run()
     assert (await wait_for_run(stack, step=10_000)).state == "stopped"
@@ -54,7 +54,7 @@ async def stop(stack: Stack) -> None:
 
 @contextlib.asynccontextmanager
 async def running(stack: Stack) -> AsyncIterator[None]:
-    """A run that goes on during the block, is at work when it begins, and stopped after it."""
+    """Keep a run in progress during the block, from before its start, and stop it afterwards."""
     async with stack.trainer() as trainer:
         await trainer.start_run(run_config(10_000))
         assert (await wait_for_run(stack, step=1)).state == "running"
@@ -63,7 +63,7 @@ async def running(stack: Stack) -> AsyncIterator[None]:
 
 
 async def serving(stack: Stack) -> dict[str, int]:
-    """The version of every replica that serves the run, by address."""
+    """Address -> policy version of every replica that serves the run."""
     async with stack.trainer() as trainer:
         replicas = (await trainer.replicas()).replicas
     return {r.id: r.policy.version for r in replicas if r.state == "serving" and r.policy}
@@ -77,7 +77,7 @@ async def wait_until_serving(stack: Stack, *addresses: str) -> None:
 
 @pytest.fixture
 def load(stack: Stack) -> Iterator[subprocess.Popen[str]]:
-    """Four clients that send requests to the replicas, from inside the network."""
+    """Run four clients that send requests to the replicas from inside the network."""
     stack.must_compose("exec", "-T", "trainer", "rm", "-f", "/tmp/stop")
     with (ROOT / "tests/deploy/load.py").open() as program:
         process = subprocess.Popen(
@@ -121,7 +121,7 @@ async def test_a_run_started_by_rest_learns_on_both_replicas(stack: Stack) -> No
 
 
 async def test_generate_and_sync_from_outside_want_the_key(stack: Stack) -> None:
-    """As a loop on the host would use them."""
+    """Requests as a training loop on the host would send them."""
     key = stack.settings["TANDEM_API_KEY"]
     async with stack.trainer() as trainer:
         await trainer.start_run(run_config(1))
@@ -142,14 +142,14 @@ async def test_generate_and_sync_from_outside_want_the_key(stack: Stack) -> None
 
 
 def test_the_command_line_is_in_the_container_of_the_trainer(stack: Stack) -> None:
-    """Nothing is installed on the host; key and addresses are those of the container."""
+    """The host needs no installation; key and addresses come from the container."""
 
     def tandem(*arguments: str) -> str:
         return stack.must_compose("exec", "-T", "trainer", "tandem", *arguments)
 
     assert "Started run" in tandem("run", "examples/demo/run.yaml", "--detach")
     assert len(json.loads(tandem("replicas", "--json"))["replicas"]) == 2
-    tandem("run", "--stop")  # returns when its step has ended
+    tandem("run", "--stop")  # returns when the current step has ended
     answer = json.loads(tandem("generate", "s53812=", "-n", "2", "--max-tokens", "8", "--json"))
     assert len(answer["groups"][0]["completions"]) == 2
 
@@ -210,7 +210,7 @@ async def test_a_replica_is_swapped_under_load_without_a_failed_request(
 
 
 async def test_a_swap_to_an_image_that_does_not_start_comes_back(stack: Stack) -> None:
-    """The trainer's image ends at once in that place, with its reason."""
+    """The trainer's image exits at once when started as a replica, and logs the reason."""
     old = stack.inspect("rollout-1")["Config"]["Image"]
     swap = ["deploy/scripts/swap-replica.sh", "rollout-1", "tandem-trainer:0.2.0-cpu"]
     async with running(stack):
@@ -218,8 +218,8 @@ async def test_a_swap_to_an_image_that_does_not_start_comes_back(stack: Stack) -
         assert swapped.returncode == 1
         last = swapped.stderr.strip().splitlines()[-1]
         assert last == (
-            "swap-replica: rollout-1 did not come up with tandem-trainer:0.2.0-cpu: its last words "
-            f"are above; {old} serves again"
+            "swap-replica: rollout-1 did not come up with tandem-trainer:0.2.0-cpu: see the end of "
+            f"its log above; {old} serves again"
         )
         assert "TRAINER_MODEL: Field required" in swapped.stderr
         assert address(stack.inspect("rollout-1")) in await serving(stack)
@@ -238,7 +238,7 @@ async def test_the_only_replica_is_not_swapped_by_mistake(stack: Stack) -> None:
 
 
 async def test_a_killed_replica_restarts_and_is_admitted_again(stack: Stack) -> None:
-    """By the pid that the host sees: `docker kill` counts as asked for and is not restarted."""
+    """Killed by its host pid, because Docker does not restart after `docker kill`."""
     async with running(stack):
         killed = stack.inspect("rollout-0")
         num_restarts = killed["RestartCount"]
@@ -255,7 +255,7 @@ async def test_a_killed_replica_restarts_and_is_admitted_again(stack: Stack) -> 
 
 
 async def test_a_restarted_stack_takes_up_its_run(stack: Stack) -> None:
-    """What `docker compose up` does after the host went down, or with another key."""
+    """As after `docker compose up` when the host was down or the key has changed."""
     config = {**run_config(10_000), "checkpoint": {"every_steps": 1}}
     async with stack.trainer() as trainer:
         before = await trainer.start_run(config)
@@ -285,7 +285,7 @@ async def test_a_port_that_is_taken_is_one_sentence(stack: Stack) -> None:
 
 
 async def test_a_mistake_stays_down_with_its_reason_last(stack: Stack) -> None:
-    """After five restarts the container is left alone."""
+    """After five restarts, the container stays down."""
     stack.write_env(TANDEM_CPU_MODEL="/models/nothing")
     try:
         stack.compose("up", "--detach", "--no-deps", "rollout-1")
@@ -303,7 +303,7 @@ async def test_a_mistake_stays_down_with_its_reason_last(stack: Stack) -> None:
 
 
 def test_replicas_by_number_and_a_spare(images: dict[str, str], tmp_path: Path) -> None:
-    """Two seats, three replicas: the third takes over the seat of one that is killed."""
+    """With two seats and three replicas, the third takes over the seat of a killed one."""
     stack = Stack.make(tmp_path, "tandem-scale", "cpu+scale", ROLLOUT_GPUS="0,1")
     stack.write_env(ROLLOUT_PORTS="0")
     stack.down()

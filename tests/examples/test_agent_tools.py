@@ -1,4 +1,4 @@
-"""The agent on the real services: what it learns from is what was sampled, token by token."""
+"""The agent on the real services: it trains on exactly the tokens that were sampled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 
 class RecordingTrainer(TrainerClient):
-    """Keeps what was sent to POST /train."""
+    """Records the requests sent to POST /train."""
 
     requests: tuple[TrainRequest, ...] = ()
 
@@ -40,7 +40,7 @@ def encode(text: str) -> list[int]:
 async def test_the_tokens_that_train_gets_are_those_that_the_endpoint_answered(
     tmp_path: Path,
 ) -> None:
-    """16 episodes of a model that has seen the form of a call, and two updates."""
+    """Two updates from 16 episodes of a model that has learned the form of a call."""
     make_agent_model(tmp_path / "model", num_steps=100)
     answered: list[tuple[Any, ...]] = []
 
@@ -75,7 +75,7 @@ async def test_the_tokens_that_train_gets_are_those_that_the_endpoint_answered(
             for group in request.groups
             for segment in group.completions[0].completion.segments
         } == {request.expected_policy.version}
-        assert (step.record.logprob_gap or 0.0) < 0.05  # absent when nothing had a gradient
+        assert (step.record.logprob_gap or 0.0) < 0.05  # None if nothing had a gradient
         assert max(len(episode.turns) for episode in episodes) >= 2
         for turn, following in (pair for e in episodes for pair in pairwise(e.turns)):
             result = calculator(turn.completion.text or "")

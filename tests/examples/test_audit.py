@@ -1,4 +1,4 @@
-"""The recount of groups.jsonl finds what it is there for."""
+"""The audit of groups.jsonl finds lost, duplicated and mislabelled completions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUM_STEPS, NUM_PROMPTS, NUM_COMPLETIONS = 3, 2, 4
 
 
 def groups() -> list[dict[str, Any]]:
-    """Three on-policy steps of two groups."""
+    """Three on-policy steps with two groups each."""
     return [
         {
             "step": 1 + position // NUM_PROMPTS,
@@ -62,7 +62,7 @@ def test_a_run_that_trained_on_everything_once_is_clean(tmp_path: Path) -> None:
 def test_what_is_lost_repeated_or_of_a_wrong_version_is_counted(
     tmp_path: Path, damage: Any, lost: int, duplicated: int, wrong: int
 ) -> None:
-    """trl#7274: a lost group went unnoticed."""
+    """In trl#7274, a lost group went unnoticed."""
     lines = groups()
     damage(lines)
     found = count(lines, tmp_path)

@@ -1,4 +1,4 @@
-"""Whom the injector hits, and whom it leaves; the processes and the trainer are played."""
+"""Which replicas the fault injector hits and spares, with fake processes and a fake trainer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 
 
 class FakeReplica(ServiceProcess):
-    """No process: what was done to it."""
+    """Records faults instead of running a process."""
 
     def __init__(self, name: str, url: str) -> None:
         self.name = name
@@ -50,8 +50,8 @@ class FakeReplica(ServiceProcess):
 
 
 class FakeServices(DemoServices):
-    """The trainer is a server that says that all replicas serve which are up, and notes how few
-    that ever were."""
+    """The trainer is a server that reports all running replicas as serving, and records the lowest
+    number of them."""
 
     def __init__(self, num_replicas: int) -> None:
         super().__init__(Path("unused"), num_replicas=num_replicas)
@@ -116,7 +116,7 @@ async def services() -> AsyncIterator[FakeServices]:
 async def injected(
     services: FakeServices, num_faults: int, *, kinds: tuple[FaultKind, ...] = DEFAULT_KINDS
 ) -> Chaos:
-    """Let the chaos reign until it has injected so much."""
+    """Run the fault injection until it has injected `num_faults` faults."""
     chaos = Chaos(services, seed=1, pause_s=(0.0, 0.01), kinds=kinds)
     running = asyncio.create_task(chaos.run())
     async with asyncio.timeout(60):
@@ -134,7 +134,7 @@ async def test_who_ended_is_replaced_and_another_always_serves(services: FakeSer
         ["kill", "kill_engine"],
         ["kill_engine", "kill"],
     )
-    assert chaos.num_replaced >= 4  # six ended, and three may be down at a time but for one
+    assert chaos.num_replaced >= 4  # six ended, and at most two await a replacement
     assert services.fewest_up >= 1
     assert "kill" in chaos.summary()
 

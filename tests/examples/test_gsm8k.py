@@ -1,4 +1,4 @@
-r"""The maths reward: what is equal, what is not, and what is no answer at all."""
+r"""The maths reward: which answers are equal, which are not, and what is no answer at all."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_answers_that_are_not_equal(right: str, given: str) -> None:
 
 
 def test_a_number_without_a_mark_is_no_answer() -> None:
-    """Else a completion that never ends would be right by the numbers of the question."""
+    """Otherwise a completion that never ends could be right through numbers of the question."""
     assert final_answer("There are 7 of them, so 7.") is None
 
 
@@ -174,7 +174,7 @@ def test_parquet_is_read_as_jsonl_is(tmp_path: Path) -> None:
         ("a.jsonl", '{"question": "q", "answer": "1"}', "row 0 .* no number after ####"),
         ("a.jsonl", "", "has no rows"),
         ("a.jsonl", "{", "cannot be read"),
-        ("a.csv", "question,answer", r"neither .jsonl nor .parquet"),
+        ("a.csv", "question,answer", r"is neither .jsonl nor .parquet"),
         ("", "", "there is no file"),
     ],
 )

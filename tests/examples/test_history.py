@@ -1,4 +1,4 @@
-"""What the demo says in the end."""
+"""The summary that the demo prints at its end."""
 
 from __future__ import annotations
 

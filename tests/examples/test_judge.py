@@ -1,4 +1,4 @@
-"""Preferences of the judge of examples/online_dpo, and the rewards that are made of them."""
+"""Preferences of the judge in examples/online_dpo, and the rewards computed from them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The examples' own run configs, cut short, through a real trainer and the real engine; and one
-whole example as a user starts it."""
+"""Shortened run configs of the examples on a real trainer and the real engine, and one complete
+example, started as a user would."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def runs(trainer: Trainer) -> AsyncIterator[TrainerClient]:
 
 
 def short(name: str, **changes: Any) -> dict[str, Any]:
-    """run.yaml with two steps of some groups."""
+    """The example's run.yaml with two steps of a few groups."""
     text = (ROOT / "examples" / name / "run.yaml").read_text()
     config: dict[str, Any] = yaml.safe_load(text) | changes
     config["sampling"] |= {"n": 4}
@@ -53,7 +53,7 @@ def short(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def check_completed(events: list[RunEvent]) -> None:
-    """All steps were taken and sampled from the version before, and both evaluations made."""
+    """Assert that all steps sampled from the last version, and that both evaluations were made."""
     assert events[-1] == StateRecord(state="completed")
     steps = [event for event in events if isinstance(event, StepRecord)]
     assert [step.policy.version for step in steps] == [1, 2]
@@ -63,7 +63,7 @@ def check_completed(events: list[RunEvent]) -> None:
 async def test_gsm8k_runs_from_its_question_files_to_math_verify(
     runs: TrainerClient, tmp_path: Path
 ) -> None:
-    """The tiny model does not know the words: what is run is the way of the data."""
+    """The tiny model does not know the words; the test covers the path of the data."""
     await runs.start_run(short("gsm8k", **datasets(tmp_path)))
     check_completed(await until_end(runs))
 
@@ -114,5 +114,5 @@ def test_an_example_is_one_command_that_fails_when_nothing_is_learned(
     )
     assert ended.returncode == 1, ended.stderr
     assert "held-out share as good as the answer, sampled" in ended.stdout
-    assert "less than the 100 it should" in ended.stderr
+    assert "less than the required 100" in ended.stderr
     assert (tmp_path / "online_dpo/curve.png").exists()

@@ -1,4 +1,4 @@
-"""The reward service of examples/http_reward, asked as the trainer asks it."""
+"""The reward service of examples/http_reward, with requests like the trainer's."""
 
 from __future__ import annotations
 
@@ -43,8 +43,11 @@ async def test_without_its_key_it_refuses(given: str) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({**BODY, "completions": ["12"]}, "must be of one length"),
-        ({**BODY, "columns": {"gold": ["12", "34"]}}, "need a column 'answer', there is gold"),
+        ({**BODY, "completions": ["12"]}, "must have the same length"),
+        (
+            {**BODY, "columns": {"gold": ["12", "34"]}},
+            "needs a column 'answer'; the request has gold",
+        ),
         ([], "valid dictionary"),
     ],
 )

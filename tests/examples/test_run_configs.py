@@ -1,4 +1,4 @@
-"""The run configs of the examples are accepted, on a CPU and for a GPU host."""
+"""Run configs of the examples, for a CPU and for a GPU host, are valid."""
 
 from __future__ import annotations
 

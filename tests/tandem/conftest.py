@@ -1,4 +1,4 @@
-"""Replicas on a fake engine and a real policy, as the tests of both services have them."""
+"""Fixtures shared with the tests of both services: replicas on a fake engine, a real policy."""
 
 from tests.rollout.conftest import serve, service
 from tests.trainer.conftest import learner, loaded_learner, policy, samples

@@ -1,4 +1,4 @@
-"""A trainer that is told what to say, behind a socket: for the command line alone."""
+"""A scripted trainer behind a socket, for tests of the command line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RUN = PolicyId(run_id="sort-1", version=0)
 
 
 def step_record(step: int, **fields: Any) -> StepRecord:
-    """0 in every number that is not given and has no default."""
+    """A record in which every number that is neither given nor has a default is 0."""
     needed = [name for name, field in StepRecord.model_fields.items() if field.is_required()]
     record = dict.fromkeys(needed, 0) | {
         "step": step,
@@ -61,13 +61,13 @@ def replica_status(id: str, state: ReplicaState, detail: str = "") -> ReplicaSta
 
 
 class FakeTrainer:
-    """`events` are those of the run it has; while the last is no end, its stream stays open."""
+    """Serves `events` of its run; the stream stays open until the last event ends the run."""
 
     def __init__(self, *, api_key: str | None = None) -> None:
         self.run: RunStatus | None = None
         self.events: list[RunEvent] = []
         self.replicas: list[ReplicaStatus] = []
-        self.refusal: ServiceError | None = None  # of POST /runs
+        self.refusal: ServiceError | None = None  # raised by POST /runs
         self.submitted: list[bytes] = []
         self.cuts_events = False
         self.num_followers = 0

@@ -1,4 +1,4 @@
-"""The command line against services that are played: what it prints, asks, and exits with."""
+"""The command line against fake services: its output, its requests and its exit codes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Ended:
         return problem
 
 
-Cli = Callable[..., Any]  # await cli(*arguments) -> Ended
+Cli = Callable[..., Any]  # `await cli(*arguments)` returns Ended
 
 
 @pytest.fixture
@@ -143,15 +143,15 @@ def test_bash_gets_a_completion_script() -> None:
         (["trainer"], "Missing option '--model'"),
         (["status", "--url", "ftp://x"], "'ftp://x' is not a URL: write http://host:port"),
         (["run", "nowhere.yaml"], "nowhere.yaml cannot be read (No such file or directory)"),
-        (["run", "x.yaml", "--stop"], "give one of them"),
-        (["run", "--detach"], "name its CONFIG"),
+        (["run", "x.yaml", "--stop"], "pass only one"),
+        (["run", "--detach"], "add a CONFIG or --stop"),
         (["generate", "x", "--temperature", "-1"], "temperature"),
-        (["generate", "x", "--policy", "new", "--url", NOWHERE], "--policy new: write base"),
-        (["sync", "nowhere"], "nowhere: no such file or folder"),
+        (["generate", "x", "--policy", "new", "--url", NOWHERE], "--policy new: use base"),
+        (["sync", "nowhere"], "nowhere does not exist: pass an adapter file or folder"),
         (["export", "out", "--run", "nowhere"], "nowhere: no such folder"),
-        (["export", "out", "--base", "original"], "--base is what --merged merges into"),
+        (["export", "out", "--base", "original"], "--base only applies to --merged"),
         (["plan", "--model", "m", "--gpu", "H100"], "--context"),
-        (["replicas", "--json", "add", "x"], "write --url and --json behind `add`"),
+        (["replicas", "--json", "add", "x"], "put --url and --json after `add`"),
     ],
 )
 async def test_bad_input_is_one_sentence_and_exit_code_2(
@@ -181,8 +181,8 @@ async def test_without_a_trainer_it_says_how_to_start_one(
     ended = await cli(*arguments, "--url", NOWHERE)
     assert (ended.code, ended.out) == (1, "")
     assert ended.err == (
-        f"no trainer answers at {NOWHERE}: start one with `tandem trainer --model …`, or name "
-        "another with --url\n"
+        f"no trainer answers at {NOWHERE}: start one with `tandem trainer --model …`, or pass "
+        "another --url\n"
     )
 
 
@@ -203,7 +203,7 @@ async def test_the_key_is_that_of_the_environment(
         monkeypatch.setenv("TANDEM_API_KEY", "secret")
         accepted = await cli("status", "--url", trainer.url)
     assert refused.code == 2
-    assert refused.err.startswith(f"{trainer.url} refuses the key: set TANDEM_API_KEY")
+    assert refused.err.startswith(f"{trainer.url} refused the API key: set TANDEM_API_KEY")
     assert accepted.code == 0
 
 
@@ -231,7 +231,7 @@ async def test_run_submits_the_file_as_it_is_and_follows_to_the_end(
     lines = ended.out.splitlines()
     assert lines[0] == f"run sort-1 on {trainer.url}"
     (first_step, last_step) = [line for line in lines if line.startswith("step ")]
-    assert "KL – · gap –" in first_step  # of no token
+    assert "KL – · gap –" in first_step  # the step has no tokens
     assert "reward 0.250 · held out – · KL 1.9e-05 · gap 0.0023" in last_step
     assert "eval at step 2 · sampled 0.750 · greedy 0.875 · 8 prompts" in lines
     assert lines[-1].startswith("Run sort-1 completed at step 0; results in runs/sort-1.")
@@ -262,7 +262,7 @@ async def test_a_run_that_fails_is_exit_code_1_with_its_sentence(
 
 @pytest.mark.parametrize(
     ("state", "sentence"),
-    [("suspended", "takes it up when it is started again"), (None, "ended before the run did")],
+    [("suspended", "start it again to resume the run"), (None, "ended before the run did")],
 )
 async def test_a_trainer_that_goes_away_is_a_failure(
     state: str | None, sentence: str, trainer: FakeTrainer, cli: Cli
@@ -323,7 +323,7 @@ async def test_ctrl_c_detaches_and_says_how_to_come_back_and_how_to_stop(
     _, err = await process.communicate()
     assert process.returncode == 130
     assert err.decode().strip() == (
-        "Detached: run sort-1 goes on. `tandem run` attaches again, `tandem run --stop` stops it."
+        "Detached: run sort-1 continues. `tandem run` attaches again, `tandem run --stop` stops it."
     )
     assert trainer.run
     assert trainer.run.state == "running"
@@ -334,7 +334,7 @@ async def test_stop_stops_the_current_run(trainer: FakeTrainer, cli: Cli) -> Non
     ended = await cli("run", "--stop", "--url", trainer.url)
     assert (ended.code, ended.out) == (0, "Run sort-1 stopped at step 0.\n")
     again = await cli("run", "--stop", "--url", trainer.url)
-    assert (again.code, again.out) == (0, "Run sort-1 had ended: it stopped at step 0.\n")
+    assert (again.code, again.out) == (0, "Run sort-1 has already ended: stopped at step 0.\n")
     as_json = await cli("run", "--stop", "--json", "--url", trainer.url)
     assert as_json.documents[0]["state"] == "stopped"
 
@@ -423,13 +423,13 @@ async def test_a_replica_is_drained_by_its_id(
         ended = await cli("replicas", "drain", id, "--url", trainer.url)
         assert (ended.code, ended.out.partition(":")[2].partition(" ")[2]) == (
             0,
-            "is draining: it ends when what runs there has.\n",
+            "is draining: it exits once its requests finish.\n",
         )
         assert service.replica.status().state == "draining"
     unknown = await cli("replicas", "drain", "other", "--url", trainer.url)
     assert (unknown.code, unknown.err) == (
         2,
-        f"there is no replica 'other': the fleet has {id}\n",
+        f"there is no replica 'other': the fleet has {id}; pass one of its ids, or a URL\n",
     )
 
 
@@ -517,7 +517,7 @@ def test_control_characters_of_a_completion_reach_a_pipe_and_no_terminal(
 def test_control_characters_of_an_error_reach_no_terminal() -> None:
     with contextlib.redirect_stderr(Terminal()) as err:
         assert main(["generate", "x", "--policy", "\x1b[31m", "--url", NOWHERE]) == 2
-    assert err.getvalue().startswith("--policy �[31m: write base")
+    assert err.getvalue().startswith("--policy �[31m: use base")
 
 
 # --- sync ---------------------------------------------------------------------------------------
@@ -529,7 +529,7 @@ def base(tiny_checkpoint: Path) -> BaseIdentity:
 
 
 def write_peft_adapter(folder: Path, checkpoint: Path, **changes: Any) -> None:
-    """As PEFT itself saves one: float32, with a config of its own."""
+    """Write an adapter as PEFT saves it: in float32, with PEFT's config file."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -621,7 +621,7 @@ async def test_a_folder_that_is_no_adapter_is_refused(
     async with service.listening() as client:
         ended = await cli("sync", tmp_path, "--url", client.url)
     assert ended.code == 2
-    assert "save the adapter there with save_pretrained()" in ended.err
+    assert "save the adapter to this folder with save_pretrained()" in ended.err
 
 
 # --- services -----------------------------------------------------------------------------------
@@ -630,7 +630,7 @@ async def test_a_folder_that_is_no_adapter_is_refused(
 def test_the_rollout_service_starts_from_any_folder_with_the_options_as_settings(
     tmp_path: Path,
 ) -> None:
-    """A folder of the user's may be named as a package of ours, and have a setting wrong."""
+    """The user's folder may contain a package named like Tandem's, and a setting may be wrong."""
     (tmp_path / "services").mkdir()
     ended = subprocess.run(
         [sys.executable, "-c", "import sys; from tandem.cli import main; sys.exit(main())",

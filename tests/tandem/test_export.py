@@ -1,4 +1,4 @@
-"""What a policy is outside of its trainer: the same logprobs in plain Transformers and PEFT."""
+"""An exported policy has the trainer's logprobs in plain Transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.reference_model import ReferenceModel
 from tests.trainer.conftest import VERSION_0
 from tests.trainer.policy.test_policy import train_a_little
 
-ROUNDING = 0.05  # nats: one rounding of a weight to bf16, where the trainer adds two products
+ROUNDING = 0.05  # nats; merging rounds a weight to bf16 once, the trainer adds two products
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def learner(loaded_learner: Learner) -> Learner:
 
 @pytest.fixture
 def trained(learner: Learner, samples: list[Sample], tiny_checkpoint: Path) -> TrainedPolicy:
-    """Five large updates away from the base."""
+    """A policy after five large updates, far from the base."""
     for _ in range(5):
         train_a_little(learner, samples)
     published = learner.policy.publish()
@@ -51,7 +51,7 @@ def trained(learner: Learner, samples: list[Sample], tiny_checkpoint: Path) -> T
 
 
 def gap(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The mean |Δlogprob|."""
+    """The mean |Δlogprob|, in nats."""
     return float((torch.tensor(ours) - torch.tensor(theirs)).abs().mean())
 
 
@@ -94,7 +94,7 @@ def test_a_merged_checkpoint_has_tokenizer_template_and_generation_config(
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
     modes = {path.stat().st_mode for path in (tmp_path / "merged").iterdir()}
-    assert modes == {(tiny_checkpoint / "config.json").stat().st_mode}  # others may read all of it
+    assert modes == {(tiny_checkpoint / "config.json").stat().st_mode}  # others may read every file
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert "quantization_config" not in config
@@ -156,7 +156,7 @@ def test_an_empty_folder_is_filled(trained: TrainedPolicy, tmp_path: Path) -> No
 
 
 def test_the_newest_adapter_of_a_run_counts(trained: TrainedPolicy, tmp_path: Path) -> None:
-    """A run that was killed has a checkpoint that is newer than its adapter/, or no adapter/."""
+    """A killed run has no adapter/ folder, or a checkpoint that is newer than it."""
     for name, version in (("adapter", 2), ("checkpoints/step-000003", 3), ("checkpoints/x", 9)):
         policy = trained.manifest.policy.model_copy(update={"version": version})
         manifest = trained.manifest.model_copy(update={"policy": policy})

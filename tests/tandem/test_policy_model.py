@@ -1,4 +1,4 @@
-"""`PolicyModel` without an engine, and what its engine is asked for."""
+"""`PolicyModel` without an engine, and the requests that it sends to an engine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def loaded(tiny_checkpoint: Path) -> PolicyModel:
 
 @pytest.fixture
 def model(loaded: PolicyModel) -> PolicyModel:
-    """With a LoRA of rank 8 that has an effect."""
+    """A model with a LoRA of rank 8 that changes its logprobs."""
     loaded.get_peft_model(r=8, lora_alpha=16)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def model(loaded: PolicyModel) -> PolicyModel:
 
 
 class PlayedEngine(RolloutEngine):
-    """On replicas that are played in memory; their adapters are, too."""
+    """An engine on replicas and adapters that are simulated in memory."""
 
     def __init__(self, replica: FakeReplica) -> None:
         super().__init__(generate_timeout_s=600)
@@ -72,7 +72,7 @@ class PlayedEngine(RolloutEngine):
 
 
 def with_engine(loaded: PolicyModel, replica: FakeReplica) -> PolicyModel:
-    """A model on the base of `loaded`, whose engine has that replica."""
+    """A model on the base of `loaded`, whose engine uses `replica`."""
     return PolicyModel(
         loaded.policy,
         loaded.tokenizer,
@@ -256,7 +256,7 @@ def test_a_plain_call_on_a_gpu_layout_is_recomputed_with_the_mask_it_had(
     with plain_attention(model):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(logits, expected)
-    logits.sum().backward()  # layers are computed again here
+    logits.sum().backward()  # recomputes the layers
     assert model.config._attn_implementation == NAME
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
@@ -335,7 +335,7 @@ def test_a_saved_adapter_is_peft_s_and_comes_back(
     base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
     assert PeftModel.from_pretrained(base, tmp_path).peft_config["default"].r == 8
     model.get_peft_model(r=16, lora_alpha=16, random_state=1)
-    model.restore_lora(tmp_path)  # of half the rank and twice the factor
+    model.restore_lora(tmp_path)  # has half the rank and twice the scaling
     after = model.logprobs(PROMPTS, COMPLETIONS)
     torch.testing.assert_close(after.logprobs, before.logprobs, atol=0.05, rtol=0)
     assert (tmp_path / "mine.txt").read_text() == "stays"
@@ -349,7 +349,7 @@ def test_the_whole_rank_trains_on_from_an_adapter_of_a_smaller_one(
     model.get_peft_model(r=16)
     with torch.no_grad():
         for parameter in trained(model):
-            parameter.fill_(torch.nan)  # what was there before does not matter
+            parameter.fill_(torch.nan)  # restoring must overwrite every value
     model.restore_lora(tmp_path)
     found = model.logprobs(PROMPTS, COMPLETIONS)
     base = model.reference_logprobs(PROMPTS, COMPLETIONS)
@@ -360,7 +360,7 @@ def test_the_whole_rank_trains_on_from_an_adapter_of_a_smaller_one(
     for gradient in of_b:
         assert gradient is not None
         assert gradient.shape[1] == 16
-        assert gradient.any(0).all()  # in each of its columns
+        assert gradient.any(0).all()  # no column is all zero
     model.zero_grad()
 
 
@@ -443,7 +443,7 @@ def test_who_generates_while_the_engine_is_closed_is_told(
 
 
 def save_another(model: PolicyModel, folder: Path) -> Path:
-    """An adapter that no other is equal to."""
+    """Save an adapter that differs from every other."""
     with torch.no_grad():
         for parameter in trained(model):
             parameter.add_(0.5)
@@ -478,7 +478,7 @@ def test_of_many_loaded_adapters_the_first_is_read_from_its_folder_again(
     ]
     assert serving.vllm_engine.kept(requests[0].policy) is None
     assert sampled_by(serving, requests[0]) == requests[0].policy
-    save_another(serving, tmp_path / "1")  # which is no longer kept either
+    save_another(serving, tmp_path / "1")  # this version has been dropped too
     with pytest.raises(ValueError, match=r"/1 has changed since it was loaded as own-\S+@2, which"):
         sampled_by(serving, requests[1])
 
@@ -564,7 +564,7 @@ def test_sampling_is_read_from_an_object_a_dict_or_keywords() -> None:
 
 
 class LikeVllm:
-    """As a msgspec.Struct says what it has, which vLLM's SamplingParams are."""
+    """Lists its fields like a msgspec.Struct, as vLLM's SamplingParams do."""
 
     __struct_fields__ = ("n", "of_tomorrow", "_private")
     __struct_defaults__ = (False, 7)
