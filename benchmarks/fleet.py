@@ -30,13 +30,7 @@ from services.trainer.policy.adapter import PublishedAdapter
 from shared.adapters import LINEAR_MODULES, content_digest, expected_shapes, manifest_metadata
 from shared.model_folder import base_identity, linear_shapes
 from shared.rollout_client import RolloutClient
-from shared.schemas import (
-    AdapterManifest,
-    BaseIdentity,
-    GenerateRequest,
-    PolicyId,
-    SamplingParams,
-)
+from shared.schemas import AdapterManifest, BaseIdentity, GenerateRequest, PolicyId, SamplingParams
 
 _PROMPT = (1, 15, 5, 8, 4, 3, 7, 14)
 _NUM_COMPLETIONS, _NUM_TOKENS = 8, 64  # completions per group, tokens per completion

@@ -35,12 +35,7 @@ from benchmarks.report import Report
 from services.trainer.learner.learner import Learner
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import Sample
-from services.trainer.run_config import (
-    GrpoConfig,
-    LoraConfig,
-    OptimizerConfig,
-    ReinforceConfig,
-)
+from services.trainer.run_config import GrpoConfig, LoraConfig, OptimizerConfig, ReinforceConfig
 from shared.adapters import LINEAR_MODULES
 from shared.schemas import PolicyId, QuantizationRecipe
 

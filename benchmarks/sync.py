@@ -39,13 +39,7 @@ from services.rollout.settings import RolloutSettings
 from shared.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config
 from shared.errors import ServiceError
 from shared.rollout_client import RolloutClient
-from shared.schemas import (
-    AdapterManifest,
-    GenerateRequest,
-    PolicyId,
-    SamplingParams,
-    SyncReceipt,
-)
+from shared.schemas import AdapterManifest, GenerateRequest, PolicyId, SamplingParams, SyncReceipt
 
 if TYPE_CHECKING:  # imports torch, which child processes must not inherit from this module
     from services.trainer.learner.learner import Learner

@@ -11,13 +11,7 @@ from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
-from services.http import (
-    PROBLEMS,
-    check_content_length,
-    prepare_app,
-    raw_body,
-    until_disconnect,
-)
+from services.http import PROBLEMS, check_content_length, prepare_app, raw_body, until_disconnect
 from services.rollout.openai import OpenAiEndpoint, error_response
 from services.rollout.openai_types import (
     ChatAnswer,

@@ -22,12 +22,7 @@ from services.trainer.learner.learner import Learner, load_learner
 from services.trainer.policy.policy import Policy
 from services.trainer.preflight import check_start
 from services.trainer.run.external_updates import ExternalUpdates
-from services.trainer.run.folder import (
-    RunFolder,
-    is_unattended,
-    newest_unfinished,
-    read_config,
-)
+from services.trainer.run.folder import RunFolder, is_unattended, newest_unfinished, read_config
 from services.trainer.run.loop import run_steps, unless_stopped
 from services.trainer.run.prepare import prepare, save_adapter
 from services.trainer.run.recent import in_words
@@ -35,13 +30,7 @@ from services.trainer.run.run import Run
 from services.trainer.run.stalls import stalls
 from services.trainer.run_config import RunConfig
 from services.trainer.settings import TrainerSettings
-from shared.errors import (
-    NotFound,
-    NotReady,
-    RunConflict,
-    ServiceError,
-    UnsuitableForTraining,
-)
+from shared.errors import NotFound, NotReady, RunConflict, ServiceError, UnsuitableForTraining
 from shared.metrics import TrainerMetrics
 from shared.rollout_client import RolloutClient
 from shared.schemas import (

@@ -9,11 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from services.boot import one_line
-from shared.schemas import (
-    ChatMessage,
-    PromptInput,
-    SamplingParams,
-)
+from shared.schemas import ChatMessage, PromptInput, SamplingParams
 
 _PROMPT: TypeAdapter[PromptInput] = TypeAdapter(PromptInput)
 

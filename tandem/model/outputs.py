@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shared.schemas import (
-    PolicyId,
-    SamplingParams,
-    Segment,
-)
+from shared.schemas import PolicyId, SamplingParams, Segment
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,12 +35,7 @@ from services.trainer.fleet.probe import make_probe
 from services.trainer.policy.attention import plain_attention
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import Sample, group_indices
-from services.trainer.policy.token_batch import (
-    TokenBatch,
-    collate,
-    make_trees,
-    micro_batches,
-)
+from services.trainer.policy.token_batch import TokenBatch, collate, make_trees, micro_batches
 from services.trainer.preflight import check_fits
 from services.trainer.run_config import ConformanceConfig, LoraConfig
 from shared.adapters import LINEAR_MODULES

@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 
 from services.trainer.data.datasets import load_prompts
-from services.trainer.fleet.conformance import (
-    RESOLVABLE,
-    Conformance,
-    Probe,
-    distance,
-)
+from services.trainer.fleet.conformance import RESOLVABLE, Conformance, Probe, distance
 from services.trainer.fleet.probe import make_probe
 from services.trainer.learner.learner import Learner
 from services.trainer.policy.adapter import PublishedAdapter

@@ -6,12 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from openai import (
-    AsyncOpenAI,
-    BadRequestError,
-    DefaultAsyncHttpxClient,
-    NotFoundError,
-)
+from openai import AsyncOpenAI, BadRequestError, DefaultAsyncHttpxClient, NotFoundError
 from openai.types import Completion, CompletionChoice
 from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel

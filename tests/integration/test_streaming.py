@@ -13,13 +13,7 @@ import httpx
 import pytest
 
 from shared.errors import MEDIA_TYPE, Unavailable
-from shared.schemas import (
-    Completion,
-    GenerateResponse,
-    Segment,
-    StreamStart,
-    StreamTokens,
-)
+from shared.schemas import Completion, GenerateResponse, Segment, StreamStart, StreamTokens
 from tests.publisher import PROBE, Publisher
 from tests.replica_process import ReplicaProcess, until
 

@@ -17,12 +17,7 @@ from services.trainer.learner.learner import Learner
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.ranks import Ranks
 from services.trainer.policy.samples import Sample
-from services.trainer.run_config import (
-    GuardsConfig,
-    LoraConfig,
-    OptimizerConfig,
-    ReinforceConfig,
-)
+from services.trainer.run_config import GuardsConfig, LoraConfig, OptimizerConfig, ReinforceConfig
 from shared.model_folder import base_identity
 from shared.schemas import PolicyId, UpdateStats
 

@@ -13,11 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from services.tokens import PromptEncoder
 from services.trainer.data.rows import Prompt
 from services.trainer.data.sort_digits import held_out_problems, training_problems
-from services.trainer.run_config import (
-    PreferenceDataset,
-    PromptDatasetConfig,
-    SortDigitsDataset,
-)
+from services.trainer.run_config import PreferenceDataset, PromptDatasetConfig, SortDigitsDataset
 from shared.schemas import ChatMessage, PreferencePair, PromptInput
 
 Value = TypeVar("Value")

@@ -15,13 +15,7 @@ from torch import Tensor
 from services.trainer.learner.stats import Columns, TokenRecords, join
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import Sample, group_indices
-from services.trainer.policy.token_batch import (
-    TokenBatch,
-    Tree,
-    collate,
-    make_trees,
-    micro_batches,
-)
+from services.trainer.policy.token_batch import TokenBatch, Tree, collate, make_trees, micro_batches
 
 TokenScores = Mapping[int, Tensor]  # Index of a sample -> one number per token, [R] on the CPU.
 

@@ -22,11 +22,7 @@ from services.trainer.learner.forward import Forward, Seen
 from services.trainer.learner.optimizer import Optimizer
 from services.trainer.learner.policy_gradient import PolicyGradient
 from services.trainer.learner.preferences import Preferences, preference_pairs
-from services.trainer.learner.stats import (
-    check_guards,
-    peak_memory_bytes,
-    update_stats,
-)
+from services.trainer.learner.stats import check_guards, peak_memory_bytes, update_stats
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import Sample, group_indices
 from services.trainer.run_config import AlgorithmConfig, DpoConfig, GuardsConfig, OnlineDpoConfig

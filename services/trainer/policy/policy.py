@@ -37,9 +37,7 @@ from services.trainer.policy.token_batch import (
     collate,
     micro_batches,
 )
-from services.trainer.run_config import (
-    LoraConfig,
-)
+from services.trainer.run_config import LoraConfig
 from shared.adapters import LINEAR_MODULES, content_digest, file_header
 from shared.errors import NotFound
 from shared.model_folder import base_identity

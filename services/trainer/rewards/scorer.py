@@ -16,10 +16,7 @@ from services.trainer.data.rows import Prompt
 from services.trainer.rewards.batch import NoNumber, Reward, RewardBatch, RewardProblem
 from services.trainer.rewards.built_in import build_reward, say_nothing
 from services.trainer.rewards.service import OnStall
-from services.trainer.run_config import (
-    OverlongConfig,
-    RewardConfig,
-)
+from services.trainer.run_config import OverlongConfig, RewardConfig
 from shared.errors import RewardFailed
 from shared.schemas import Completion, CompletionGroup, ScoredCompletion, ScoredGroup
 

@@ -10,11 +10,7 @@ from collections.abc import Iterator, Sequence
 from services.trainer.data.rows import Prompt
 from services.trainer.run.run import Run
 from services.trainer.run_config import RunConfig
-from shared.schemas import (
-    EvalRecord,
-    GenerateRequest,
-    SamplingParams,
-)
+from shared.schemas import EvalRecord, GenerateRequest, SamplingParams
 
 _EVAL_PROMPTS_PER_REQUEST = 32
 

@@ -10,12 +10,7 @@ from collections.abc import Sequence
 from services.trainer.policy.policy import Policy
 from services.trainer.policy.samples import make_samples, pair_samples
 from services.trainer.run.run import Run
-from services.trainer.run.step import (
-    Clock,
-    Meter,
-    learn,
-    step_record,
-)
+from services.trainer.run.step import Clock, Meter, learn, step_record
 from services.trainer.run_config import RunConfig
 from shared.errors import (
     IdempotencyConflict,

@@ -25,12 +25,7 @@ from services.trainer.run.pairs import PairBatch, PairsInOrder
 from services.trainer.run.run import Run
 from services.trainer.run.step import Clock, Meter, learn, step_record
 from services.trainer.run_config import RunConfig
-from shared.schemas import (
-    CompletionGroup,
-    GenerateRequest,
-    PolicyId,
-    ScoredGroup,
-)
+from shared.schemas import CompletionGroup, GenerateRequest, PolicyId, ScoredGroup
 
 log = logging.getLogger(__name__)
 _LAST_SYNC_S = 5.0  # How long a stopped run waits for replicas, which may be stopping as well.

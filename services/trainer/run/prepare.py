@@ -6,8 +6,8 @@ config ─▶ folder ─▶ checkpoint ─▶ data ─▶ rewards ─▶ learner
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,59 +50,60 @@ async def prepare(
     """
     assert config.run_id
     path, policy = runs_dir / config.run_id, learner.policy
-    with ExitStack() as on_failure:
-        try:
-            await asyncio.to_thread(check_tracking, config.tracking)
-            folder = await asyncio.to_thread(_reopened, path, config, policy)
-            if folder:
-                on_failure.callback(folder.close)
-            checkpoints = Checkpoints(
-                path, config.checkpoint, source=policy.source, metrics=metrics
+    with _mistakes_refused(), ExitStack() as on_failure:
+        await asyncio.to_thread(check_tracking, config.tracking)
+        folder = await asyncio.to_thread(_reopened, path, config, policy)
+        if folder:
+            on_failure.callback(folder.close)
+        checkpoints = Checkpoints(path, config.checkpoint, source=policy.source, metrics=metrics)
+        saved = await asyncio.to_thread(_newest, checkpoints, config)
+        data = await asyncio.to_thread(_load_data, config, policy)
+        digest = await asyncio.to_thread(dataset_digest, (*data.prompts, *data.pairs))
+        if folder:
+            folder.refuse_other_dataset(config, digest)
+        scorer = Scorer(config.rewards, policy.encoder)
+        on_failure.callback(scorer.close)
+        await scorer.check(data.prompts_by_field)
+        incarnation = folder.life.incarnation + 1 if folder else 1
+        begin = PolicyId(run_id=config.run_id, incarnation=incarnation, version=0)
+        probe = await asyncio.to_thread(_start, learner, begin, config, data)
+        if folder:
+            await asyncio.to_thread(folder.begin_life, config)
+        else:
+            identity = policy.identity
+            folder = await asyncio.to_thread(
+                RunFolder.create, path, config, identity, dataset=digest
             )
-            saved = await asyncio.to_thread(_newest, checkpoints, config)
-            data = await asyncio.to_thread(_load_data, config, policy)
-            digest = await asyncio.to_thread(dataset_digest, (*data.prompts, *data.pairs))
-            if folder:
-                folder.refuse_other_dataset(config, digest)
-            scorer = Scorer(config.rewards, policy.encoder)
-            on_failure.callback(scorer.close)
-            await scorer.check(data.prompts_by_field)
-            begin = PolicyId(
-                run_id=config.run_id,
-                incarnation=folder.life.incarnation + 1 if folder else 1,
-                version=0,
-            )
-            probe = await asyncio.to_thread(_start, learner, begin, config, data)
-            if folder:
-                await asyncio.to_thread(folder.begin_life, config)
-            else:
-                folder = await asyncio.to_thread(
-                    RunFolder.create, path, config, policy.identity, dataset=digest
-                )
-                on_failure.callback(folder.close)
-            if saved:
-                version = saved.state.policy.version
-                restored = begin.model_copy(update={"version": version})
-                await asyncio.to_thread(learner.restore, restored, saved.snapshot)
-            run = Run(
-                config=config,
-                learner=learner,
-                fleet=fleet,
-                log=_open_log(path, config, saved, metrics, is_new=begin.incarnation == 1),
-                prompts=RowStream(data.prompts, seed=config.seed),
-                pairs=RowStream(data.pairs, seed=config.seed),
-                consumed=Consumed(saved.state.consumed) if saved else Consumed(),
-                checkpoints=checkpoints,
-                first_step=saved.state.step if saved else 0,
-                scorer=scorer,
-                held_out=data.held_out,
-                stop=asyncio.Event(),
-            )
-        except ValueError as error:
-            raise InvalidRequest(str(error)) from error
+            on_failure.callback(folder.close)
+        if saved:
+            restored = begin.model_copy(update={"version": saved.state.policy.version})
+            await asyncio.to_thread(learner.restore, restored, saved.snapshot)
+        run = Run(
+            config=config,
+            learner=learner,
+            fleet=fleet,
+            log=_open_log(path, config, saved, metrics, is_new=incarnation == 1),
+            prompts=RowStream(data.prompts, seed=config.seed),
+            pairs=RowStream(data.pairs, seed=config.seed),
+            consumed=Consumed(saved.state.consumed) if saved else Consumed(),
+            checkpoints=checkpoints,
+            first_step=saved.state.step if saved else 0,
+            scorer=scorer,
+            held_out=data.held_out,
+            stop=asyncio.Event(),
+        )
         scorer.on_stall = partial(_say_stalled, run, metrics)
         on_failure.pop_all()
     return PreparedRun(run, folder, probe)
+
+
+@contextmanager
+def _mistakes_refused() -> Iterator[None]:
+    """Inside, a ValueError is a mistake in the config: InvalidRequest."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
 
 
 def _reopened(path: Path, config: RunConfig, policy: Policy) -> RunFolder | None:

@@ -16,9 +16,7 @@ from services.trainer.run.guards import GuardWatch
 from services.trainer.run.log import RunLog
 from services.trainer.run.recent import RecentGroups
 from services.trainer.run_config import RunConfig
-from shared.schemas import (
-    PreferencePair,
-)
+from shared.schemas import PreferencePair
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,7 @@ from services.trainer.run.guards import check_handshake, refused
 from services.trainer.run.pacing import GroupBatch
 from services.trainer.run.run import Run
 from services.trainer.run_config import RunConfig
-from shared.schemas import (
-    StepRecord,
-    UpdateStats,
-)
+from shared.schemas import StepRecord, UpdateStats
 
 log = logging.getLogger(__name__)
 

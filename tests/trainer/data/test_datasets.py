@@ -12,12 +12,7 @@ from jinja2 import TemplateError
 
 from services.tokens import PromptEncoder
 from services.trainer.data.datasets import load_pairs, load_prompts
-from services.trainer.data.rows import (
-    Consumed,
-    ConsumedState,
-    Prompt,
-    RowStream,
-)
+from services.trainer.data.rows import Consumed, ConsumedState, Prompt, RowStream
 from services.trainer.run.pairs import PairsInOrder
 from services.trainer.run_config import FileDataset, PreferenceDataset, SortDigitsDataset
 from shared.errors import InvalidRequest

@@ -25,12 +25,7 @@ from shared.errors import (
 )
 from shared.metrics import TrainerMetrics
 from shared.rollout_client import RolloutClient
-from shared.schemas import (
-    GenerateRequest,
-    PolicyId,
-    ReplicaRegistration,
-    SamplingParams,
-)
+from shared.schemas import GenerateRequest, PolicyId, ReplicaRegistration, SamplingParams
 from tests import virtual_clock
 from tests.fake_replica import (
     BASE,

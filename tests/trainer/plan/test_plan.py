@@ -26,12 +26,7 @@ from services.trainer.policy.logprobs import _CHUNK_LOGITS
 from services.trainer.policy.offload import _MAX_LEAVING
 from services.trainer.policy.policy import _SCORE_POSITIONS
 from services.trainer.policy.samples import Sample, group_indices
-from services.trainer.policy.token_batch import (
-    PackedAttention,
-    collate,
-    make_trees,
-    micro_batches,
-)
+from services.trainer.policy.token_batch import PackedAttention, collate, make_trees, micro_batches
 from services.trainer.run_config import parse_run_config
 from services.trainer.settings import TrainerSettings
 from shared.model_folder import linear_shapes

@@ -25,12 +25,7 @@ from services.trainer.rewards import scorer
 from services.trainer.rewards.batch import Reward, RewardBatch
 from services.trainer.rewards.built_in import build_reward
 from services.trainer.rewards.process import FunctionFailed, FunctionProcess
-from services.trainer.rewards.scorer import (
-    Scorer,
-    compute,
-    overlong_penalty,
-    punish_overlong,
-)
+from services.trainer.rewards.scorer import Scorer, compute, overlong_penalty, punish_overlong
 from services.trainer.run_config import (
     ExactMatchReward,
     FunctionReward,

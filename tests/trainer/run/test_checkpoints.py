@@ -21,12 +21,7 @@ from services.trainer.rewards.scorer import Scorer
 from services.trainer.run.checkpoints import Checkpoints
 from services.trainer.run.log import RunLog
 from services.trainer.run.run import Run
-from services.trainer.run_config import (
-    CheckpointConfig,
-    LoraConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from services.trainer.run_config import CheckpointConfig, LoraConfig, OptimizerConfig, RunConfig
 from shared.metrics import TrainerMetrics
 from shared.rollout_client import RolloutClient
 from shared.schemas import PolicyId, StateRecord

@@ -10,12 +10,7 @@ from typing import Any
 import pytest
 
 from services.trainer.data.rows import Prompt
-from services.trainer.run.folder import (
-    RunFolder,
-    dataset_digest,
-    is_unattended,
-    newest_unfinished,
-)
+from services.trainer.run.folder import RunFolder, dataset_digest, is_unattended, newest_unfinished
 from services.trainer.run.log import RunLog
 from services.trainer.run_config import RunConfig
 from shared.errors import BaseMismatch, Conflict, InvalidRequest, RunConflict

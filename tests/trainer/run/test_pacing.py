@@ -9,12 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.trainer.data.rows import (
-    Consumed,
-    ConsumedState,
-    Prompt,
-    RowStream,
-)
+from services.trainer.data.rows import Consumed, ConsumedState, Prompt, RowStream
 from services.trainer.run.pacing import GroupBatch, GroupQueue
 from shared.errors import RewardFailed
 from shared.schemas import (
