@@ -77,23 +77,26 @@ async def ended(log: RunLog) -> RunLog:
     return log
 
 
-async def wandb_rows(folder: Path, count: int) -> list[dict[str, Any]]:
-    """What `wandb sync` would upload, of all lives of the run.
+async def wandb_logs(folder: Path) -> list[bytes]:
+    """The files that `wandb sync` would upload, one per life of the run.
 
-    W&B's own process writes it, and may still do so after the run has finished here: a file is
-    whole when its last record says that the run exited.
+    W&B's own process writes them, and may still do so after the run has finished here: a file is
+    whole when it has the record that the run exited.
     """
     async with asyncio.timeout(_WANDB_TIMEOUT_S):
         while True:
-            files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-            lives = [list(wandb_records(path.read_bytes())) for path in files]
-            if lives and all(any(r.HasField("exit") for r in life) for life in lives):
-                break
+            logs = [p.read_bytes() for p in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
+            if logs and all(any(r.HasField("exit") for r in wandb_records(log)) for log in logs):
+                return logs
             await asyncio.sleep(0.05)
+
+
+async def wandb_rows(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The rows of the history, of all lives of the run."""
     rows = [
         {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-        for life in lives
-        for record in life
+        for log in await wandb_logs(folder)
+        for record in wandb_records(log)
         if record.history.item
     ]
     assert len(rows) == count
@@ -289,9 +292,9 @@ async def test_trackers_are_not_told_the_query_of_a_reward_service(
     await trainer.start_run(MANAGED.model_copy(update=changes))
     await trainer.stop_run()
     assert await ended_run(trainer) == "stopped"
-    (path,) = (tmp_path / "judged").glob("wandb/offline-run-*/*.wandb")
-    assert b"http://judge/score" in path.read_bytes()
-    assert b"hidden" not in path.read_bytes()
+    (log,) = await wandb_logs(tmp_path / "judged")
+    assert b"http://judge/score" in log
+    assert b"hidden" not in log
 
 
 @pytest.mark.usefixtures("no_login")
