@@ -36,7 +36,8 @@ class Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-TokenId = Annotated[int, Field(ge=0, strict=True)]
+MAX_INT32 = 2**31 - 1  # Engines count and number tokens in 32 bits.
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT32, strict=True)]
 Logprob = Annotated[float, Field(ge=-1e6, le=1e-3)]  # Rounding can push it slightly above 0.
 MAX_SEED = 2**62
 Seed = Annotated[int, Field(ge=0, lt=MAX_SEED)]
@@ -55,8 +56,10 @@ class PolicyId(Wire):
     """
 
     run_id: RunId  # Name of the run.
-    incarnation: int = Field(ge=1, default=1)  # Life of the run; each resume adds 1.
-    version: int = Field(ge=0)  # Policy updates since the base; 0 is the base without an adapter.
+    # Life of the run; each resume adds 1.
+    incarnation: int = Field(ge=1, le=MAX_INT32, default=1)
+    # Policy updates since the base; 0 is the base without an adapter.
+    version: int = Field(ge=0, le=MAX_INT32)
 
     @property
     def is_base(self) -> bool:
@@ -106,15 +109,17 @@ class BaseIdentity(Wire):
 class SamplingParams(Wire):
     """How completions are sampled and when they end, with vLLM's names and meanings."""
 
-    n: int = Field(ge=1, default=1)  # Completions per prompt.
+    n: int = Field(ge=1, le=MAX_INT32, default=1)  # Completions per prompt.
     # Softmax temperature: 0 samples greedily; any other value must be at least 0.01.
     temperature: float = Field(ge=0, le=100, default=1.0)
     # Maximum tokens of a completion; None allows as many as fit into the context.
-    max_tokens: int | None = Field(ge=1, default=None)
-    min_tokens: int = Field(ge=0, default=0)  # Tokens before a completion may stop.
+    max_tokens: int | None = Field(ge=1, le=MAX_INT32, default=None)
+    # Tokens before a completion may stop.
+    min_tokens: int = Field(ge=0, le=MAX_INT32, default=0)
     # Samples from the smallest set of tokens whose probabilities reach this sum; 1 turns it off.
     top_p: float = Field(gt=0, le=1, default=1.0)
-    top_k: int = Field(ge=0, default=0)  # Samples from this many top tokens; 0 turns it off.
+    # Samples from this many top tokens; 0 turns it off.
+    top_k: int = Field(ge=0, le=MAX_INT32, default=0)
     # Drops tokens below this fraction of the top token's probability; 0 turns it off.
     min_p: float = Field(ge=0, le=1, default=0.0)
     # Subtracted from the logit of a token that the completion already has; 0 turns it off.
@@ -122,7 +127,7 @@ class SamplingParams(Wire):
     # Subtracted from a token's logit for each time the completion has it; 0 turns it off.
     frequency_penalty: float = Field(ge=-2, le=2, default=0.0)
     # Scales down the logits of tokens in the prompt or completion; 1 turns it off.
-    repetition_penalty: float = Field(gt=0, le=10, default=1.0)
+    repetition_penalty: float = Field(ge=0.01, le=10, default=1.0)
     # Completion k of the request uses seed + k; None leaves it to the replica's ROLLOUT_SEED.
     seed: Seed | None = None
     # Texts that end a completion.

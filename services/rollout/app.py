@@ -163,11 +163,13 @@ def create_app(replica: Replica) -> FastAPI:
         """Base, limits, versions and load."""
         return replica.status()
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """The process is alive. Needs no key."""
         return {"status": "alive"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz")
     async def readyz() -> dict[str, str]:
         """The engine accepts requests; else 503."""

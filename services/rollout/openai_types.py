@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from shared.schemas import (
+    MAX_INT32,
     ChatMessage,
     PolicyId,
     PromptInput,
@@ -122,7 +123,7 @@ class CompletionRequest(SampledRequest):
             _prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
         ),
     ]
-    max_tokens: int | None = Field(ge=1, default=_COMPLETION_TOKENS)
+    max_tokens: int | None = Field(ge=1, le=MAX_INT32, default=_COMPLETION_TOKENS)
     logprobs: Annotated[int | None, _only(None, 0, why=_NO_OTHERS)] = None
     echo: Annotated[bool, _only(False)] = False
     suffix: Annotated[str, _only("")] = ""

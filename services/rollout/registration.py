@@ -59,6 +59,8 @@ class Registration:
                     logging.WARNING,
                     f"not registered with {self._trainer.url}, asking again: {error}",
                 )
+            except Exception as error:  # The replica must not leave the fleet in silence.
+                log.error("registration failed, trying again", exc_info=error)
             await asyncio.sleep(self._lease_s / 3)
 
     async def end(self) -> None:

@@ -248,8 +248,9 @@ class Sampler:
             raise InvalidRequest(
                 f"sampling.n is {sampling.n} at temperature 0: greedy completions are all equal"
             )
-        if prefix:
-            self._encoder.check_vocabulary(prefix)
+        for ids in (prefix, sampling.stop_token_ids):
+            if ids:
+                self._encoder.check_vocabulary(ids)
         num_context = len(prompt) + len(prefix)
         room = self._limits.max_model_len - num_context
         if room < (wanted := sampling.max_tokens or 1):

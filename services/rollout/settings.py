@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.auth import ApiKey
 from shared.http_client import ROLLOUT_PORT
 from shared.logs import LogLevel
-from shared.schemas import RolloutLimits, ServingMode
+from shared.schemas import ReplicaRegistration, RolloutLimits, ServingMode
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # Ranks of vLLM's adapter slots.
 AttentionBackend = Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION"]  # vLLM's
@@ -87,11 +87,23 @@ class RolloutSettings(BaseSettings):
     stall_timeout_s: float = Field(gt=0, default=120.0)
     # How long a draining replica still takes requests, while clients notice that it is not ready.
     drain_delay_s: float = Field(ge=0, default=3.0)
-    drain_timeout_s: float = Field(
-        ge=0, default=120.0
-    )  # Time limit for running requests to finish.
+    # Time limit for running requests to finish.
+    drain_timeout_s: float = Field(ge=0, default=120.0)
 
-    @field_validator("trainer_url", "advertise_url")
+    @field_validator("advertise_url")
+    @classmethod
+    def _can_be_registered(cls, url: str | None) -> str | None:
+        if url is not None:
+            try:
+                ReplicaRegistration(url=url)
+            except ValidationError:
+                raise ValueError(
+                    f"{url!r} is not the URL of a replica: write it as http://host:port, with the "
+                    "port even where it is the default"
+                ) from None
+        return url
+
+    @field_validator("trainer_url")
     @classmethod
     def _is_a_service_url(cls, url: str | None) -> str | None:
         if url is not None and not (_SERVICE_URL.fullmatch(url) and _has_valid_port(url)):

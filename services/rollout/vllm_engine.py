@@ -216,9 +216,13 @@ class VllmEngine:
         )
         finished = False
         async with _vllm_errors(), aclosing(outputs):
-            async for output in outputs:
-                finished = output.finished
-                yield output
+            try:
+                async for output in outputs:
+                    finished = output.finished
+                    yield output
+            except Exception:  # vLLM may have registered the request before it failed.
+                await self.async_llm.abort(request_id)
+                raise
         if not finished:
             raise InternalError(f"the engine ended request {request_id} without a last output")
 

@@ -136,11 +136,13 @@ def create_app(trainer: Trainer) -> FastAPI:
         """The model, its base, and the run."""
         return trainer.status()
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """The process is alive. Needs no key."""
         return {"status": "alive"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz")
     async def readyz() -> dict[str, str]:
         """200 once the policy is loaded, else 503."""

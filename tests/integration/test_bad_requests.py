@@ -83,6 +83,26 @@ REFUSALS = [
     ),
     generate("n = 0", "sampling.n is 0", sampling={"n": 0}),
     generate("greedy n = 2", "at temperature 0", sampling={"n": 2, "temperature": 0}),
+    # Faults S1 and S2: numbers and ids that the engine would choke on.
+    generate("top_k beyond 32 bits", "sampling.top_k is", sampling={"top_k": 2**64 - 1}),
+    generate("n beyond 32 bits", "sampling.n is", sampling={"n": 2**31}),
+    generate("max_tokens beyond 32 bits", "sampling.max_tokens", sampling={"max_tokens": 10**30}),
+    generate(
+        "a stop token out of vocabulary",
+        "token id 16 is out of vocabulary: the largest id is 15",
+        sampling={"stop_token_ids": [16], "min_tokens": 1, "max_tokens": 4},
+    ),
+    generate("an id beyond 32 bits", "prompts.0", prompts=[[1, 2**31]]),
+    generate(
+        "a penalty that overflows",
+        "sampling.repetition_penalty is 1e-300",
+        sampling={"repetition_penalty": 1e-300},
+    ),
+    generate(
+        "a version beyond 32 bits",
+        "policy.version",
+        policy={"run_id": "nobody", "version": 10**40},
+    ),
     generate("a negative temperature", "sampling.temperature is -1", sampling={"temperature": -1}),
     generate(
         "more min_tokens than max_tokens",

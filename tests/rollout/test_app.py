@@ -93,6 +93,7 @@ async def test_every_route_but_healthz_needs_the_key(
             assert response.headers["www-authenticate"] == "Bearer"
             assert KEY not in response.text
         assert (await http.get("/healthz")).status_code == 200
+        assert (await http.head("/healthz")).status_code == 200  # fault S13: load balancers ask so
     assert service.replica.status().state != "draining"
 
 

@@ -247,6 +247,27 @@ async def test_unpinned_requests_of_a_fleet_wait_for_a_policy_of_a_run(
     assert (await service.client.score(score)).policy == manifest.policy
 
 
+async def test_an_error_that_nobody_foresaw_does_not_end_the_registration(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Fault S7: its task died without a word."""
+    trainer = FakeTrainer()
+    registration = trainer.registration(lease_s=0.03)
+    renew = registration._renew
+    errors = iter([ZeroDivisionError("once")])
+
+    async def renew_but_not_at_first(boot_id: str) -> None:
+        for error in errors:
+            raise error
+        await renew(boot_id)
+
+    registration._renew = renew_but_not_at_first  # type: ignore[method-assign]
+    keeping = asyncio.create_task(registration.keep("boot"))
+    await until(lambda: bool(trainer.registered))
+    keeping.cancel()
+    assert "registration failed, trying again" in caplog.text
+
+
 # --- settings -----------------------------------------------------------------------------------
 
 
@@ -256,7 +277,12 @@ async def test_unpinned_requests_of_a_fleet_wait_for_a_policy_of_a_run(
         ({"trainer_url": "trainer:8080"}, "'trainer:8080' is not the URL of a service"),
         ({"trainer_url": "http://trainer/path"}, "write it as http://host:port"),
         ({"trainer_url": "http://trainer:99999"}, "write it as http://host:port"),
-        ({"advertise_url": "ftp://me"}, "'ftp://me' is not the URL of a service"),
+        ({"advertise_url": "ftp://me:1"}, "'ftp://me:1' is not the URL of a replica"),
+        # Fault S7: without a port the registration would be refused.
+        (
+            {"advertise_url": "https://gpu-box.example"},
+            "'https://gpu-box.example' is not the URL of a replica: write it as http://host:port",
+        ),
         ({"trainer_url": "http://trainer", "port": 0}, "ROLLOUT_PORT=0 takes any free port"),
     ],
     ids=str,
