@@ -19,8 +19,10 @@ def main(url: str) -> int:
     request = urllib.request.Request(url)
     if key := os.environ.get("TANDEM_API_KEY"):
         request.add_header("Authorization", f"Bearer {key}")
+    # No proxy: HTTP_PROXY is for the internet, not for the service of this container.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
+        with opener.open(request, timeout=_TIMEOUT_S):
             return 0
     except urllib.error.HTTPError as error:  # 503 with the service's reason in its body.
         print(f"{error.code} {error.read(500).decode(errors='replace')}", file=sys.stderr)

@@ -71,7 +71,9 @@ class ServiceReward:
         config = self._config
         shares = list(batch.shares(config.max_completions_per_request or len(batch)))
         places = asyncio.Semaphore(config.max_concurrent_requests)
-        async with httpx.AsyncClient(timeout=None, headers=authorization(self._api_key)) as client:
+        async with httpx.AsyncClient(
+            timeout=None, headers=authorization(self._api_key), trust_env=False
+        ) as client:
 
             async def ask(share: RewardBatch) -> list[float | NoNumber]:
                 async with places:

@@ -391,6 +391,15 @@ async def test_a_reward_service_is_asked_with_the_whole_batch(service: RewardSer
     assert service.bodies[0]["columns"] == {"answer": ["12", "34"]}
 
 
+async def test_a_reward_service_is_reached_without_the_proxy_of_the_environment(
+    service: RewardService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault R4."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    service.answers = [(200, b'{"rewards": [1, 1]}')]
+    assert await rewards_of(over_http(service)) == [1, 1]
+
+
 async def test_requests_are_bounded_and_keep_the_completions_of_a_prompt_together(
     service: RewardService,
 ) -> None:
