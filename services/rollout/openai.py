@@ -170,6 +170,8 @@ class OpenAiEndpoint:
         request = GenerateRequest(
             prompts=body.prompts(), sampling=body.sampling(), purpose=body.purpose
         )
+        # A draft takes room for every completion of the request.
+        self._replica.serving.sampler.check_room(len(request.prompts) * request.sampling.n)
         return Draft(request), _Writer(body, self._replica.serving.encoder, self._replica.boot_id)
 
     @property

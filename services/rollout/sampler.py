@@ -151,6 +151,7 @@ class Sampler:
         if request.purpose == "train":
             _refuse_biased_sampling(request.sampling)
         num_completions = len(request.prompts) * request.sampling.n
+        self.check_room(num_completions)  # Before work in proportion to the request.
         prompts = [self._encoder.encode(prompt) for prompt in request.prompts]
         samplings = [self._resolve(request, i, prompt) for i, prompt in enumerate(prompts)]
         with self._admitted(num_completions), ExitStack() as leases:
@@ -297,9 +298,8 @@ class Sampler:
 
     # --- bounds ---------------------------------------------------------------------------------
 
-    @contextmanager
-    def _admitted(self, num_completions: int) -> Iterator[None]:
-        """Count completions in and out; 429 when the queue is full, 422 when it never could fit."""
+    def check_room(self, num_completions: int) -> None:
+        """Raises Overloaded when the queue is full, InvalidRequest when they could never fit."""
         limit = self._limits.max_completions
         if num_completions > limit:
             raise InvalidRequest(
@@ -312,6 +312,11 @@ class Sampler:
                 f"more are over the limit of {limit}: try again, or another replica",
                 retry_after_s=1.0,
             )
+
+    @contextmanager
+    def _admitted(self, num_completions: int) -> Iterator[None]:
+        """Count completions in and out. Raises as `check_room` does."""
+        self.check_room(num_completions)
         self._count(num_completions)
         try:
             yield

@@ -107,7 +107,7 @@ async def test_a_run_is_followed_left_found_again_and_stopped(cli: Cli, tmp_path
         assert line, following.communicate()
     following.send_signal(signal.SIGINT)
     _, err = following.communicate(timeout=20)
-    assert (following.returncode, "goes on" in err) == (130, True)
+    assert (following.returncode, "continues" in err) == (130, True)
 
     status = json.loads(cli("status", "--json"))
     run = RunStatus.model_validate(status["trainer"]["run"])
