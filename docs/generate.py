@@ -31,6 +31,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
+from docs.page_types import ROOTS, page_types
 from services.rollout import openai_types
 from services.rollout.app import create_app as rollout_app
 from services.rollout.replica import Replica
@@ -66,7 +67,7 @@ def pages() -> dict[Path, str]:
         DOCS / "settings.md": settings_page(),
         DOCS / "wire.md": wire_page(),
         metrics: by_hand + records_section() + prometheus_section(),
-        _PAGE_TYPES: page_types(),
+        _PAGE_TYPES: page_types(dict.fromkeys(m for root in ROOTS for m in reachable(root))),
     }
 
 
@@ -427,62 +428,6 @@ def _metrics(registry: CollectorRegistry) -> str:
             _row(f"`{family.name}{suffix}`", family.type, labels or "–", family.documentation)
         )
     return _row("name", "kind", "labels", "meaning") + _TABLE + "".join(rows)
-
-
-# --- services/trainer/dashboard/wire.js ----------------------------------------------------------
-
-_JAVASCRIPT_NAMES = {str: "string", int: "number", float: "number", bool: "boolean"}
-
-
-def page_types() -> str:
-    """The JSON that the live page receives, as JSDoc types for TypeScript's checker."""
-    roots = (
-        schemas.TrainerStatus,
-        schemas.ReplicasResponse,
-        schemas.CompletionsResponse,
-        *get_args(get_args(schemas.RunEvent)[0]),
-    )
-    models = dict.fromkeys(model for root in roots for model in reachable(root))
-    del models[schemas.UpdateStats]  # StepRecord has its fields
-    return (
-        "// The types of what the trainer sends: docs/wire.md and docs/metrics.md explain them.\n"
-        "// Made by `python -m docs.generate` from shared/schemas.py.\n\n"
-        + "".join(map(_typedef, models))
-        + f"/** @typedef {{{_javascript_type(schemas.RunEvent)}}} RunEvent */\n\nexport {{}};\n"
-    )
-
-
-def _typedef(model: Model) -> str:
-    fields = "".join(_property(name, field) for name, field in model.model_fields.items())
-    return f"/**\n * @typedef {{object}} {model.__name__}\n{fields} */\n\n"
-
-
-def _property(name: str, field: FieldInfo) -> str:
-    is_absent = not field.is_required() and field.exclude_if and field.exclude_if(field.default)
-    text = _javascript_type(field.annotation)
-    if is_absent:
-        text, name = text.removesuffix(" | null"), f"[{name}]"
-    return f" * @property {{{text}}} {name}\n"
-
-
-def _javascript_type(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _javascript_type(arguments[0])
-    if origin in (Union, UnionType):
-        texts = [_javascript_type(item) for item in arguments if item is not NoneType]
-        return " | ".join(texts) + (" | null" if NoneType in arguments else "")
-    if origin is Literal:
-        return " | ".join(f'"{value}"' for value in arguments)
-    if origin is tuple:
-        assert arguments[1:] == (Ellipsis,), annotation
-        item = _javascript_type(arguments[0])
-        return f"({item})[]" if " | " in item else f"{item}[]"
-    if origin is dict:  # keys of JSON objects are strings
-        return f"Record<string, {_javascript_type(arguments[1])}>"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation.__name__
-    return _JAVASCRIPT_NAMES[annotation]
 
 
 if __name__ == "__main__":
