@@ -43,8 +43,8 @@ def main() -> int:
 def parse_options() -> tuple[argparse.Namespace, RunConfig]:
     """The options, and run.yaml with what they change."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
-    parser.add_argument("--steps", type=int, help="policy updates (default: those of run.yaml)")
-    parser.add_argument("--seed", type=int, help="seed of the run (default: that of run.yaml)")
+    parser.add_argument("--steps", type=int, help="policy updates (default: run.yaml)")
+    parser.add_argument("--seed", type=int, help="seed of the run (default: run.yaml)")
     parser.add_argument(
         "--min-rise",
         type=float,

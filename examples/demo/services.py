@@ -79,7 +79,10 @@ class DemoServices:
         return new
 
     def start_replica(self, **settings: str) -> ServiceProcess:
-        """`settings` are those of RolloutSettings, in capitals. It is ended with the others."""
+        """Start one more replica, stopped with the others.
+
+        `settings`: fields of RolloutSettings, in capitals.
+        """
         self._num_started_replicas += 1
         port = int(settings.get("PORT") or free_ports(1)[0])
         named = {

@@ -65,8 +65,8 @@ def read_sampling(given: Any = None, **named: Any) -> SamplingParams:
             raise _not_served(name)
     if (num_logprobs := values.get("logprobs")) not in (None, 0, 1):
         raise ValueError(
-            f"logprobs={num_logprobs}: a replica returns those of the sampled tokens alone; leave "
-            "it out, or say 1"
+            f"logprobs={num_logprobs}: a replica returns logprobs of the sampled tokens alone; "
+            "remove it, or set it to 1"
         )
     for name in _WITHOUT_EFFECT:
         values.pop(name, None)

@@ -592,8 +592,8 @@ def test_vllms_own_parameters_are_read_and_none_of_its_fields_is_lost() -> None:
     ("named", "sentence"),
     [
         ({"temprature": 1}, "no sampling parameter 'temprature': did you mean temperature"),
-        ({"logprobs": 5}, "logprobs=5: a replica returns those of the sampled tokens alone"),
-        ({"logprobs": -1}, "logprobs=-1: a replica returns those of the sampled tokens alone"),
+        ({"logprobs": 5}, "logprobs=5: a replica returns logprobs of the sampled tokens alone"),
+        ({"logprobs": -1}, "logprobs=-1: a replica returns logprobs of the sampled tokens alone"),
         ({"logit_bias": {3: 1.0}}, "logit_bias is not supported by a replica"),
         ({"repetition_detection": {"min_count": 2}}, "repetition_detection is not supported"),
         ({"logprob_token_ids": [3]}, "logprob_token_ids is not supported"),

@@ -66,7 +66,7 @@ class Model:
 
     @property
     def linears(self) -> tuple[tuple[int, int], ...]:
-        """(out, in) of those of a layer."""
+        """(out, in) of each linear of a layer."""
         attention = (self.query_width, self.hidden), *[(self.key_width, self.hidden)] * 2
         mlp = *[(self.intermediate, self.hidden)] * 2, (self.hidden, self.intermediate)
         return (*attention, (self.hidden, self.query_width), *mlp)
@@ -86,7 +86,7 @@ class Model:
 
     @property
     def weights(self) -> WeightBytes:
-        """Without files those of the shape; its norms and biases are thousandths of them."""
+        """Of the files; without files, of the shape, less norms and biases (a few thousandths)."""
         if self.files:
             return self.files
         rest = (1 if self.is_tied else 2) * self.vocabulary * self.hidden

@@ -91,8 +91,8 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _is_faster_joined(x: Tensor, low: Tensor, width: int, scaling: float = 1.0) -> bool:
-    """Whether to copy x [T, in] and the weight [in, `width`] beside LoRA's and multiply once,
-    rather than to read and write the result [T, `width`] again for the second product.
+    """Whether it is faster to join x [T, in] and the weight [in, `width`] with LoRA's and multiply
+    once than to read and write the result [T, `width`] again for the second product.
 
     On a GPU, where memory's bandwidth bounds both; if `scaling` rounds nothing in 16 bits, and a
     row of both stays aligned.

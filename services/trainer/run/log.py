@@ -250,7 +250,7 @@ class RunLog:
             except OSError as error:
                 self._metrics.log_failures.inc()
                 log.error(
-                    "%s lacks its last %d lines: %s; free space there: a run that goes on does so "
+                    "%s lacks its last %d lines: %s; free space there: a resumed run starts "
                     "from its last checkpoint",
                     file.path,
                     file.num_waiting,
