@@ -8,17 +8,35 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
+import threading
+from concurrent.futures import Future
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def command(module: str) -> list[str]:
-    """The command line that runs `module` until this process ends.
+def start(module: str, **options: Any) -> subprocess.Popen[bytes]:
+    """Run `module` as a process that ends with this one. `options`: as for Popen.
 
-    The thread that starts it must outlive it: the kernel ends the child with that thread.
+    The kernel ends a child with the thread that started it, so each child has one of its own, which
+    ends with this process.
     """
-    return [sys.executable, "-m", "services.child", str(os.getpid()), module]
+    command = [sys.executable, "-m", "services.child", str(os.getpid()), module]
+    started = Future[subprocess.Popen[bytes]]()
+
+    def run() -> None:
+        try:
+            process = subprocess.Popen(command, **options)
+        except Exception as error:
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        threading.Event().wait()
+
+    threading.Thread(target=run, name=f"start {module}", daemon=True).start()
+    return started.result()
 
 
 def main() -> None:

@@ -56,8 +56,8 @@ class ChildService:
         module = module or f"services.{kind}"
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                child.command(module),
+            self._process = child.start(
+                module,
                 cwd=ROOT,
                 env=inherited | dict(settings) | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,

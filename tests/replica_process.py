@@ -104,8 +104,8 @@ def start_replica(
     }
     log = root / "log"
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            child.command(module),  # leaves no process behind if the test run is killed
+        process = child.start(
+            module,  # leaves no process behind if the test run is killed
             stdout=output,
             stderr=output,
             env=environment | {"HF_HUB_OFFLINE": "1"},

@@ -1,4 +1,4 @@
-"""A service that a test or the demo starts ends with the process that started it."""
+"""A service that a test or the demo starts ends with the process that started it, and no sooner."""
 
 from __future__ import annotations
 
@@ -17,15 +17,29 @@ os.rename("pid.new", "pid")
 signal.pause()
 """
 PARENT = """
-import signal, subprocess
+import os, pathlib, signal, threading, time
 from services import child
-subprocess.Popen(child.command("service"))
+
+def start():
+    child.start("service")
+    while not os.path.exists("pid"):
+        time.sleep(0.05)
+
+thread = threading.Thread(target=start)
+thread.start()
+task = pathlib.Path(f"/proc/self/task/{thread.native_id}")
+thread.join()
+while task.exists():
+    time.sleep(0.05)
+pathlib.Path("thread-ended").touch()
 signal.pause()
 """
 TIMEOUT_S = 30.0
 
 
-def test_a_service_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+def test_a_service_outlives_the_thread_that_asked_for_it_and_ends_with_the_process(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "service.py").write_text(SERVICE)
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT],
@@ -33,9 +47,8 @@ def test_a_service_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
     )
     try:
-        said = tmp_path / "pid"
-        assert eventually(said.exists, timeout_s=TIMEOUT_S)
-        pid = int(said.read_text())
+        assert eventually((tmp_path / "thread-ended").exists, timeout_s=TIMEOUT_S)
+        pid = int((tmp_path / "pid").read_text())
         assert is_running(pid)
     finally:
         parent.kill()

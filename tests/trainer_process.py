@@ -110,8 +110,8 @@ def start_trainer(
     }
     log = root / "log"
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            child.command("services.trainer"),
+        process = child.start(
+            "services.trainer",
             stdout=output,
             stderr=output,
             # One thread keeps the order of sums, so that two runs can be compared.
