@@ -10,11 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.stack import ROOT, Stack, run
+from tests.deploy.stack import ROOT, VERSION, Stack, run
 
-IMAGES = {name: f"tandem-{name}:0.2.0-cpu" for name in ("trainer", "rollout")}
+IMAGES = {name: f"tandem-{name}:{VERSION}-cpu" for name in ("trainer", "rollout")}
 
-SWAPPED_IMAGE = "tandem-rollout:0.2.0-swapped"
+SWAPPED_IMAGE = f"tandem-rollout:{VERSION}-swapped"
+
+_BUILD_S = 1200  # of one image, at most
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests of the images the time of the build: whichever comes first waits for it."""
+    for item in items:
+        if "images" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(len(IMAGES) * _BUILD_S + 600), append=False)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +50,7 @@ def images(engine: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for name, image in IMAGES.items():
         started = time.monotonic()
         command = f"docker build --quiet --file deploy/Dockerfile --build-arg DEVICE=cpu --target {name} --tag {image}"  # noqa: E501
-        built = run(*command.split(), *more, ".", cwd=ROOT, timeout=1200)
+        built = run(*command.split(), *more, ".", cwd=ROOT, timeout=_BUILD_S)
         assert built.returncode == 0, built.stderr[-4000:]
         print(f"built {image} in {time.monotonic() - started:.0f} s")
     return IMAGES

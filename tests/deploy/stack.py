@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from shared.rollout_client import RolloutClient
 from shared.trainer_client import TrainerClient
 
 ROOT = Path(__file__).parents[2]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 _PARTS = (
     *("docker-compose.yml", ".env.example", ".dockerignore", "Makefile"),
     *("deploy", "shared", "services", "tandem", "examples"),

@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings
 
 from services.rollout.settings import RolloutSettings
 from services.trainer.settings import TrainerSettings
+from tests.deploy.stack import VERSION
 
 pytestmark = pytest.mark.compose
 
@@ -243,7 +244,8 @@ def test_every_container_has_limits_and_an_image_of_this_version(manifests: Mani
     for container in manifests.containers:
         for amounts in (container["resources"]["requests"], container["resources"]["limits"]):
             assert {"cpu", "memory"} <= amounts.keys()
-        assert re.fullmatch(r"tandem-(rollout|trainer):0\.1\.0-(cpu|cuda)", container["image"])
+        image = rf"tandem-(rollout|trainer):{re.escape(VERSION)}-(cpu|cuda)"
+        assert re.fullmatch(image, container["image"])
 
 
 def test_every_service_has_probes_on_the_port_that_it_listens_on(manifests: Manifests) -> None:
