@@ -40,18 +40,22 @@ def _ctrl_c() -> None:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with 4 layers, a vocabulary of 16 tokens and a context of 512."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_tiny_checkpoint(path)
+    return path
+
+
+def save_tiny_checkpoint(path: Path) -> None:
     import torch
 
     from examples.demo import model as demo
 
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
     model = demo.make_model(seed=0, max_position_embeddings=512)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(WEIGHT_FACTOR)
     demo.save(model, path)
-    return path
 
 
 @pytest.fixture(scope="session")
