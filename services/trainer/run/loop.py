@@ -1,6 +1,6 @@
 """A whole run, top to bottom.
 
-    prompts ─▶ fleet.generate ─▶ rewards ─▶ advantages ─▶ samples ─▶ update ─▶ adapter ─▶ fleet.sync
+    prompts ─▶ fleet.generate ─▶ rewards ─▶ samples ─▶ advantages ─▶ update ─▶ adapter ─▶ fleet.sync
        ▲                                                                                     │
        └──────────────── groups start under it, max_staleness updates ahead (pacing.py) ◀────┘
 
