@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Starts or replaces a replica of the compose stack while the others serve:
-#   swap-replica.sh NAME [IMAGE]     swap-replica.sh rollout-1 tandem-rollout:0.1.1-cuda
+#   swap-replica.sh NAME [IMAGE]     swap-replica.sh rollout-1 tandem-rollout:0.2.1-cuda
 # A running replica drains first: it finishes its requests and gets no new ones. The new replica must
 # become healthy and, during a run, serve its newest policy version; otherwise the old image is restored
 # and the exit code is 1. IMAGE is recorded in .env, so that `docker compose up` does not undo the swap.

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,9 @@ LINKED_PAGES = [
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
 ]
+
+# `Fleet.generate`, `_make_advantages`, `RewardConfig`: words that only code has.
+IDENTIFIER = re.compile(r"(?:\w*_\w+|[A-Z]\w+)(?:\.\w+)*")
 
 
 def in_language(name: str) -> pytest.MarkDecorator:
@@ -93,6 +98,52 @@ def test_docs_metrics_says_unit_and_meaning_of_every_field_of_a_record_once(
 
 def test_the_readme_is_read_in_a_few_minutes() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 1000
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_a_page_on_the_code_names_files_and_identifiers_that_exist(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    words = re.findall(r"`([^`\n]+)`", text)
+    paths = {word for word in words if re.fullmatch(r"[a-z_]+/[\w./]*", word)}
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    names = {name for word in words if IDENTIFIER.fullmatch(word) for name in word.split(".")}
+    assert sorted(names - identifiers()) == []
+
+
+def identifiers() -> set[str]:
+    """Every word of the Python and JavaScript sources."""
+    folders = ("services", "shared", "tandem", "tests", "benchmarks")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.*")]
+    sources = [file.read_text() for file in files if file.suffix in (".py", ".js")]
+    return {word for source in sources for word in re.findall(r"\w+", source)}
+
+
+def test_every_image_has_the_version_of_the_newest_release() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    releases = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert releases[:2] == ["Unreleased", version]
+    manifests = [ROOT / "docker-compose.yml", *(ROOT / "deploy/compose").glob("*.yml")]
+    manifests += (ROOT / "deploy/k8s").rglob("*.yaml")
+    assert image_versions(manifests) == {version}
+    examples = [
+        ROOT / "deploy" / name for name in ("README.md", "Dockerfile", "scripts/swap-replica.sh")
+    ]
+    major, minor, _ = version.split(".")  # An example may swap in a later patch.
+    assert {tag.rpartition(".")[0] for tag in image_versions(examples)} == {f"{major}.{minor}"}
+
+
+def image_versions(files: Sequence[Path]) -> set[str]:
+    tags = r"(?:tandem-\w+:|newTag: )(\d[\w.]*)-(?:cpu|cuda)"
+    return {tag for file in files for tag in re.findall(tags, file.read_text())}
+
+
+def test_issue_templates_have_a_name_and_say_what_they_are_for() -> None:
+    templates = list((ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"))
+    assert sorted(file.name for file in templates) == ["bug.md", "feature.md"]
+    for file in templates:
+        _, head, body = file.read_text().split("---\n", 2)
+        assert yaml.safe_load(head).keys() == {"name", "about"}
+        assert body.strip()
 
 
 def test_hosted_ci_calls_targets_that_exist() -> None:
