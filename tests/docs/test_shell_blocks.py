@@ -22,6 +22,7 @@ import yaml
 
 from tests.docs.blocks import ALL_BLOCKS, PAGES, ROOT, Block, blocks
 from tests.replica_process import eventually, free_port
+from tests.shell import start_shell
 
 FIRST, LAST = ROOT / "docs/first_run.md", ROOT / "docs/replicas.md"  # which stops a replica
 ORDER = [FIRST, *(page for page in PAGES if page not in (FIRST, LAST)), LAST]
@@ -93,15 +94,7 @@ class Terminals:
     def _start(self, name: str, text: str) -> None:
         log = self._folder / f"{name}.log"
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                ["bash", "-c", text],
-                cwd=self._folder,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+            process = start_shell(text, cwd=self._folder, env=self._environment, output=output)
         self._services[name] = process
 
         def is_up() -> bool:
@@ -135,6 +128,8 @@ class Terminals:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait(10)
+            assert process.stdin
+            process.stdin.close()
 
 
 @pytest.fixture(scope="module")
