@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -17,10 +18,11 @@ import uvloop
 from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 log = logging.getLogger(__name__)
 Settings = TypeVar("Settings", bound=BaseSettings)
-_LAST_REQUESTS_S = 0.2  # Lets requests arrive on connections that have just been accepted.
+_FIRST_REQUEST_S = 5.0  # How long a stop waits for a connection's first request.
 
 
 def read_settings(cls: type[Settings]) -> Settings:
@@ -45,6 +47,7 @@ class Server(uvicorn.Server):
                 app,
                 host=host,
                 port=port,
+                http=HttpToolsProtocol,
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=10,
@@ -100,15 +103,34 @@ class Server(uvicorn.Server):
         """Refuse new connections, answer requests on open ones, then close.
 
         A forked process inherits the listening socket. If only this process closed it, connections
-        would still be accepted but never answered, so the socket is shut down first.
+        would still be accepted but never answered, so the socket is shut down first. That resets
+        the connections which wait to be accepted, so these are accepted before.
         """
         if self._listener:
             for server in self.servers:
                 server.close()
+            waiting = []
+            self._listener.setblocking(False)
+            with contextlib.suppress(OSError):  # Most often because none is left.
+                while True:
+                    waiting.append(self._listener.accept()[0])
             self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
-            await asyncio.sleep(_LAST_REQUESTS_S)
+            for connection in waiting:
+                await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
+            await self._wait_for_first_requests()
         await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        return HttpToolsProtocol(self.config, self.server_state, self.lifespan.state)
+
+    async def _wait_for_first_requests(self) -> None:
+        """Wait until every open connection has sent a request: uvicorn closes those without one."""
+        deadline = time.monotonic() + _FIRST_REQUEST_S
+        while not self.force_exit and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+            if all(getattr(each, "cycle", True) for each in self.server_state.connections):
+                return
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -76,6 +77,21 @@ def test_a_stopping_service_answers_or_refuses_its_clients() -> None:
         os.kill(child, signal.SIGKILL)
     assert results.pop("ConnectError") >= 3
     assert set(results) <= {"200"}
+
+
+def test_a_stopping_service_answers_a_slow_client_that_had_connected() -> None:
+    (port,) = free_ports(1)
+    with subprocess.Popen([sys.executable, "-c", SERVICE, str(port)]) as service:
+        with httpx.Client(transport=httpx.HTTPTransport(retries=10), trust_env=False) as http:
+            http.get(f"http://127.0.0.1:{port}/", timeout=20)
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost:")
+            service.send_signal(signal.SIGTERM)
+            time.sleep(1)  # Longer than a stop takes when nobody is connected.
+            client.sendall(b" service\r\nConnection: close\r\n\r\n")
+            answer = b"".join(iter(lambda: client.recv(4096), b""))
+        assert service.wait(20) == 0
+    assert answer.startswith(b"HTTP/1.1 200 OK")
 
 
 def test_a_second_ctrl_c_exits_at_once_with_one_sentence() -> None:
