@@ -18,7 +18,8 @@ import uvloop
 from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from services.connections import Listener, max_connections
 
 log = logging.getLogger(__name__)
 Settings = TypeVar("Settings", bound=BaseSettings)
@@ -39,15 +40,26 @@ def read_settings(cls: type[Settings]) -> Settings:
 
 
 class Server(uvicorn.Server):
-    """Serves until `exit`. The first SIGTERM or SIGINT calls `on_stop`; the second one exits."""
+    """Serves until `exit`. The first SIGTERM or SIGINT calls `on_stop`; the second one exits.
 
-    def __init__(self, app: FastAPI, *, host: str, port: int, on_stop: Callable[[], object]):
+    A client has `head_timeout_s` to send the head of a request.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        host: str,
+        port: int,
+        on_stop: Callable[[], object],
+        head_timeout_s: float = 30.0,
+    ):
         super().__init__(
             uvicorn.Config(
                 app,
                 host=host,
                 port=port,
-                http=HttpToolsProtocol,
+                ws="none",
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=10,
@@ -55,7 +67,9 @@ class Server(uvicorn.Server):
             )
         )
         self.exit_code = 0
-        self._listener: socket.socket | None = None
+        self._head_timeout_s = head_timeout_s
+        self._socket: socket.socket | None = None
+        self._listener: Listener | None = None
         self._on_stop = on_stop
         self._num_signals = 0
 
@@ -68,7 +82,7 @@ class Server(uvicorn.Server):
         try:
             family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
             address = (self.config.host, self.config.port)
-            listener = socket.create_server(address, family=family, backlog=2048)
+            self._socket = socket.create_server(address, family=family, backlog=2048)
         except OSError as error:
             number = error.errno or 0  # Negative if the host name does not resolve.
             reason = os.strerror(number) if number > 0 else "no such host"
@@ -78,15 +92,26 @@ class Server(uvicorn.Server):
                 file=sys.stderr,
             )
             return 2
-        self._listener = listener.dup()  # uvicorn closes the original.
-        uvloop.run(self._serve_with_signals(listener))
+        uvloop.run(self._serve_with_signals())
         return self.exit_code if self.started else 1
 
-    async def _serve_with_signals(self, listener: socket.socket) -> None:
+    async def _serve_with_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        await self.serve(sockets=[listener])
+        await self.serve(sockets=[])  # uvicorn accepts nothing by itself.
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert self._socket
+        self._listener = Listener(
+            self._socket,
+            self.config,
+            self.server_state,
+            self.lifespan.state,
+            limit=max_connections(),
+            head_timeout_s=self._head_timeout_s,
+        )
 
     def _on_signal(self) -> None:
         self._num_signals += 1
@@ -100,37 +125,16 @@ class Server(uvicorn.Server):
             self.exit(1)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse new connections, answer requests on open ones, then close.
-
-        A forked process inherits the listening socket. If only this process closed it, connections
-        would still be accepted but never answered, so the socket is shut down first. That resets
-        the connections which wait to be accepted, so these are accepted before.
-        """
+        """Refuse new connections, answer requests on open ones, then close."""
         if self._listener:
-            for server in self.servers:
-                server.close()
-            waiting = []
-            self._listener.setblocking(False)
-            with contextlib.suppress(OSError):  # Most often because none is left.
-                while True:
-                    waiting.append(self._listener.accept()[0])
-            self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
-            for connection in waiting:
-                await asyncio.get_running_loop().connect_accepted_socket(self._protocol, connection)
-            await self._wait_for_first_requests()
+            # uvicorn closes a connection that has had no request yet.
+            deadline = time.monotonic() + _FIRST_REQUEST_S
+            while not self.force_exit and time.monotonic() < deadline:
+                await asyncio.sleep(0.05)
+                if not self._listener.has_silent_connections:
+                    break
         await super().shutdown(sockets)
-
-    def _protocol(self) -> asyncio.Protocol:
-        return HttpToolsProtocol(self.config, self.server_state, self.lifespan.state)
-
-    async def _wait_for_first_requests(self) -> None:
-        """Wait until every open connection has sent a request: uvicorn closes those without one."""
-        deadline = time.monotonic() + _FIRST_REQUEST_S
-        while not self.force_exit and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-            if all(getattr(each, "cycle", True) for each in self.server_state.connections):
-                return
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
     ServiceError
     ├── InvalidRequest 422          a field has an unusable value
     │   ├── BodyTooLarge 413        the body is larger than the limit
+    │   ├── HeadTooLarge 431        the request line and headers are larger than the limit
     │   └── UnsuitableForTraining   a gradient cannot use these completions
     ├── Unauthorized 401            the key is missing or wrong
     ├── Forbidden 403               a web page of another site sent the request
@@ -73,6 +74,10 @@ class InvalidRequest(ServiceError):
 
 class BodyTooLarge(InvalidRequest):
     status = 413
+
+
+class HeadTooLarge(InvalidRequest):
+    status = 431
 
 
 class UnsuitableForTraining(InvalidRequest):
