@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import reprlib
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -29,6 +30,9 @@ from shared.errors import (
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
+_MAX_JSON_FIELDS = 500_000  # A request of 4,096 completions has about 50,000.
 # OpenAPI's description of errors: one answer for all of them, whose `type` names the class.
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     "default": {
@@ -43,11 +47,24 @@ def raw_body(media_type: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {media_type: {"schema": {}}}}}
 
 
+async def check_query(request: Request) -> None:
+    """A dependency of every route: raise InvalidRequest for a query parameter that it lacks."""
+    route = request.scope["route"]
+    known = [parameter.alias for parameter in route.dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            remedy = f"it takes {', '.join(known)}" if known else "remove it"
+            raise InvalidRequest(
+                f"{request.method} {route.path} has no query parameter {name!r}: {remedy}"
+            )
+
+
 def prepare_app(
     app: FastAPI,
     *,
     api_key: str | None,
     max_body_bytes: int,
+    max_json_values: int,
     body_timeout_s: float,
     streamed: frozenset[str] = frozenset(),
     open_paths: frozenset[str] = frozenset(),
@@ -56,6 +73,7 @@ def prepare_app(
 ) -> None:
     """Install the request checks and the error handlers.
 
+    `max_json_values` bounds what a JSON body may hold, because it is parsed on the event loop.
     `streamed` paths read and bound their body themselves; `open_paths` need no key, nor does
     /healthz. `answer_errors` maps path prefixes to functions that answer errors of these paths in
     another format than problems.
@@ -75,6 +93,7 @@ def prepare_app(
         _Gate,
         api_key=api_key,
         max_body_bytes=max_body_bytes,
+        max_json_values=max_json_values,
         body_timeout_s=body_timeout_s,
         streamed=streamed,
         open_paths=open_paths | {"/healthz"},
@@ -126,9 +145,7 @@ def invalid_request(first: dict[str, Any]) -> InvalidRequest:
         return InvalidRequest(f"field {field!r} is required")
     if not path and isinstance(first.get("input"), bytes):
         return InvalidRequest("send the JSON body with 'Content-Type: application/json'")
-    value = repr(first.get("input"))
-    shown = value if len(value) <= 80 else value[:77] + "..."
-    return InvalidRequest(f"{field} is {shown}: {first['msg']}")
+    return InvalidRequest(f"{field} is {_SHORT.repr(first.get('input'))}: {first['msg']}")
 
 
 class _Gate:
@@ -140,6 +157,7 @@ class _Gate:
         *,
         api_key: str | None,
         max_body_bytes: int,
+        max_json_values: int,
         body_timeout_s: float,
         streamed: frozenset[str],
         open_paths: frozenset[str],
@@ -148,6 +166,7 @@ class _Gate:
         self.app = app
         self.api_key = api_key
         self.max_body_bytes = max_body_bytes
+        self.max_json_values = max_json_values
         self.body_timeout_s = body_timeout_s
         self.streamed = streamed
         self.open_paths = open_paths
@@ -205,14 +224,29 @@ class _Gate:
                 raise too_large(self.max_body_bytes)
             if not message.get("more_body"):
                 break
-        pending: list[Message] = [
-            {"type": "http.request", "body": b"".join(chunks), "more_body": False}
-        ]
+        body = b"".join(chunks)
+        _check_json_size(body, self.max_json_values)
+        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
             return pending.pop() if pending else await receive()
 
         return replay
+
+
+def _check_json_size(body: bytes, max_values: int) -> None:
+    """Raise BodyTooLarge for a body that would take long to parse, however short it is.
+
+    Commas, brackets and colons in texts count too: a body with so many is too large anyway.
+    """
+    for what, limit, num in (
+        ("values", max_values, body.count(b",") + body.count(b"[")),
+        ("fields", _MAX_JSON_FIELDS, body.count(b":")),
+    ):
+        if num > limit:
+            raise BodyTooLarge(
+                f"the body holds about {num} JSON {what}, the limit is {limit}: send it in parts"
+            )
 
 
 def check_site(request: Request) -> None:

@@ -8,6 +8,10 @@ from typing import Any
 from shared.errors import InvalidRequest
 from shared.schemas import ChatMessage, PromptInput
 
+_CHARACTERS_PER_TOKEN = 16  # Most texts have 3 to 5.
+_MAX_CHARACTERS_PER_TOKEN = 128  # The longest tokens of common vocabularies are blanks.
+_CUT_TOKENS = 64
+
 
 class PromptEncoder:
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
@@ -21,21 +25,22 @@ class PromptEncoder:
         text_config = AutoConfig.from_pretrained(model_dir).get_text_config()
         return cls(AutoTokenizer.from_pretrained(model_dir), text_config.vocab_size)
 
-    def encode(self, prompt: PromptInput) -> tuple[int, ...]:
+    def encode(self, prompt: PromptInput, *, max_tokens: int | None = None) -> tuple[int, ...]:
         """The token ids of a prompt. A chat is rendered up to the start of the assistant's answer.
 
-        Raises InvalidRequest for a token id out of vocabulary and a chat that cannot be rendered.
+        Raises InvalidRequest for a token id out of vocabulary, a chat that cannot be rendered, and
+        a text that is clearly longer than `max_tokens`, in time proportional to `max_tokens`.
         """
         if isinstance(prompt, str):
-            return tuple(self._tokenizer.encode(prompt))
+            return self._tokenize(prompt, max_tokens)
         if isinstance(prompt[0], ChatMessage):
-            return self._encode_chat(
-                [
-                    message.model_dump(mode="json", exclude_none=True)
-                    for message in prompt
-                    if isinstance(message, ChatMessage)
-                ]
-            )
+            messages = [
+                message.model_dump(mode="json", exclude_none=True)
+                for message in prompt
+                if isinstance(message, ChatMessage)
+            ]
+            text = self._render(messages)
+            return self._tokenize(text, max_tokens, add_special_tokens=False)
         ids = tuple(token for token in prompt if isinstance(token, int))
         self.check_vocabulary(ids)
         return ids
@@ -62,7 +67,28 @@ class PromptEncoder:
         """The text of one token, or the name of a special one; \ufffd for a part of a character."""
         return str(self._tokenizer.decode([token]))
 
-    def _encode_chat(self, messages: list[dict[str, Any]]) -> tuple[int, ...]:
+    def _tokenize(self, text: str, max_tokens: int | None, **options: Any) -> tuple[int, ...]:
+        if max_tokens is not None:
+            self._check_length(text, max_tokens, **options)
+        return tuple(self._tokenizer.encode(text, **options))
+
+    def _check_length(self, text: str, max_tokens: int, **options: Any) -> None:
+        """Raise InvalidRequest for a text whose beginning has too many tokens already."""
+        num_characters = _CHARACTERS_PER_TOKEN * max_tokens
+        while num_characters < len(text):
+            is_too_long = len(text) > _MAX_CHARACTERS_PER_TOKEN * max_tokens
+            if not is_too_long:
+                # The cut changes the last tokens of the part only.
+                part = self._tokenizer.encode(text[:num_characters], **options)
+                is_too_long = len(part) > max_tokens + _CUT_TOKENS
+            if is_too_long:
+                raise InvalidRequest(
+                    f"a prompt of {len(text)} characters has more than {max_tokens} tokens, the "
+                    "most that a prompt and its completion may have together: shorten it"
+                )
+            num_characters *= 4  # Its tokens are long, as those of blank lines are.
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
         if not getattr(self._tokenizer, "chat_template", None):
             raise InvalidRequest(
                 "this model has no chat template: send the prompt as text or token ids"
@@ -70,12 +96,12 @@ class PromptEncoder:
         from jinja2 import TemplateError
 
         try:
-            text = self._tokenizer.apply_chat_template(
+            text: str = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:  # For example if roles do not alternate.
             raise InvalidRequest(f"the chat template refuses the messages: {error}") from error
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return text
 
     @property
     def ordinary_token_ids(self) -> tuple[int, ...]:

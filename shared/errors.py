@@ -39,16 +39,24 @@ from typing import Any, ClassVar
 
 TYPE_PREFIX = "urn:tandem:error:"
 MEDIA_TYPE = "application/problem+json"
+_MAX_CHARACTERS = 900  # An answer stays under 4 KiB, whatever the characters.
 
 
 class ServiceError(Exception):
-    """An error with an HTTP status. `detail` is one sentence: what happened, where, what to do."""
+    """An error with an HTTP status. `detail` is one sentence: what happened, where, what to do.
+
+    Its middle is left out if it is long, because it may quote what a client sent.
+    """
 
     status: ClassVar[int] = 500
 
     def __init__(
         self, detail: str, *, retry_after_s: float | None = None, extra: Mapping[str, Any] = {}
     ) -> None:
+        if len(detail) > _MAX_CHARACTERS:
+            detail = f"{detail[: _MAX_CHARACTERS * 2 // 3]} … {detail[-_MAX_CHARACTERS // 3 :]}"
+        if not detail.isprintable():  # Such characters grow in JSON, or cannot be encoded.
+            detail = "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in detail)
         super().__init__(detail)
         self.detail = detail
         self.retry_after_s = retry_after_s

@@ -24,20 +24,48 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetCoreSchemaHandler,
     Tag,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema
+
+
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") == "tuple":
+            schema["fail_fast"] = True
+        schema = schema.values()
+    elif not isinstance(schema, list):
+        return
+    for part in schema:
+        _fail_fast(part)
 
 
 class Wire(BaseModel):
-    """Base class of every wire type."""
+    """Base class of every wire type. A list is read up to its first mistake."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """By default pydantic notes every mistake, which costs seconds in a list of a million."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
 
 MAX_INT32 = 2**31 - 1  # Engines count and number tokens in 32 bits.
+MAX_ITEMS = 1 << 16  # Prompts, sequences, groups or pairs of one request.
+MAX_MESSAGES = 4096  # Messages of a chat: a template may look at each of them for each of them.
+MAX_TOOL_CALLS = 256  # Tool calls of one message.
+MAX_JSON_VALUES = 10_000  # Values in a free-form JSON object.
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32, strict=True)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(max_length=1 << 22)]  # Tokens of one sequence.
+SomeTokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=1 << 22)]
+Text = Annotated[str, Field(max_length=1 << 26)]
+Name = Annotated[str, Field(max_length=256)]
 Logprob = Annotated[float, Field(ge=-1e6, le=1e-3)]  # Rounding can push it slightly above 0.
 MAX_SEED = 2**62
 Seed = Annotated[int, Field(ge=0, lt=MAX_SEED)]
@@ -173,20 +201,39 @@ class SamplingParams(Wire):
 class ToolFunction(Wire):
     """The function that a tool call names."""
 
-    name: str  # Name of the function.
-    arguments: dict[str, Any]  # An object, or JSON text of one as OpenAI's clients send it.
+    name: Name  # Name of the function.
+    # An object, or JSON text of one as OpenAI's clients send it; 10,000 values at most.
+    arguments: dict[str, Any] = Field(max_length=MAX_JSON_VALUES)
 
     @field_validator("arguments", mode="before")
     @classmethod
     def _from_json(cls, arguments: object) -> object:
         """OpenAI's clients send JSON text, but chat templates take an object."""
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except RecursionError:
+                raise ValueError("its JSON is nested too deeply: flatten it") from None
+        _check_json_size(arguments)
+        return arguments
+
+
+def _check_json_size(value: object) -> None:
+    """Raise ValueError for a JSON value of more than MAX_JSON_VALUES values."""
+    waiting, num_values = [value], 0
+    while waiting:
+        item = waiting.pop()
+        parts = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        num_values += 1 + len(parts)
+        if num_values > MAX_JSON_VALUES:
+            raise ValueError(f"it holds more than {MAX_JSON_VALUES} values: shorten it")
+        waiting += parts
 
 
 class ToolCall(Wire):
     """A tool call in an assistant's message."""
 
-    id: str | None = None  # Name by which a tool's message refers to this call.
+    id: Name | None = None  # Name by which a tool's message refers to this call.
     type: Literal["function"] = "function"
     function: ToolFunction  # What the assistant calls, and with which arguments.
 
@@ -195,10 +242,11 @@ class ChatMessage(Wire):
     """One message of a chat. A field that the chat template ignores does not reach the prompt."""
 
     role: str = Field(min_length=1, max_length=64)  # A role that the chat template knows.
-    content: str  # Text of the message.
-    name: str | None = None  # Name of the author.
-    tool_calls: tuple[ToolCall, ...] | None = None  # Tool calls that an assistant makes.
-    tool_call_id: str | None = None  # The call that a tool's message answers.
+    content: Text  # Text of the message.
+    name: Name | None = None  # Name of the author.
+    # Tool calls that an assistant makes.
+    tool_calls: Annotated[tuple[ToolCall, ...], Field(max_length=MAX_TOOL_CALLS)] | None = None
+    tool_call_id: Name | None = None  # The call that a tool's message answers.
 
 
 def _prompt_kind(value: object) -> str:
@@ -209,9 +257,9 @@ def _prompt_kind(value: object) -> str:
 
 
 PromptInput = Annotated[
-    Annotated[tuple[TokenId, ...], Field(min_length=1), Tag("token_ids")]
-    | Annotated[str, Field(min_length=1), Tag("text")]
-    | Annotated[tuple[ChatMessage, ...], Tag("chat")],
+    Annotated[SomeTokenIds, Tag("token_ids")]
+    | Annotated[Text, Field(min_length=1), Tag("text")]
+    | Annotated[tuple[ChatMessage, ...], Field(max_length=MAX_MESSAGES), Tag("chat")],
     Discriminator(_prompt_kind),
 ]
 
@@ -220,13 +268,13 @@ class GenerateRequest(Wire):
     """Body of `POST /generate`, which samples `sampling.n` completions of every prompt."""
 
     # Each prompt is a list of token ids, a text, or a list of chat messages.
-    prompts: tuple[PromptInput, ...] = Field(min_length=1)
+    prompts: tuple[PromptInput, ...] = Field(min_length=1, max_length=MAX_ITEMS)
     sampling: SamplingParams = SamplingParams()  # Applies to every prompt.
     policy: PolicyId | None = None  # Version to sample from; None picks the newest resident one.
     # `train` refuses sampling settings that a policy gradient cannot use.
     purpose: Literal["train", "eval"] = "eval"
     # Tokens of a completion to continue; they are context, not output. Needs one prompt and n = 1.
-    completion_prefix: tuple[TokenId, ...] = ()
+    completion_prefix: TokenIds = ()
     stream: bool = False  # Whether to answer in NDJSON, a StreamRecord per line as tokens arrive.
 
     @model_validator(mode="after")
@@ -240,18 +288,20 @@ class Segment(Wire):
     """Consecutive tokens of a completion that one policy version sampled."""
 
     policy: PolicyId  # The version that sampled them.
-    num_tokens: int = Field(ge=1)  # How many tokens the segment has.
+    num_tokens: int = Field(ge=1, le=MAX_INT32)  # How many tokens the segment has.
 
 
 class Completion(Wire):
     """One sampled sequence of tokens."""
 
-    token_ids: tuple[TokenId, ...]  # Sampled tokens, including the stop token.
-    logprobs: tuple[Logprob, ...]  # One per token, under the distribution it was sampled from.
-    segments: tuple[Segment, ...]  # Which version sampled which tokens, in order.
+    token_ids: TokenIds  # Sampled tokens, including the stop token.
+    # One per token, under the distribution it was sampled from.
+    logprobs: tuple[Logprob, ...] = Field(max_length=1 << 22)
+    # Which version sampled which tokens, in order.
+    segments: tuple[Segment, ...] = Field(max_length=MAX_ITEMS)
     # `stop`: a stop token or text; `length`: the token limit; `interrupted`: a sync or drain.
     finish_reason: Literal["stop", "length", "interrupted"]
-    text: str | None = None  # Detokenized completion; None if it was not requested.
+    text: Text | None = None  # Detokenized completion; None if it was not requested.
 
     @model_validator(mode="after")
     def _every_token_has_a_logprob_and_a_version(self) -> Completion:
@@ -267,7 +317,7 @@ class Completion(Wire):
 class CompletionGroup(Wire):
     """The completions of one prompt and the sampling settings that produced them."""
 
-    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the prompt.
+    prompt_token_ids: SomeTokenIds  # Token ids of the prompt.
     completions: tuple[Completion, ...] = Field(min_length=1)  # The `sampling.n` completions.
     sampling: SamplingParams  # Settings of this prompt: its own seed, max_tokens as a number.
 
@@ -284,7 +334,7 @@ class StreamStart(Wire):
 
     kind: Literal["start"] = "start"
     group: int = Field(ge=0)  # Index of the prompt, from 0.
-    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the prompt.
+    prompt_token_ids: SomeTokenIds  # Token ids of the prompt.
     sampling: SamplingParams  # Settings of this prompt: its own seed, max_tokens as a number.
     policy: PolicyId  # The version that samples every token of the group.
     boot_id: str  # Random id of the replica's process; it changes with every restart.
@@ -344,7 +394,9 @@ class ScoreRequest(Wire):
     """Body of `POST /score`, which computes the logprobs of given tokens at temperature 1."""
 
     # Token ids of each sequence to score.
-    sequences: tuple[Annotated[tuple[TokenId, ...], Field(min_length=2)], ...] = Field(min_length=1)
+    sequences: tuple[Annotated[TokenIds, Field(min_length=2)], ...] = Field(
+        min_length=1, max_length=MAX_ITEMS
+    )
     policy: PolicyId | None = None  # Version to score under; None picks the newest resident one.
 
 
@@ -370,9 +422,11 @@ class AdapterManifest(Wire):
     format: Literal["tandem-adapter-1"] = "tandem-adapter-1"  # Version of this format.
     policy: PolicyId  # The version that the adapter makes of the base; at least version 1.
     base: BaseIdentity  # The base that the adapter was trained on.
-    rank: int = Field(ge=1)  # LoRA rank of every target module.
+    rank: int = Field(ge=1, le=MAX_INT32)  # LoRA rank of every target module.
     scaling: float = Field(gt=0, le=1e4)  # Factor on B·A; lora_alpha / rank in PEFT's terms.
-    target_modules: tuple[str, ...] = Field(min_length=1)  # Adapted linear layers, such as q_proj.
+    target_modules: tuple[Name, ...] = Field(
+        min_length=1, max_length=1024
+    )  # Adapted linear layers, such as q_proj.
 
     @field_validator("policy")
     @classmethod
@@ -461,7 +515,7 @@ class ScoredCompletion(Wire):
     completion: Completion  # The completion that was scored.
     reward: float  # How good the completion is: the sum of `rewards` if there are any.
     # Weighted rewards, in the same order for all completions; may be empty.
-    rewards: tuple[float, ...] = ()
+    rewards: tuple[float, ...] = Field(max_length=1024, default=())
 
     @model_validator(mode="after")
     def _rewards_add_up(self) -> ScoredCompletion:
@@ -477,17 +531,18 @@ class ScoredCompletion(Wire):
 class ScoredGroup(Wire):
     """The completions of one prompt with their rewards. A policy update learns from such groups."""
 
-    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the prompt.
+    prompt_token_ids: SomeTokenIds  # Token ids of the prompt.
     sampling: SamplingParams  # Settings that produced the completions.
-    completions: tuple[ScoredCompletion, ...] = Field(min_length=1)  # Each with its reward.
+    # Each with its reward.
+    completions: tuple[ScoredCompletion, ...] = Field(min_length=1, max_length=MAX_ITEMS)
 
 
 class PreferencePair(Wire):
     """A better and a worse answer to one prompt. DPO learns from such pairs."""
 
-    prompt_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the prompt.
-    chosen_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the better answer.
-    rejected_token_ids: tuple[TokenId, ...] = Field(min_length=1)  # Token ids of the worse answer.
+    prompt_token_ids: SomeTokenIds  # Token ids of the prompt.
+    chosen_token_ids: SomeTokenIds  # Token ids of the better answer.
+    rejected_token_ids: SomeTokenIds  # Token ids of the worse answer.
 
     @property
     def num_positions(self) -> int:
@@ -499,8 +554,10 @@ class PreferencePair(Wire):
 class TrainRequest(Wire):
     """Body of `POST /train`, which makes one policy update from the caller's groups or pairs."""
 
-    groups: tuple[ScoredGroup, ...] = ()  # Scored groups, for every algorithm but `dpo`.
-    pairs: tuple[PreferencePair, ...] = ()  # Preference pairs, for the algorithm `dpo`.
+    # Scored groups, for every algorithm but `dpo`.
+    groups: tuple[ScoredGroup, ...] = Field(max_length=MAX_ITEMS, default=())
+    # Preference pairs, for the algorithm `dpo`.
+    pairs: tuple[PreferencePair, ...] = Field(max_length=MAX_ITEMS, default=())
     expected_policy: PolicyId  # The current version; the request is refused if it has changed.
     # Names this update: a repeated request with the same key gets the first answer again.
     idempotency_key: str = Field(min_length=1, max_length=128)
@@ -747,7 +804,7 @@ class ReplicaRegistration(Wire):
     # How long the registration lasts unless it is renewed; None: until the replica is removed.
     lease_s: float | None = Field(gt=0, le=86400, default=None)
     # Id of the replica's process; a new one ends an earlier removal or quarantine.
-    boot_id: str | None = None
+    boot_id: Name | None = None
 
     @field_validator("url")
     @classmethod

@@ -22,6 +22,7 @@ async def answer(
         app,
         api_key=api_key,
         max_body_bytes=1000,
+        max_json_values=100,
         body_timeout_s=5.0,
         open_paths=frozenset({"/"}),
     )

@@ -6,12 +6,19 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, BinaryIO, Literal
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
-from services.http import PROBLEMS, check_content_length, prepare_app, raw_body, until_disconnect
+from services.http import (
+    PROBLEMS,
+    check_content_length,
+    check_query,
+    prepare_app,
+    raw_body,
+    until_disconnect,
+)
 from services.rollout.openai import OpenAiEndpoint, error_response
 from services.rollout.openai_types import (
     ChatAnswer,
@@ -37,6 +44,7 @@ from shared.schemas import (
     Wire,
 )
 
+_MAX_JSON_VALUES = 1 << 22  # Tokens of a request, mostly.
 _CHUNK_BYTES = 1 << 20
 _LAST_RECORD_S = 2.0  # Time after the request timeout in which a stream can still say so.
 _STREAMED: dict[int | str, dict[str, Any]] = {
@@ -63,11 +71,17 @@ def create_app(replica: Replica) -> FastAPI:
         yield
         await replica.stop()
 
-    app = FastAPI(title="Tandem rollout", lifespan=lifespan, responses=PROBLEMS)
+    app = FastAPI(
+        title="Tandem rollout",
+        lifespan=lifespan,
+        responses=PROBLEMS,
+        dependencies=[Depends(check_query)],
+    )
     prepare_app(
         app,
         api_key=settings.api_key,
         max_body_bytes=settings.max_body_bytes,
+        max_json_values=_MAX_JSON_VALUES,
         body_timeout_s=settings.body_timeout_s,
         streamed=frozenset({"/sync_weights"}),
         on_error=lambda error: replica.metrics.errors.labels(type(error).__name__).inc(),

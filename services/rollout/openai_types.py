@@ -19,11 +19,16 @@ from pydantic_core import PydanticCustomError
 
 from shared.schemas import (
     MAX_INT32,
+    MAX_ITEMS,
+    MAX_MESSAGES,
+    MAX_TOOL_CALLS,
     ChatMessage,
+    Name,
     PolicyId,
     PromptInput,
     SamplingParams,
     Segment,
+    Text,
     TokenId,
     ToolCall,
     Wire,
@@ -31,6 +36,7 @@ from shared.schemas import (
 
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; a chat may fill the context.
 
+_Count = Annotated[int, Field(ge=0, le=MAX_INT32)]
 _NO_OTHERS = "only the sampled token's logprob is kept: send 0 for it"
 _NO_TOOLS = (
     "the chat template gets no tool definitions and no call is parsed from the answer: write the "
@@ -73,11 +79,11 @@ def _several_stops(value: object) -> object:
 class SampledRequest(_Nullable, SamplingParams):
     """What both routes take. Sampling settings that OpenAI lacks have vLLM's names."""
 
-    model: str
+    model: Name
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
-        BeforeValidator(_several_stops, json_schema_input_type=str | tuple[str, ...] | None),
         Field(max_length=16),
+        BeforeValidator(_several_stops, json_schema_input_type=str | tuple[str, ...] | None),
     ] = ()
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -88,12 +94,12 @@ class SampledRequest(_Nullable, SamplingParams):
     detokenize: Annotated[bool, _only(True)] = True
     logit_bias: Annotated[object, _only({})] = None
     # These fields do not change what is sampled.
-    user: str = ""
+    user: Name = ""
     metadata: object = None
     store: bool = False
-    service_tier: str = ""
-    safety_identifier: str = ""
-    prompt_cache_key: str = ""
+    service_tier: Name = ""
+    safety_identifier: Name = ""
+    prompt_cache_key: Name = ""
 
     def sampling(self) -> SamplingParams:
         fields = {name: getattr(self, name) for name in SamplingParams.model_fields}
@@ -119,15 +125,16 @@ class CompletionRequest(SampledRequest):
 
     prompt: Annotated[
         tuple[PromptInput, ...],
+        Field(max_length=MAX_ITEMS),
         BeforeValidator(
             _prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
         ),
     ]
     max_tokens: int | None = Field(ge=1, le=MAX_INT32, default=_COMPLETION_TOKENS)
-    logprobs: Annotated[int | None, _only(None, 0, why=_NO_OTHERS)] = None
+    logprobs: Annotated[_Count | None, _only(None, 0, why=_NO_OTHERS)] = None
     echo: Annotated[bool, _only(False)] = False
-    suffix: Annotated[str, _only("")] = ""
-    best_of: Annotated[int, _only(1)] = 1
+    suffix: Annotated[Name, _only("")] = ""
+    best_of: Annotated[_Count, _only(1)] = 1
 
     def prompts(self) -> tuple[PromptInput, ...]:
         return self.prompt
@@ -139,15 +146,15 @@ class CompletionRequest(SampledRequest):
 
 class TextPart(Wire):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Nullable):
     role: str = Field(min_length=1, max_length=64)
-    content: str | tuple[TextPart, ...] = ""
-    name: str | None = None
-    tool_calls: tuple[ToolCall, ...] | None = None
-    tool_call_id: str | None = None
+    content: Text | Annotated[tuple[TextPart, ...], Field(max_length=MAX_MESSAGES)] = ""
+    name: Name | None = None
+    tool_calls: Annotated[tuple[ToolCall, ...], Field(max_length=MAX_TOOL_CALLS)] | None = None
+    tool_call_id: Name | None = None
 
     def to_chat(self) -> ChatMessage:
         content = self.content
@@ -165,10 +172,10 @@ class Message(_Nullable):
 class ChatRequest(SampledRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: tuple[Message, ...] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(ge=1, default=None)
+    messages: tuple[Message, ...] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(ge=1, le=MAX_INT32, default=None)
     logprobs: bool = False
-    top_logprobs: Annotated[int, _only(0, why=_NO_OTHERS)] = 0
+    top_logprobs: Annotated[_Count, _only(0, why=_NO_OTHERS)] = 0
     tools: Annotated[object, _only([], why=_NO_TOOLS)] = None
     tool_choice: Annotated[object, _only("none", "auto", why=_NO_TOOLS)] = None
     parallel_tool_calls: bool = True

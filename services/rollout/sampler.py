@@ -8,7 +8,8 @@ import itertools
 import logging
 import math
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
-from contextlib import ExitStack, aclosing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,11 +29,13 @@ from shared.errors import (
 from shared.metrics import RolloutMetrics
 from shared.schemas import (
     MAX_SEED,
+    ChatMessage,
     Completion,
     CompletionGroup,
     GenerateRequest,
     GenerateResponse,
     PolicyId,
+    PromptInput,
     RolloutLimits,
     SamplingParams,
     ScoreRequest,
@@ -50,6 +53,9 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _ALIVE_S = 0.5  # Interval of the signs of life in an idle stream.
 _INTERRUPT_PAUSE_S = 0.02
+_INLINE_CHARACTERS = 1 << 14  # Tokenized on the event loop: it takes a few milliseconds.
+_MESSAGE_CHARACTERS = 64  # What rendering a message costs, in characters of text.
+_ENCODING_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,8 @@ class Sampler:
         self._in_fleet = in_fleet
         self._boot_id = boot_id
         self._metrics = metrics
+        # Threads of their own: uploads of adapters never wait for texts.
+        self._encoding = ThreadPoolExecutor(_ENCODING_THREADS, "encode")
         self._request_ids = itertools.count()
         self._running: set[str] = set()  # Ids of interruptible requests.
         self.num_outstanding = 0
@@ -100,7 +108,7 @@ class Sampler:
 
     async def generate(self, request: GenerateRequest) -> GenerateResponse:
         """One group per prompt, in order, all under one version."""
-        with self._admitted_work(request) as work:
+        async with self._admitted_work(request) as work:
             groups = await self._within_deadline(self._group(item) for item in work)
         return GenerateResponse(groups=groups, boot_id=self._boot_id)
 
@@ -114,26 +122,27 @@ class Sampler:
         leases end with it, or before the last record.
         """
         last: StreamEnd | StreamError = StreamEnd(boot_id=self._boot_id)
-        with self._admitted_work(request) as work, self._metrics.open_streams.track_inprogress():
-            try:
-                yield [self._start(item) for item in work]
-                records = merged(
-                    [self._records(item) for item in work],
-                    pause_s=_ALIVE_S,
-                    timeout_s=self._timeout_s,
-                )
-                async with aclosing(records):
-                    async for batch in records:
-                        yield batch or [StreamAlive()]
-            except (asyncio.CancelledError, GeneratorExit):
-                if counts_errors:
-                    self._metrics.errors.labels("ClientClosed").inc()
-                raise
-            except Exception as error:  # The status was sent long ago, so report it in the stream.
-                problem = self._as_service_error(error)
-                if counts_errors:
-                    self._metrics.errors.labels(type(problem).__name__).inc()
-                last = StreamError(problem=problem.to_problem())
+        with self._metrics.open_streams.track_inprogress():
+            async with self._admitted_work(request) as work:
+                try:
+                    yield [self._start(item) for item in work]
+                    records = merged(
+                        [self._records(item) for item in work],
+                        pause_s=_ALIVE_S,
+                        timeout_s=self._timeout_s,
+                    )
+                    async with aclosing(records):
+                        async for batch in records:
+                            yield batch or [StreamAlive()]
+                except (asyncio.CancelledError, GeneratorExit):
+                    if counts_errors:
+                        self._metrics.errors.labels("ClientClosed").inc()
+                    raise
+                except Exception as error:  # The status was sent, so the stream says it.
+                    problem = self._as_service_error(error)
+                    if counts_errors:
+                        self._metrics.errors.labels(type(problem).__name__).inc()
+                    last = StreamError(problem=problem.to_problem())
         yield [last]
 
     async def interrupt(self) -> None:
@@ -142,8 +151,8 @@ class Sampler:
             await self._engine.interrupt(tuple(self._running))
             await asyncio.sleep(_INTERRUPT_PAUSE_S)
 
-    @contextmanager
-    def _admitted_work(self, request: GenerateRequest) -> Iterator[list[_Work]]:
+    @asynccontextmanager
+    async def _admitted_work(self, request: GenerateRequest) -> AsyncGenerator[list[_Work]]:
         """Check the request, count it in, and lease what it runs under; all of it ends together.
 
         Nothing is awaited between choosing a version and leasing it.
@@ -151,16 +160,31 @@ class Sampler:
         if request.purpose == "train":
             _refuse_biased_sampling(request.sampling)
         num_completions = len(request.prompts) * request.sampling.n
-        self.check_room(num_completions)  # Before work in proportion to the request.
-        prompts = [self._encoder.encode(prompt) for prompt in request.prompts]
-        samplings = [self._resolve(request, i, prompt) for i, prompt in enumerate(prompts)]
         with self._admitted(num_completions), ExitStack() as leases:
+            prompts = await self._encode(request.prompts)
+            samplings = [self._resolve(request, i, prompt) for i, prompt in enumerate(prompts)]
             work = []
             for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
                 request_id, lease = self._lease(leases, request.policy, interruptible=True)
                 prefix = request.completion_prefix
                 work.append(_Work(i, request_id, lease, prompt, prefix, sampling))
             yield work
+
+    async def _encode(self, prompts: Sequence[PromptInput]) -> list[tuple[int, ...]]:
+        """The prompts' token ids. Long texts are tokenized in a thread, without the GIL."""
+
+        def encode() -> list[tuple[int, ...]]:
+            limit = self._limits.max_model_len
+            return [self._encoder.encode(prompt, max_tokens=limit) for prompt in prompts]
+
+        if sum(map(_text_size, prompts)) <= _INLINE_CHARACTERS:
+            return encode()
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await loop.run_in_executor(self._encoding, encode)
+        except TimeoutError as error:
+            raise self._as_service_error(error) from error
 
     def resolve(self, policy: PolicyId | None) -> PolicyId:
         """The version that a request runs under: without a pinned one the newest."""
@@ -360,6 +384,21 @@ class Sampler:
 
     def _next_id(self) -> str:
         return f"{self._boot_id}-{next(self._request_ids)}"
+
+
+def _text_size(prompt: PromptInput) -> int:
+    """About how many characters have to be rendered and tokenized."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    if not isinstance(prompt[0], ChatMessage):
+        return 0
+    messages = [message for message in prompt if isinstance(message, ChatMessage)]
+    num_calls = sum(len(message.tool_calls or ()) for message in messages)
+    return (
+        sum(len(message.content) for message in messages)
+        + _MESSAGE_CHARACTERS * len(messages)
+        + _INLINE_CHARACTERS * num_calls
+    )
 
 
 def _refuse_biased_sampling(sampling: SamplingParams) -> None:

@@ -10,7 +10,7 @@ from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from services.http import PROBLEMS, prepare_app, raw_body
+from services.http import PROBLEMS, check_query, prepare_app, raw_body
 from services.trainer.dashboard import page_files, serve_page
 from services.trainer.run.recent import MAX_COMPLETIONS
 from services.trainer.run_config import dump_run_config, parse_run_config
@@ -29,6 +29,8 @@ from shared.schemas import (
     TrainResponse,
 )
 
+_MAX_JSON_VALUES = 1 << 24  # Tokens and logprobs of a batch, mostly.
+
 
 def create_app(trainer: Trainer) -> FastAPI:
     settings = trainer.settings
@@ -39,12 +41,18 @@ def create_app(trainer: Trainer) -> FastAPI:
         yield
         await trainer.stop()
 
-    app = FastAPI(title="Tandem trainer", lifespan=lifespan, responses=PROBLEMS)
+    app = FastAPI(
+        title="Tandem trainer",
+        lifespan=lifespan,
+        responses=PROBLEMS,
+        dependencies=[Depends(check_query)],
+    )
     page = page_files(needs_key=settings.api_key is not None)
     prepare_app(
         app,
         api_key=settings.api_key,
         max_body_bytes=settings.max_body_bytes,
+        max_json_values=_MAX_JSON_VALUES,
         body_timeout_s=settings.body_timeout_s,
         open_paths=frozenset(page),  # The page holds no data and asks for the key.
     )

@@ -84,6 +84,15 @@ class Service:
         async with httpx.AsyncClient(transport=transport, base_url="http://replica") as http:
             return await http.get(path, headers=headers)
 
+    async def post(self, path: str, body: bytes) -> httpx.Response:
+        """Send a JSON body as it is."""
+        transport = httpx.ASGITransport(app=self.app)
+        headers = {"Content-Type": "application/json"}
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://replica", timeout=None
+        ) as http:
+            return await http.post(path, content=body, headers=headers)
+
     async def started(self) -> None:
         await until(lambda: self.replica.status().state != "starting")
 

@@ -95,7 +95,9 @@ class FakeTrainer:
 
     def _create_app(self, api_key: str | None) -> FastAPI:
         app = FastAPI()
-        prepare_app(app, api_key=api_key, max_body_bytes=1 << 20, body_timeout_s=5.0)
+        prepare_app(
+            app, api_key=api_key, max_body_bytes=1 << 20, max_json_values=1000, body_timeout_s=5.0
+        )
 
         @app.get("/status")
         async def status() -> TrainerStatus:
