@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import reprlib
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -26,12 +25,11 @@ from shared.errors import (
     InvalidRequest,
     NotFound,
     ServiceError,
+    shown,
 )
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
 _MAX_JSON_FIELDS = 500_000  # A request of 4,096 completions has about 50,000.
 # OpenAPI's description of errors: one answer for all of them, whose `type` names the class.
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -136,7 +134,9 @@ def invalid_request(first: dict[str, Any]) -> InvalidRequest:
     path = [str(part) for part in first["loc"] if part != "body"]
     field = ".".join(path) or "the body"
     if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"unknown field {field!r}: see /docs for the fields of this request")
+        return InvalidRequest(
+            f"unknown field {shown(field)}: see /docs for the fields of this request"
+        )
     if first["type"] == "json_invalid":
         return InvalidRequest(
             f"the body is not JSON: {first['ctx']['error']} at character {path[-1]}"
@@ -145,7 +145,7 @@ def invalid_request(first: dict[str, Any]) -> InvalidRequest:
         return InvalidRequest(f"field {field!r} is required")
     if not path and isinstance(first.get("input"), bytes):
         return InvalidRequest("send the JSON body with 'Content-Type: application/json'")
-    return InvalidRequest(f"{field} is {_SHORT.repr(first.get('input'))}: {first['msg']}")
+    return InvalidRequest(f"{field} is {shown(first.get('input'))}: {first['msg']}")
 
 
 class _Gate:

@@ -21,10 +21,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from shared.errors import DigestMismatch, InvalidAdapter, InvalidRequest
+from shared.errors import DigestMismatch, InvalidAdapter, InvalidRequest, shown
 from shared.schemas import AdapterManifest, BaseIdentity, PolicyId
 
 MAX_HEADER_BYTES = 1 << 20  # 392 tensors take 50 KB; safetensors itself allows 100 MB.
+_MAX_CONTAINERS = 30_000  # JSON objects and lists in a header; a tensor has three.
+_MAX_MANIFEST_BYTES = 1 << 14  # One has 700 bytes.
+_MAX_DIMENSIONS = 8
+_MAX_INT64 = 2**63 - 1
 MANIFEST_KEY = "tandem_manifest"
 # File names of an adapter folder in PEFT and vLLM.
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -60,8 +64,8 @@ def parse_content_digest(header: str | None) -> str:
     match = re.search(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/]{43}=):", header or "")
     if match is None:
         raise InvalidRequest(
-            f"Content-Digest is {header!r}: send 'sha-256=:<base64 of the SHA-256 of the body>:' "
-            "(RFC 9530)"
+            f"Content-Digest is {shown(header)}: send "
+            "'sha-256=:<base64 of the SHA-256 of the body>:' (RFC 9530)"
         )
     return base64.b64decode(match[1]).hex()
 
@@ -134,11 +138,12 @@ def from_peft(folder: Path, policy: PolicyId, base: BaseIdentity) -> bytes:
     Raises InvalidAdapter if the folder is not a PEFT adapter, or no replica can serve it.
     """
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        with (folder / ADAPTER_CONFIG).open("rb") as file:
+            config = json.loads(file.read(MAX_HEADER_BYTES))
         path = folder / ADAPTER_WEIGHTS
         header, first_byte = _header_json(path)
         tensors = path.read_bytes()[first_byte:]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidAdapter(
             f"{folder} is not a PEFT adapter with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} "
             f"({error}): save the adapter there with model.save_pretrained()"
@@ -153,10 +158,12 @@ def from_peft(folder: Path, policy: PolicyId, base: BaseIdentity) -> bytes:
             )
     if (bias := config.get("bias", "none")) != "none":
         raise InvalidAdapter(
-            f"{folder} was trained with bias={bias!r}, which no replica serves: train it with "
+            f"{folder} was trained with bias={shown(bias)}, which no replica serves: train it with "
             "bias='none'"
         )
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        _tensor_info(name, entry, first_byte=0)  # The new header ends at a multiple of 8.
     leaves = {name.partition(".lora_")[0].rpartition(".")[2] for name in header}
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
@@ -167,9 +174,10 @@ def from_peft(folder: Path, policy: PolicyId, base: BaseIdentity) -> bytes:
             scaling=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
             target_modules=tuple(sorted(leaves)),
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise InvalidAdapter(
-            f"{folder}/{ADAPTER_CONFIG} has no usable r and lora_alpha: save the adapter again"
+            f"{folder} has no usable r and lora_alpha in {ADAPTER_CONFIG}, or no usable names of "
+            f"tensors in {ADAPTER_WEIGHTS}: save the adapter again"
         ) from error
     return _encode_header({"__metadata__": manifest_metadata(manifest), **header}) + tensors
 
@@ -178,11 +186,12 @@ def from_peft(folder: Path, policy: PolicyId, base: BaseIdentity) -> bytes:
 
 
 def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise InvalidAdapter(f"the safetensors header has the key {twice!r} twice")
-    return dict(pairs)
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise InvalidAdapter(f"the safetensors header has the key {shown(key)} twice")
+        found[key] = value
+    return found
 
 
 def _header_json(path: Path) -> tuple[dict[str, Any], int]:
@@ -199,6 +208,11 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int]:
                 f"{MAX_HEADER_BYTES}: the file is not an adapter, or not a safetensors file"
             )
         raw = file.read(header_bytes)
+    if raw.count(b"{") + raw.count(b"[") > _MAX_CONTAINERS:  # They are what takes time to parse.
+        raise InvalidAdapter(
+            f"the safetensors header has more than {_MAX_CONTAINERS} objects and lists, of which a "
+            "tensor needs three: the file is not an adapter"
+        )
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicate_keys)
     except (ValueError, RecursionError) as error:  # RecursionError: hostile, deeply nested JSON.
@@ -210,10 +224,10 @@ def _header_json(path: Path) -> tuple[dict[str, Any], int]:
 
 def _parse_manifest(metadata: Any) -> AdapterManifest:
     text = metadata.get(MANIFEST_KEY) if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
+    if not isinstance(text, str) or len(text) > _MAX_MANIFEST_BYTES:
         raise InvalidAdapter(
-            f"the safetensors metadata has no {MANIFEST_KEY!r}: write the file with an "
-            "AdapterManifest (shared/schemas.py) in its metadata"
+            f"the safetensors metadata has no {MANIFEST_KEY!r} of at most {_MAX_MANIFEST_BYTES} "
+            "characters: write the file with an AdapterManifest (shared/schemas.py) in its metadata"
         )
     try:
         return AdapterManifest.model_validate_json(text)
@@ -222,39 +236,47 @@ def _parse_manifest(metadata: Any) -> AdapterManifest:
         field = ".".join(str(part) for part in first["loc"]) or "manifest"
         if first["type"] == "extra_forbidden":
             raise InvalidAdapter(
-                f"the manifest has the unsupported field {field!r}: an adapter has one rank and "
-                "one scaling for all its modules, and no DoRA, biases or saved modules"
+                f"the manifest has the unsupported field {shown(field)}: an adapter has one rank "
+                "and one scaling for all its modules, and no DoRA, biases or saved modules"
             ) from error
         raise InvalidAdapter(
-            f"manifest field {field!r} is {first.get('input')!r}: {first['msg']}"
+            f"manifest field {shown(field)} is {shown(first.get('input'))}: {first['msg']}"
         ) from error
 
 
 def _tensor_info(name: str, entry: Any, first_byte: int) -> TensorInfo:
-    try:
-        dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
-        start, end = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InvalidAdapter(f"the header entry of tensor {name!r} is malformed") from error
+    match entry:
+        case {"dtype": str(dtype), "shape": [*sizes], "data_offsets": [start, end]} if len(
+            sizes
+        ) <= _MAX_DIMENSIONS and all(map(_is_size, (*sizes, start, end))):
+            shape = tuple(sizes)
+        case _:
+            raise InvalidAdapter(
+                f"the header entry of tensor {shown(name)} is malformed: it needs a dtype, a shape "
+                f"of at most {_MAX_DIMENSIONS} sizes, and the two data_offsets"
+            )
     if dtype not in ELEMENT_BYTES:
         raise InvalidAdapter(
-            f"tensor {name!r} has dtype {dtype}: write it as one of {', '.join(ELEMENT_BYTES)}"
+            f"tensor {shown(name)} has dtype {dtype:.16}: write it as one of "
+            f"{', '.join(ELEMENT_BYTES)}"
         )
-    num_elements = 1
-    for size in shape:
-        num_elements *= size
-    if end - start != num_elements * ELEMENT_BYTES[dtype]:
+    if end - start != math.prod(shape) * ELEMENT_BYTES[dtype]:
         raise InvalidAdapter(
-            f"tensor {name!r} of shape {list(shape)} and dtype {dtype} spans {end - start} bytes: "
-            "shape, dtype and data_offsets contradict each other"
+            f"tensor {shown(name)} of shape {list(shape)} and dtype {dtype} spans {end - start} "
+            "bytes: shape, dtype and data_offsets contradict each other"
         )
     if (first_byte + start) % ELEMENT_BYTES[dtype]:
         raise InvalidAdapter(
-            f"tensor {name!r} of dtype {dtype} starts at byte {first_byte + start} of the file, "
-            f"which is not a multiple of {ELEMENT_BYTES[dtype]}: pad the header with spaces, and "
-            "put wide dtypes first"
+            f"tensor {shown(name)} of dtype {dtype} starts at byte {first_byte + start}, which is "
+            f"not a multiple of {ELEMENT_BYTES[dtype]}: pad the header with spaces, and put wide "
+            "dtypes first"
         )
     return TensorInfo(dtype, shape, first_byte + start, first_byte + end)
+
+
+def _is_size(value: object) -> bool:
+    """Whether it is an integer that 64 bits hold, as safetensors has them: no float, no bool."""
+    return type(value) is int and 0 <= value <= _MAX_INT64
 
 
 def read_header(path: Path) -> AdapterHeader:
@@ -278,7 +300,8 @@ def expected_shapes(
         if target not in leaves or target not in LINEAR_MODULES:
             supported = [name for name in LINEAR_MODULES if name in leaves]
             raise InvalidAdapter(
-                f"target module {target!r} cannot be served: choose from {', '.join(supported)}"
+                f"target module {shown(target)} cannot be served: choose from "
+                f"{', '.join(supported)}"
             )
     for path, (num_out, num_in) in linear_shapes.items():
         if path.rpartition(".")[2] in manifest.target_modules:
@@ -303,4 +326,4 @@ def check_tensors(header: AdapterHeader, linear_shapes: Mapping[str, tuple[int, 
 def _refuse(problem: str, names: list[str]) -> None:
     if names:
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        raise InvalidAdapter(f"the adapter {problem} {names[0]!r}{more}")
+        raise InvalidAdapter(f"the adapter {problem} {shown(names[0])}{more}")

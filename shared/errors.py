@@ -34,12 +34,14 @@ the client raises that class with the same `detail` and `extra`.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 TYPE_PREFIX = "urn:tandem:error:"
 MEDIA_TYPE = "application/problem+json"
 _MAX_CHARACTERS = 900  # An answer stays under 4 KiB, whatever the characters.
+_MAX_QUOTE = 120  # In characters.
 
 
 class ServiceError(Exception):
@@ -198,3 +200,28 @@ def from_problem(problem: Mapping[str, Any], status: int) -> ServiceError:
         retry_after_s=float(retry_after_s) if isinstance(retry_after_s, int | float) else None,
         extra={key: value for key, value in problem.items() if key not in fields},
     )
+
+
+def shown(value: object) -> str:
+    """What a sentence quotes of a value that somebody sent: its `repr`, cut to 120 characters."""
+    text = _QUOTE.repr(value)
+    return text if len(text) <= _MAX_QUOTE else text[: _MAX_QUOTE - 3] + "..."
+
+
+class _Quote(reprlib.Repr):
+    """Does work for what is shown only, however large the value is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+        self.maxlist = self.maxtuple = self.maxdict = 8
+        self.maxstring = self.maxother = _MAX_QUOTE
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 64 else f"<integer of {x.bit_length()} bits>"
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return repr(x[: self.maxstring])
+
+
+_QUOTE = _Quote()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ from shared.adapters import (
     check_tensors,
     content_digest,
     expected_shapes,
+    from_peft,
     manifest_metadata,
     parse_content_digest,
     peft_config,
     read_header,
 )
-from shared.errors import DigestMismatch, InvalidAdapter, InvalidRequest
+from shared.errors import DigestMismatch, InvalidAdapter, InvalidRequest, ServiceError
 from shared.schemas import AdapterManifest, BaseIdentity, PolicyId
 
 BASE = BaseIdentity(weights="0" * 64, recipe=None, tokenizer="1" * 64, chat_template=None)
@@ -52,6 +55,16 @@ def entry(*shape: int, dtype: str = "F32", start: int = 0, end: int | None = Non
         num_bytes *= size
     offsets = [start, start + num_bytes if end is None else end]
     return {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+
+
+def changed(**fields: object) -> dict[str, str]:
+    """The metadata of a manifest with other values, of any type and size."""
+    return {MANIFEST_KEY: json.dumps(manifest().model_dump(mode="json") | fields)}
+
+
+def num_bytes(error: ServiceError) -> int:
+    """Of the answer to a client."""
+    return len(json.dumps(error.to_problem(), ensure_ascii=False).encode())
 
 
 # --- digest -------------------------------------------------------------------------------------
@@ -119,6 +132,7 @@ def test_the_manifest_and_the_tensor_table_are_read(tmp_path: Path) -> None:
         (struct.pack("<Q", 2) + b"[]", "not an object"),
         (struct.pack("<Q", 2) + b"{}", "has no 'tandem_manifest'"),
         (struct.pack("<Q", 13) + b'{"a":1,"a":2}', "the key 'a' twice"),
+        (struct.pack("<Q", 90010) + b'{"a":[' + b"{}," * 30000 + b"0]}", "more than 30000 objects"),
         (struct.pack("<Q", 20000) + b"[" * 20000, "not a safetensors file"),
         (struct.pack("<Q", 5006) + b'{"a":' + b"9" * 5000 + b"}", "not a safetensors file"),
     ],
@@ -147,15 +161,27 @@ def test_a_file_that_is_not_safetensors_is_refused(
         (entry(2, 6, dtype="F64"), "dtype F64: write it as one of BF16, F16, F32"),
         (entry(2, 6, end=47), r"shape \[2, 6\] and dtype F32 spans 47 bytes"),
         (entry(2, 6, dtype="BF16"), "dtype BF16 spans 48 bytes"),
-        (entry(-2, 6, end=48), "spans 48 bytes"),
+        (entry(-2, -6, end=48), "'t' is malformed"),
+        # Fault S8: their product took seconds, and the answer held its digits.
+        ({"dtype": "F32", "shape": [1e308] * 4000, "data_offsets": [0, 4]}, "'t' is malformed"),
+        ({"dtype": "F32", "shape": [10**308] * 1000, "data_offsets": [0, 4]}, "'t' is malformed"),
+        ({"dtype": "F32", "shape": [1] * 4000, "data_offsets": [0, 4]}, "'t' is malformed"),
+        ({"dtype": "F32", "shape": [2**63], "data_offsets": [0, 4]}, "'t' is malformed"),
+        ({"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}, "'t' is malformed"),
+        ({"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}, "'t' is malformed"),
+        ({"dtype": "F32", "shape": [2**62] * 8, "data_offsets": [0, 4]}, "spans 4 bytes"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [0, 10**400]}, "'t' is malformed"),
+        ({"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}, "'t' is malformed"),
+        ({"dtype": "\ud800" * 10**5, "shape": [1], "data_offsets": [0, 4]}, "write it as one of"),
     ],
 )
 def test_a_tensor_entry_that_contradicts_itself_is_refused(
     tensor: object, says: str, tmp_path: Path
 ) -> None:
     header = {"__metadata__": manifest_metadata(manifest()), "t": tensor}
-    with pytest.raises(InvalidAdapter, match=says):
+    with pytest.raises(InvalidAdapter, match=says) as refused:
         read_header(write(tmp_path / "a", header))
+    assert num_bytes(refused.value) <= 4096
 
 
 @pytest.mark.parametrize(
@@ -166,14 +192,90 @@ def test_a_tensor_entry_that_contradicts_itself_is_refused(
         ({MANIFEST_KEY: 3}, "no 'tandem_manifest'"),
         ({MANIFEST_KEY: "{"}, "manifest field 'manifest' is"),
         ({MANIFEST_KEY: "{}"}, "manifest field 'policy'"),
-        ({MANIFEST_KEY: "[" * 20000}, "manifest field 'manifest'"),
+        ({MANIFEST_KEY: "[" * 16000}, "manifest field 'manifest'"),
+        # Fault S8: what a file holds is neither worked on nor quoted at any length.
+        ({MANIFEST_KEY: " " * 20000}, "no 'tandem_manifest' of at most 16384 characters"),
+        (changed(**{"x" * 15000: 1}), "the unsupported field 'xxx"),
+        (changed(rank=10**400), "'rank' is <integer of 1329 bits>: "),
+        (changed(scaling=-(10**300)), "'scaling' is "),
+        (changed(target_modules=["q_proj"] * 1100), "'target_modules' is .* at most 1024 items"),
+        (changed(target_modules=["q_proj" * 100]), "'target_modules.0' is .* at most 256 char"),
+        (changed(format="\n" * 7000), "manifest field 'format' is "),
     ],
 )
 def test_metadata_without_a_manifest_is_refused(
     metadata: object, says: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(InvalidAdapter, match=says):
+    with pytest.raises(InvalidAdapter, match=says) as refused:
         read_header(write(tmp_path / "a", {"__metadata__": metadata}))
+    assert num_bytes(refused.value) <= 4096
+
+
+def cpu_s(work: Callable[[], object]) -> float:
+    """CPU time of the fastest of some calls, which other processes do not change."""
+
+    def once() -> float:
+        started = time.thread_time()
+        work()
+        return time.thread_time() - started
+
+    return min(once() for _ in range(3))
+
+
+def test_eight_times_as_many_keys_are_not_64_times_the_work(tmp_path: Path) -> None:
+    """Fault S8: which key is there twice was found by counting each of them."""
+
+    def refuse(num_keys: int) -> None:
+        keys = [*range(num_keys - 1), num_keys - 2]
+        table = ",".join(f'"{key:07}":0' for key in keys).encode()
+        with pytest.raises(InvalidAdapter, match=f"the key '{num_keys - 2:07}' twice"):
+            read_header(write(tmp_path / "a", b"{" + table + b"}"))
+
+    assert cpu_s(lambda: refuse(64_000)) < 32 * cpu_s(lambda: refuse(8_000))
+
+
+def test_many_long_names_are_refused_in_one_short_sentence(tmp_path: Path) -> None:
+    """Fault S8: the answer had a megabyte."""
+    names = [f"{i:01000}" for i in range(900)]
+    header = {"__metadata__": manifest_metadata(manifest())} | dict.fromkeys(names, entry(0))
+    with pytest.raises(InvalidAdapter, match=r"has no tensor .* \(and 1 more\)") as refused:
+        check_tensors(read_header(write(tmp_path / "a", header)), LINEAR_SHAPES)
+    assert num_bytes(refused.value) <= 4096
+    surplus = dict.fromkeys(names, TensorInfo("F32", (0,), 0, 0))
+    with pytest.raises(
+        InvalidAdapter, match=r"an unexpected tensor .* \(and 899 more\)"
+    ) as refused:
+        check_tensors(AdapterHeader(manifest(), {**complete().tensors, **surplus}), LINEAR_SHAPES)
+    assert num_bytes(refused.value) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "says"),
+    [
+        (
+            {"r": 10**400, "lora_alpha": 16},
+            ["a.q_proj.lora_A.weight"],
+            "no usable r and lora_alpha",
+        ),
+        ({"r": 8, "lora_alpha": 10**400}, ["a.q_proj.lora_A.weight"], "no usable r and lora_alpha"),
+        ({"r": 0, "lora_alpha": 1}, ["a.q_proj.lora_A.weight"], "no usable r and lora_alpha"),
+        (
+            {"r": 8, "lora_alpha": 16},
+            [f"a.m{i}.lora_A.weight" for i in range(1100)],
+            "names of ten",
+        ),
+        ({"r": 8, "lora_alpha": 16, "bias": "x" * 9999}, [], r"with bias='xxx"),
+    ],
+)
+def test_a_peft_folder_with_extreme_values_is_refused(
+    config: dict[str, object], names: list[str], says: str, tmp_path: Path
+) -> None:
+    """Fault S8, where a downloaded adapter is pushed: some ended in an OverflowError."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    write(tmp_path / "adapter_model.safetensors", dict.fromkeys(names, entry(0)))
+    with pytest.raises(InvalidAdapter, match=says) as refused:
+        from_peft(tmp_path, POLICY, BASE)
+    assert num_bytes(refused.value) <= 4096
 
 
 @pytest.mark.parametrize(("padding", "dtype"), [(1, "BF16"), (2, "F32")])

@@ -17,6 +17,7 @@ from shared.errors import (
     Unavailable,
     UnknownPolicy,
     from_problem,
+    shown,
 )
 
 ERRORS = [
@@ -43,6 +44,25 @@ def test_a_problem_is_the_object_of_rfc_9457() -> None:
         "detail": "gone",
         "resident": [],
     }
+
+
+@pytest.mark.parametrize("character", ["x", "\x00", "é", "😀", "\ud800", '"'])
+@pytest.mark.parametrize("num_characters", [500, 3000, 10**6])
+def test_no_answer_is_longer_than_4_kib(character: str, num_characters: int) -> None:
+    """Faults S8 and S13: what was sent came back, megabytes of it; a lone surrogate was a 500."""
+    problem = InvalidRequest(character * num_characters).to_problem()
+    assert 0 < len(json.dumps(problem, ensure_ascii=False).encode()) <= 4096
+
+
+def test_a_sentence_quotes_the_begin_of_a_value_whatever_its_type_and_size() -> None:
+    assert shown("as it is") == "'as it is'"
+    assert shown([1, None, 0.5]) == "[1, None, 0.5]"
+    assert shown(10**5000) == "<integer of 16610 bits>"
+    nested: object = "x"
+    for _ in range(10_000):
+        nested = [nested] * 9
+    for value in ("x" * 10**6, b"x" * 10**6, ["x" * 10**6] * 100, {"x" * 500: 10**5000}, nested):
+        assert 8 < len(shown(value)) <= 120
 
 
 def test_extra_cannot_shadow_the_fields_of_a_problem() -> None:
