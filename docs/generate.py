@@ -239,8 +239,8 @@ def settings_page() -> str:
         "## Rollout service\n\n" + _environment(RolloutSettings) + "\n"
         "## Trainer service\n\n" + _environment(TrainerSettings) + "\n"
         "## Run config\n\n"
-        "The body of `POST /runs`, in YAML or JSON. Fields with a default are optional.\n"
-        + "".join(map(_model_section, reachable(RunConfig)))
+        "The body of `POST /runs`, in YAML or JSON of at most 1 MiB. Fields with a default are "
+        "optional.\n" + "".join(map(_model_section, reachable(RunConfig)))
     )
 
 

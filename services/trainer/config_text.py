@@ -12,14 +12,35 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.constructor import SafeConstructor
+
+from shared.errors import shown
 
 Model = TypeVar("Model", bound=BaseModel)
+MAX_CONFIG_BYTES = 1 << 20
+_MAX_VALUES = 10_000  # Keys count too, and an alias as all that it stands for.
+_MAX_DEPTH = 64
+_MAX_NUMBER_CHARACTERS = 100  # To convert one in base 60, which YAML has, is quadratic work.
 _MAX_PLACES = 2  # Suggested places for a misplaced key, at most.
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+_TEXT = "tag:yaml.org,2002:str"
 
 
 def parse_config(text: str | bytes, model: type[Model], *, name: str) -> Model:
-    """A `model` from YAML or JSON; `name` names it in errors. Raises ValueError in one sentence."""
-    root, value = _read(text, name)
+    """A `model` from YAML or JSON; `name` names it in errors. Raises ValueError in one sentence.
+
+    Whatever the text is, the work is linear in its size, which MAX_CONFIG_BYTES bounds.
+    """
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ValueError(
+            f"the {name} has {len(text)} bytes, the limit is {MAX_CONFIG_BYTES}: send settings "
+            "alone, and name data by its path"
+        )
+    root = None
+    try:
+        value = _from_json(text, name)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        root, value = _from_yaml(text, name)
     if not isinstance(value, Mapping):
         raise ValueError(f"the {name} must be a mapping of settings")
     try:
@@ -31,36 +52,106 @@ def parse_config(text: str | bytes, model: type[Model], *, name: str) -> Model:
         place = _Place.of(first["loc"], model)
         problem = _problem(first, place, model, name)
         line = _line(root, place.path)
-        has_lines = root is not None and root.end_mark.line > root.start_mark.line
+        has_lines = len(text.splitlines()) > 1
         raise ValueError(f"{problem} (line {line})" if line and has_lines else problem) from error
 
 
-def _read(text: str | bytes, name: str) -> tuple[yaml.Node | None, Any]:
+def _from_json(text: str | bytes, name: str) -> Any:
+    value = json.loads(text, object_pairs_hook=_mapping, parse_int=_integer)
+    waiting, num_values = [value], 0
+    while waiting:
+        num_values += 1
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+        if num_values + len(waiting) > _MAX_VALUES:
+            raise _too_large(name)
+    return value
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {shown(key)} is there twice: leave one out")
+        found[key] = value
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_NUMBER_CHARACTERS:
+        raise ValueError(f"a number has {len(digits)} digits: no setting takes such a number")
+    return int(digits)
+
+
+def _from_yaml(text: str | bytes, name: str) -> tuple[yaml.Node | None, Any]:
     """The tree of the text, and its value."""
     try:
-        value = json.loads(text)  # JSON may be indented with tabs, which YAML forbids.
-        text = (text.decode() if isinstance(text, bytes) else text).replace("\t", " ")
-        is_json = True
-    except (ValueError, RecursionError):
-        is_json = False
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_twice(root)
-        return root, value if is_json else yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        _refuse_large(text, name)
+        root = yaml.compose(text, Loader=_LOADER)
+        _refuse_unusable(root)
+    except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f"the {name} is neither YAML nor JSON: {problem}") from error
+        raise ValueError(f"the {name} is neither YAML nor JSON: {problem:.300}") from error
+    try:
+        return root, SafeConstructor().construct_document(root) if root else None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 31st of February.
+        problem = " ".join(str(error).split())
+        raise ValueError(f"the {name} has a value that YAML cannot read: {problem:.300}") from error
 
 
-def _refuse_twice(root: yaml.Node | None) -> None:
-    """Raise ValueError for a duplicate key, of which YAML would take the last."""
-    waiting: list[yaml.Node | None] = [root]
-    seen: set[int] = set()
+def _refuse_large(text: str | bytes, name: str) -> None:
+    """Raise ValueError for more values or levels than a config can have.
+
+    From the events, before there is a tree: libyaml would recurse until the stack ends, and aliases
+    of aliases make a tree of 2^n values from n lines.
+    """
+    num_values = 0
+    sizes: dict[str | None, int] = {}  # By anchor.
+    opened: list[tuple[str | None, int]] = []  # The open collections, and the values before each.
+    for event in yaml.parse(text, Loader=_LOADER):
+        match event:
+            case yaml.AliasEvent(anchor=anchor):
+                if anchor not in sizes:  # PyYAML would close the circle.
+                    raise ValueError(
+                        f"the alias {shown(anchor)} {_where(event)} stands before the end of what "
+                        "it names: write the value there"
+                    )
+                num_values += sizes[anchor]
+            case yaml.ScalarEvent(anchor=anchor):
+                sizes[anchor] = 1
+                num_values += 1
+            case yaml.CollectionStartEvent(anchor=anchor):
+                sizes.pop(anchor, None)
+                opened.append((anchor, num_values))
+                num_values += 1
+            case yaml.CollectionEndEvent():
+                anchor, num_before = opened.pop()
+                sizes[anchor] = num_values - num_before
+        if num_values > _MAX_VALUES or len(opened) > _MAX_DEPTH:
+            raise _too_large(name)
+        if tag := getattr(event, "tag", None):
+            raise ValueError(f"the tag {shown(tag)} {_where(event)} is not needed: remove it")
+
+
+def _where(part: yaml.Event | yaml.Node) -> str:
+    return f"in line {part.start_mark.line + 1}" if part.start_mark else "of the text"
+
+
+def _too_large(name: str) -> ValueError:
+    return ValueError(
+        f"the {name} has more than {_MAX_VALUES} values or {_MAX_DEPTH} levels, counting what "
+        "aliases repeat: send settings alone, and name data by its path"
+    )
+
+
+def _refuse_unusable(root: yaml.Node | None) -> None:
+    """Raise ValueError for a duplicate key, of which YAML would take the last, and long numbers."""
+    waiting = [root] if root else []
     while waiting:
         node = waiting.pop()
-        if node is None or id(node) in seen:  # An alias may close a circle.
-            continue
-        seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             waiting += node.value
         elif isinstance(node, yaml.MappingNode):
@@ -69,12 +160,17 @@ def _refuse_twice(root: yaml.Node | None) -> None:
                 line = key.start_mark.line + 1
                 if isinstance(key, yaml.ScalarNode) and key.value in lines:
                     raise ValueError(
-                        f"key {key.value!r} is there twice, in lines {lines[key.value]} and "
+                        f"key {shown(key.value)} is there twice, in lines {lines[key.value]} and "
                         f"{line}: leave one out"
                     )
                 if isinstance(key, yaml.ScalarNode):
                     lines[key.value] = line
-                waiting.append(item)
+                waiting += key, item
+        elif node.tag != _TEXT and len(node.value) > _MAX_NUMBER_CHARACTERS:
+            raise ValueError(
+                f"the number {_where(node)} has {len(node.value)} characters: no setting takes "
+                "such a number"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +235,7 @@ def _problem(error: Any, place: _Place, model: type[BaseModel], name: str) -> st
             near = difflib.get_close_matches(context["tag"], tags, n=1)
             hint = f"did you mean {near[0]!r}? There are" if near else "there are"
             return (
-                f"{place} has an unknown {_bare(context)} {context['tag']!r}: {hint} "
+                f"{place} has an unknown {_bare(context)} {shown(context['tag'])}: {hint} "
                 f"{', '.join(tags)}"
             )
         case "union_tag_not_found":
@@ -147,7 +243,7 @@ def _problem(error: Any, place: _Place, model: type[BaseModel], name: str) -> st
         case _:
             field, value = str(place) or name, error.get("input")
             if error["type"] != "value_error" and isinstance(value, str | int | float | None):
-                field = f"{field} is {value!r:.60}"
+                field = f"{field} is {shown(value)}"
             return f"{field}: {error['msg'].removeprefix('Value error, ')}"
 
 
@@ -168,7 +264,7 @@ def _unknown_key(place: _Place, root: type[BaseModel]) -> str:
         hint = f"did you mean {' or '.join(elsewhere)}?"
     else:
         hint = f"the keys there are {', '.join(valid)}"
-    return f"unknown key {str(place)!r}{kind}: {hint}"
+    return f"unknown key {shown(str(place))}{kind}: {hint}"
 
 
 def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
