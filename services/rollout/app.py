@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi import Depends, FastAPI, Path, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
+from services.answers import Downloads
 from services.http import (
     PROBLEMS,
     check_content_length,
@@ -34,6 +34,7 @@ from services.rollout.sync import SyncOptions
 from shared.errors import ClientClosed
 from shared.metrics import exposition
 from shared.schemas import (
+    MAX_INT32,
     GenerateRequest,
     GenerateResponse,
     PoliciesResponse,
@@ -45,7 +46,6 @@ from shared.schemas import (
 )
 
 _MAX_JSON_VALUES = 1 << 22  # Tokens of a request, mostly.
-_CHUNK_BYTES = 1 << 20
 _LAST_RECORD_S = 2.0  # Time after the request timeout in which a stream can still say so.
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
@@ -64,6 +64,7 @@ _CHUNKED: dict[int | str, dict[str, Any]] = {
 def create_app(replica: Replica) -> FastAPI:
     settings = replica.settings
     openai = OpenAiEndpoint(replica)
+    downloads = Downloads()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -160,12 +161,10 @@ def create_app(replica: Replica) -> FastAPI:
         """The versions that it serves; version 0, the base, is always one of them."""
         return replica.policies()
 
-    @app.get("/policies/{version}", response_class=StreamingResponse)
-    async def policy(version: int) -> StreamingResponse:
+    @app.get("/policies/{version}", response_class=Response)
+    async def policy(version: Annotated[int, Path(ge=0, le=MAX_INT32)]) -> Response:
         """The adapter file of a version, as it was received."""
-        # Open the file before the first await: the version may be retired while it is sent.
-        file = replica.serving.policies.adapter_file(version).open("rb")
-        return StreamingResponse(_chunks(file), media_type="application/octet-stream")
+        return downloads.send_file(replica.serving.policies.adapter_file(version))
 
     @app.post("/drain", status_code=202)
     async def drain() -> RolloutStatus:
@@ -196,9 +195,3 @@ def create_app(replica: Replica) -> FastAPI:
         return Response(exposition(replica.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
-
-
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
-    with file:
-        while chunk := file.read(_CHUNK_BYTES):
-            yield chunk

@@ -14,9 +14,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Self, TypeVar
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-
+from services.answers import PiecewiseResponse
 from shared.schemas import StreamAlive, StreamEnd, Wire
 
 Item = TypeVar("Item")
@@ -69,55 +67,30 @@ async def _drain(source: AsyncGenerator[Item], queue: asyncio.Queue[Item]) -> No
             await queue.put(item)
 
 
-class NdjsonResponse(Response):
-    """Sends batches of records, and closes `batches` however the connection ends.
-
-    A client that does not read is left after `timeout_s`.
-    """
+class NdjsonResponse(PiecewiseResponse):
+    """Sends batches of records, and closes `batches` however the connection ends."""
 
     media_type = "application/x-ndjson"
 
     def __init__(
         self, first: Sequence[Wire], rest: AsyncGenerator[Sequence[Wire]], *, timeout_s: float
     ) -> None:
-        self.status_code = 200
-        self.background = None
-        self.init_headers(_UNBUFFERED)
+        super().__init__(_UNBUFFERED, timeout_s=timeout_s)
         self._first = first
         self._rest = rest
-        self._timeout_s = timeout_s
 
     @classmethod
     async def opened(cls, batches: AsyncGenerator[Sequence[Wire]], *, timeout_s: float) -> Self:
         """Wait for the first batch: what is refused before it is answered as any refusal."""
         return cls(await anext(batches), batches, timeout_s=timeout_s)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        leaving = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait(
-                {sending, leaving}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            sending.cancel()
-            leaving.cancel()
-            await asyncio.gather(sending, leaving, return_exceptions=True)
-            await self._rest.aclose()
-        if not sending.cancelled():
-            sending.result()
-
-    async def _send(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
-        await send(self._body(self._first))
+    async def _pieces(self) -> AsyncGenerator[bytes]:
+        yield b"".join(map(self._encoded, self._first))
         async for batch in self._rest:
-            await send(self._body(batch))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            yield b"".join(map(self._encoded, batch))
 
-    def _body(self, batch: Sequence[Wire]) -> dict[str, object]:
-        lines = b"".join(map(self._encoded, batch))
-        return {"type": "http.response.body", "body": lines, "more_body": True}
+    async def _close(self) -> None:
+        await self._rest.aclose()
 
     def _encoded(self, record: Wire) -> bytes:
         return record.model_dump_json().encode() + b"\n"
@@ -135,8 +108,3 @@ class SseResponse(NdjsonResponse):
             case StreamEnd():
                 return b"data: [DONE]\n\n"
         return b"data: " + record.model_dump_json().encode() + b"\n\n"
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
 
-from fastapi import Depends, FastAPI, Header, Query, Request, Response
+from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from services.answers import Downloads
 from services.http import PROBLEMS, check_query, prepare_app, raw_body
 from services.trainer.dashboard import page_files, serve_page
 from services.trainer.run.recent import MAX_COMPLETIONS
@@ -18,6 +20,7 @@ from services.trainer.trainer import Trainer
 from shared.errors import InvalidRequest
 from shared.metrics import exposition
 from shared.schemas import (
+    MAX_INT32,
     CompletionsResponse,
     PolicyStatus,
     ReplicaRegistration,
@@ -34,6 +37,7 @@ _MAX_JSON_VALUES = 1 << 24  # Tokens and logprobs of a batch, mostly.
 
 def create_app(trainer: Trainer) -> FastAPI:
     settings = trainer.settings
+    downloads = Downloads()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -60,12 +64,12 @@ def create_app(trainer: Trainer) -> FastAPI:
 
     @app.post("/runs", status_code=201, openapi_extra=raw_body("application/yaml"))
     async def start_run(request: Request) -> RunStatus:
-        """The body is a run config, YAML or JSON (services/trainer/run_config.py).
+        """The body is a run config, YAML or JSON of at most 1 MiB (services/trainer/run_config.py).
 
         A `run_id` that exists resumes from its last checkpoint, unless `resume` is `never`.
         """
         try:
-            config = parse_run_config(await request.body())
+            config = await asyncio.to_thread(parse_run_config, await request.body())
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
         return await trainer.start_run(config)
@@ -86,7 +90,7 @@ def create_app(trainer: Trainer) -> FastAPI:
         dependencies=[Depends(trainer.run_status)],  # Answers 404 before the stream begins.
     )
     async def events(
-        last_event_id: Annotated[int, Header(ge=-1)] = -1,
+        last_event_id: Annotated[int, Header(ge=-1, le=MAX_INT32)] = -1,
     ) -> AsyncIterator[ServerSentEvent]:
         """Every event of the run from the first; Last-Event-ID resumes after that one."""
         async for index, event in trainer.events(last_event_id + 1):
@@ -114,14 +118,12 @@ def create_app(trainer: Trainer) -> FastAPI:
         """The policy that trains, and which of its adapters are kept."""
         return trainer.policy_status()
 
-    @app.get("/policy/adapters/{version}")
-    async def adapter(version: int) -> Response:
+    @app.get("/policy/adapters/{version}", response_class=Response)
+    async def adapter(version: Annotated[int, Path(ge=0, le=MAX_INT32)]) -> Response:
         """The adapter file of a version, with its `Content-Digest`."""
         published = trainer.policy.adapter(version)
-        return Response(
-            published.content,
-            media_type="application/octet-stream",
-            headers={"Content-Digest": published.content_digest},
+        return downloads.send(
+            memoryview(published.content), {"Content-Digest": published.content_digest}
         )
 
     @app.get("/replicas")

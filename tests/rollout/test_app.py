@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import hashlib
 import itertools
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +15,19 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from shared.errors import MEDIA_TYPE, DeadlineExceeded, EngineDead, NotReady, Overloaded
+from shared.adapters import content_digest
+from shared.errors import (
+    MEDIA_TYPE,
+    DeadlineExceeded,
+    EngineDead,
+    NotReady,
+    Overloaded,
+)
 from shared.schemas import PolicyId, ScoreRequest
 from tests.adapters import adapter_file, make_manifest, make_tensors
 from tests.fake_engine import LOGPROB, TOKEN
 from tests.rollout.service import Service, request, running, until
+from tests.slow_client import SlowClient
 
 pytestmark = pytest.mark.anyio
 
@@ -43,17 +54,17 @@ async def test_an_unpinned_score_says_which_policy_answered(service: Service) ->
     assert answer.policy.is_base
 
 
-async def first_adapter(service: Service) -> bytes:
-    """The file of version 1 of a run."""
+async def adapter_of(service: Service, *, version: int = 1) -> bytes:
+    """The file of a version of a run."""
     status = await service.client.status()
     assert status.base
-    manifest = make_manifest(status.base, PolicyId(run_id="run", version=1))
+    manifest = make_manifest(status.base, PolicyId(run_id="run", version=version))
     shapes = service.replica.serving.base.linear_shapes
     return adapter_file(manifest, make_tensors(manifest, shapes, seed=0))
 
 
 async def test_an_adapter_becomes_resident_and_its_file_can_be_read(service: Service) -> None:
-    adapter = await first_adapter(service)
+    adapter = await adapter_of(service)
     receipt = await service.client.sync_weights(adapter)
     assert receipt.num_bytes == len(adapter)
     assert (await service.client.policies()).newest == PolicyId(run_id="run", version=1)
@@ -61,6 +72,83 @@ async def test_an_adapter_becomes_resident_and_its_file_can_be_read(service: Ser
     folder = service.engine.loaded[0].path
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (8, 16)  # scaling 2 × rank 8
+
+
+@pytest.mark.parametrize("version", ["-1", "2147483648", "1" + "0" * 400, "9" * 5000, "1.5", "x"])
+async def test_a_version_that_cannot_exist_is_refused_by_name(
+    version: str, service: Service
+) -> None:
+    """Fault S13: 10^400 went through to the store, and came back in full."""
+    answer = await service.get(f"/policies/{version}")
+    assert (answer.status_code, answer.headers["content-type"]) == (422, MEDIA_TYPE)
+    assert answer.json()["detail"].startswith("path.version is '")
+    assert len(answer.content) <= 4096
+
+
+async def test_clients_that_do_not_read_keep_few_retired_adapters(
+    service: Service, tmp_path: Path
+) -> None:
+    """Fault S11: each of them kept the memory of a version, for as long as it stayed."""
+
+    def num_retired() -> int:
+        """Adapter files that are deleted and still take memory."""
+        gc.collect()
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        held = {line.split(maxsplit=5)[-1] for line in lines if str(tmp_path) in line}
+        return sum(path.endswith(" (deleted)") for path in held)
+
+    clients: list[SlowClient] = []
+    answers = []
+    for version in range(1, 11):
+        await service.client.sync_weights(await adapter_of(service, version=version))
+        clients.append(client := SlowClient(reads=False))
+        answers.append(asyncio.ensure_future(client.get(service.app, f"/policies/{version}")))
+        await until(lambda: all(client.status for client in clients))
+    assert [client.status for client in clients] == [200] * 4 + [503] * 6
+    assert clients[-1].headers["retry-after"] == "1"
+    assert num_retired() == 4
+    for client in clients:
+        client.left.set()
+    await asyncio.gather(*answers)
+    assert num_retired() == 0
+    assert await service.client.adapter(10)
+
+
+async def test_hostile_adapters_are_refused_shortly_and_a_sync_beside_them_succeeds(
+    service: Service,
+) -> None:
+    """Fault S8: ten such uploads made a sync wait 43 s, and an answer had 1.2 MB."""
+    good = await adapter_of(service)
+    next_one = await adapter_of(service, version=2)
+    (size,) = struct.unpack("<Q", next_one[:8])
+    table = json.loads(next_one[8 : 8 + size])
+    name = next(name for name in table if name != "__metadata__")
+    headers = [
+        "{" + ",".join(f'"{i:05}":0' for i in [*range(99_000), 98_999]) + "}",
+        json.dumps(table | {name: table[name] | {"shape": [1e308] * 100_000}}),
+        json.dumps(table | {name: table[name] | {"dtype": "x" * 10**6}}),
+        json.dumps(table | {name: table[name] | {"data_offsets": [0, 10**4000]}}),
+        json.dumps(table | {"x" * 10**6: table[name]}),
+        json.dumps({name: 0, **table}).replace("base_model", "\\ud800" * 1000),
+    ]
+    bodies = [struct.pack("<Q", len(text)) + text.encode() for text in headers]
+    transport = httpx.ASGITransport(app=service.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as http:
+
+        async def upload(body: bytes) -> httpx.Response:
+            digest = content_digest(hashlib.sha256(body).digest())
+            return await http.post(
+                "/sync_weights", content=body, headers={"Content-Digest": digest}
+            )
+
+        uploads = asyncio.gather(*(upload(body) for body in bodies * 2))
+        receipt = await service.client.sync_weights(good)
+        answers = await uploads
+    assert receipt.outcome == "loaded"
+    for answer in answers:
+        assert (answer.status_code, answer.json()["title"]) == (422, "InvalidAdapter")
+        assert len(answer.content) <= 4096
+    assert (await service.client.policies()).newest == receipt.policy
 
 
 @pytest.mark.parametrize(
@@ -315,7 +403,7 @@ async def test_an_engine_that_takes_no_adapter_in_exits_1_though_it_makes_tokens
     monkeypatch.setattr(service.engine, "num_tokens_processed", lambda: next(num_tokens))
     task = await running(service)
     service.engine.hold_loads()
-    sync = asyncio.ensure_future(service.client.sync_weights(await first_adapter(service)))
+    sync = asyncio.ensure_future(service.client.sync_weights(await adapter_of(service)))
     assert await service.exit_code() == 1
     detail = (await service.client.status()).detail
     assert detail == "the engine has not loaded an adapter within 0.3 s"

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from safetensors.torch import load
 from starlette.types import Message
 from torch import Tensor
@@ -52,6 +53,7 @@ from shared.schemas import (
 )
 from shared.trainer_client import TrainerClient
 from tests.fake_replica import FakeReplica
+from tests.slow_client import SlowClient
 from tests.trainer.conftest import no_file_longer_than
 from tests.trainer.policy.test_policy import train_a_little
 
@@ -243,14 +245,76 @@ async def test_a_run_config_that_was_cut_off_starts_no_run(trainer: Trainer) -> 
         trainer.run_status()
 
 
+def http_to(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://trainer")
+
+
 async def test_json_without_its_content_type_is_told_so(trainer: Trainer) -> None:
     """`curl -d` says that it sends a form."""
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app=create_app(trainer)), base_url="http://trainer"
-    ) as http:
+    async with http_to(create_app(trainer)) as http:
         answer = await http.post("/train", content=b'{"groups": []}')
     assert answer.status_code == 422
     assert "Content-Type: application/json" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * (1 << 20),
+        b" " * (1 << 20) + b"managed: false",
+        b'{"rewards": [' + b"1," * 400_000 + b"1]}",
+        b'{"' + b"k" * 10**6 + b'": 1}',
+        b"num_steps: 1" + b":1" * 400_000,
+        b"num_steps: !!timestamp x",
+        b"a: \xff",
+    ],
+    ids=lambda body: body[:12].decode(errors="replace"),
+)
+async def test_a_hostile_config_is_refused_shortly(body: bytes, trainer: Trainer) -> None:
+    """Fault S9: some took the trainer's loop for 25 s, one was a 500."""
+    async with http_to(create_app(trainer)) as http:
+        answer = await http.post("/runs", content=body)
+    assert (answer.status_code, answer.json()["title"]) == (422, "InvalidRequest")
+    assert len(answer.content) <= 4096
+
+
+@pytest.mark.parametrize("number", ["-2", "2147483648", "1" + "0" * 400, "9" * 5000])
+async def test_a_number_that_cannot_exist_is_refused_by_name(number: str, trainer: Trainer) -> None:
+    """Fault S13."""
+    await trainer.start_run(EXTERNAL)
+    async with http_to(create_app(trainer)) as http:
+        answers = {
+            "path.version": await http.get(f"/policy/adapters/{number}"),
+            "query.num_groups": await http.get(f"/runs/current/completions?num_groups={number}"),
+            "header.last-event-id": await http.get(
+                "/runs/current/events", headers={"Last-Event-ID": number}
+            ),
+        }
+    for name, answer in answers.items():
+        assert answer.status_code == 422
+        assert answer.json()["detail"].startswith(f"{name} is '")
+        assert len(answer.content) <= 4096
+
+
+async def test_an_adapter_has_its_digest_and_is_sent_to_few_at_a_time(trainer: Trainer) -> None:
+    """Fault S11: clients that do not read kept a copy of an adapter each."""
+    await trainer.start_run(EXTERNAL)
+    await take_steps(trainer, 1)
+    app, published = create_app(trainer), trainer.policy.adapter(1)
+    async with http_to(app) as http:
+        answer = await http.get("/policy/adapters/1")
+    assert answer.content == bytes(published.content)
+    assert answer.headers["content-digest"] == published.content_digest
+
+    clients = [SlowClient(reads=False) for _ in range(6)]
+    sending = [asyncio.ensure_future(client.get(app, "/policy/adapters/1")) for client in clients]
+    async with asyncio.timeout(WAIT_S):
+        while any(client.status is None for client in clients):  # noqa: ASYNC110 (no event)
+            await asyncio.sleep(0.005)
+    assert sorted(client.status or 0 for client in clients) == [200] * 4 + [503] * 2
+    for client in clients:
+        client.left.set()
+    await asyncio.gather(*sending)
 
 
 # --- resume -------------------------------------------------------------------------------------
