@@ -75,6 +75,12 @@ class RolloutMetrics:
         self.errors = Counter(
             "tandem_rollout_errors", "Refused or failed requests", ["type"], registry=self.registry
         )
+        self.failures = Counter(
+            "tandem_rollout_background_failures",
+            "Failures of the replica's own tasks, which the log explains",
+            ["task"],
+            registry=self.registry,
+        )
         self.syncs = Counter(
             "tandem_rollout_syncs", "Accepted adapters", ["outcome"], registry=self.registry
         )
@@ -118,6 +124,12 @@ class TrainerMetrics:
         self.log_failures = Counter(
             "tandem_trainer_log_failures",
             "Writes of metrics.jsonl, groups.jsonl, TensorBoard or a tracker that failed",
+            registry=self.registry,
+        )
+        self.failures = Counter(
+            "tandem_trainer_background_failures",
+            "Failures of the trainer's own tasks, which the log explains",
+            ["task"],
             registry=self.registry,
         )
         self.syncs = Histogram(

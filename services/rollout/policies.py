@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from services.background import Background
 from services.rollout.engine import Adapter, Engine
 from shared.adapters import ADAPTER_WEIGHTS
 from shared.errors import InvalidRequest, NoFreeSlot, RunConflict, StaleVersion, UnknownPolicy
@@ -55,6 +56,16 @@ class Lease:
     adapter: Adapter | None  # None for the base.
 
 
+@dataclass(frozen=True, slots=True)
+class EngineCall:
+    what: str  # As a past participle with its object.
+    since: float  # On the monotonic clock.
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self.since
+
+
 @dataclass(slots=True, eq=False)
 class _Resident:
     policy: PolicyId
@@ -69,11 +80,17 @@ class _Resident:
 
 class PolicyStore:
     def __init__(
-        self, engine: Engine, *, max_live_policies: int, wait_s: float, merges: bool = False
+        self,
+        engine: Engine,
+        *,
+        max_live_policies: int,
+        wait_s: float,
+        merges: bool = False,
+        background: Background | None = None,
     ) -> None:
         """`merges`: the engine holds one version at a time (ROLLOUT_SERVING_MODE=merged)."""
         self.newest: PolicyId = BASE_POLICY
-        self.is_loading = False  # Whether an adapter is being loaded into the engine.
+        self.engine_call: EngineCall | None = None  # What the engine is to do with an adapter.
         self._engine = engine
         self._max_live = max_live_policies
         self._num_slots = max_live_policies + 1
@@ -84,7 +101,7 @@ class PolicyStore:
         self._slot_ids = itertools.count(1)
         self._admitting = asyncio.Lock()
         self._released = asyncio.Condition()
-        self._reaping: set[asyncio.Task[None]] = set()
+        self._background = background or Background()
 
     def resident(self) -> tuple[ResidentPolicy, ...]:
         return tuple(
@@ -138,9 +155,7 @@ class PolicyStore:
             item.interruptible.discard(request_id)
             if item.num_leases == 0:
                 item.superseded |= item.is_probe
-                task = asyncio.ensure_future(self._after_release(item))
-                self._reaping.add(task)
-                task.add_done_callback(self._reaping.discard)
+                self._background.run("retiring a version", self._after_release(item))
 
     def ended(self, request_id: str) -> None:
         """Nothing of a request runs any more, though its lease may still be held."""
@@ -252,11 +267,8 @@ class PolicyStore:
         policy, slot_id = adapter.manifest.policy, next(self._slot_ids)
         name = f"{policy}-{adapter.digest[:8]}-{slot_id}"
         engine_adapter = Adapter(slot_id=slot_id, name=name, path=adapter.path)
-        self.is_loading = True
-        try:
+        with self._calling("loaded an adapter"):
             await self._engine.load_adapter(engine_adapter)
-        finally:
-            self.is_loading = False
         return _Resident(policy, engine_adapter, adapter.digest, adapter.num_bytes, probe)
 
     def _supersede(self, policy: PolicyId) -> None:
@@ -322,6 +334,15 @@ class PolicyStore:
                 retired.append(await self._retire(item))
         return retired
 
+    @contextmanager
+    def _calling(self, what: str) -> Iterator[None]:
+        """Show a call that the engine may never answer; the admission lock allows one at a time."""
+        self.engine_call = EngineCall(what, time.monotonic())
+        try:
+            yield
+        finally:
+            self.engine_call = None
+
     def _by_age(self) -> list[_Resident]:
         return sorted(
             self._resident, key=lambda i: (not i.is_probe, not i.superseded, i.policy.age_key)
@@ -330,7 +351,8 @@ class PolicyStore:
     async def _retire(self, item: _Resident) -> PolicyId:
         assert item.num_leases == 0, f"{item.policy} is leased"
         self._resident.remove(item)
-        await self._engine.unload_adapter(item.adapter)
+        with self._calling("removed an adapter"):
+            await self._engine.unload_adapter(item.adapter)
         shutil.rmtree(item.adapter.path)
         log.info("retired policy %s", item.policy)
         return item.policy

@@ -1,6 +1,6 @@
 """A replica says to its trainer that it exists: POST /replicas, again before the lease ends.
 
-    keep() ─▶ POST /replicas every lease_s / 3 ─▶ end() ─▶ DELETE /replicas/{id}
+    renew() ─▶ POST /replicas, every interval_s ─▶ end() ─▶ DELETE /replicas/{id}
 
 What the trainer makes of it (admission, quarantine) is the trainer's own. One that is away is asked
 again for ever: the replica serves meanwhile.
@@ -43,25 +43,26 @@ class Registration:
         self._id: str | None = None  # The trainer's id of this replica.
         self._said = ""
 
-    async def keep(self, boot_id: str) -> None:
-        """Register, and again three times per lease, until cancelled."""
-        while True:
-            try:
-                await self._renew(boot_id)
-            except Unauthorized:
-                self._say(
-                    logging.WARNING,
-                    f"not registered: {self._trainer.url} refuses this replica's key: start both "
-                    "with the same TANDEM_API_KEY",
-                )
-            except ServiceError as error:
-                self._say(
-                    logging.WARNING,
-                    f"not registered with {self._trainer.url}, asking again: {error}",
-                )
-            except Exception as error:  # The replica must not leave the fleet in silence.
-                log.error("registration failed, trying again", exc_info=error)
-            await asyncio.sleep(self._lease_s / 3)
+    @property
+    def interval_s(self) -> float:
+        """Time between two registrations, of which there are three per lease."""
+        return self._lease_s / 3
+
+    async def renew(self, boot_id: str) -> None:
+        """Register, or log why it is not possible now."""
+        try:
+            await self._renew(boot_id)
+        except Unauthorized:
+            self._say(
+                logging.WARNING,
+                f"not registered: {self._trainer.url} refuses this replica's key: start both "
+                "with the same TANDEM_API_KEY",
+            )
+        except ServiceError as error:
+            self._say(
+                logging.WARNING,
+                f"not registered with {self._trainer.url}, asking again: {error}",
+            )
 
     async def end(self) -> None:
         """Leave the trainer's fleet; within 2 s, as the lease ends anyway."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from services.background import Background
 from services.boot import report, settle_memory
 from services.rollout.base import Base, prepare_base
 from services.rollout.engine import Engine
@@ -94,23 +95,24 @@ class Replica:
         self._detail = "preparing the base"
         self.metrics.watch(lambda: self._state)
         self._refusing = False  # Set in the second half of draining.
-        self._tasks: list[asyncio.Task[None]] = []
+        self._background = Background(lambda name: self.metrics.failures.labels(name).inc())
         self._renewing: asyncio.Task[None] | None = None
 
     # --- life -----------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Boot in the background. Call from the event loop."""
-        self._tasks.append(asyncio.create_task(self._boot_and_watch()))
+        self._background.run(
+            "the watchdog",
+            self._boot_and_watch(),
+            on_error=lambda error: self._die(f"the watchdog failed: {error!r}"),
+        )
 
     async def stop(self) -> None:
         """End at once. A boot cannot be: threads load, so the process has to be abandoned."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.aclose()
         if self._is_booting:
             self._abandon_boot()
-        self._tasks.clear()  # Their tracebacks would keep the engine alive.
         if serving := self._serving:
             self._serving = None
             serving.engine.shutdown()  # In a thread, vLLM's reader would report a dead engine.
@@ -126,8 +128,12 @@ class Replica:
             self._end(*report(log, "boot failed", error))
             return
         if self._registration:
-            self._renewing = asyncio.create_task(self._registration.keep(self.boot_id))
-            self._tasks.append(self._renewing)
+            registration = self._registration
+            self._renewing = self._background.repeat(
+                "registration",
+                lambda: registration.renew(self.boot_id),
+                pause_s=registration.interval_s,
+            )
         await self._watch()
 
     async def _boot(self) -> None:
@@ -160,6 +166,7 @@ class Replica:
             max_live_policies=settings.num_live_policies,
             wait_s=settings.sync_wait_s,
             merges=settings.serving_mode == "merged",
+            background=self._background,
         )
         sampler = Sampler(
             engine=engine,
@@ -198,38 +205,43 @@ class Replica:
         )
 
     async def _watch(self) -> None:
-        """Until the engine dies, has work and makes no token for `stall_timeout_s`, or takes longer
-        than that to load an adapter."""
+        """Until the engine dies or hangs: it has work and makes no token for `stall_timeout_s`, or
+        it takes longer than that to load, merge or remove an adapter.
+
+        Work that clients abandon counts as well. An engine whose work they always abandon is asked
+        for a token of its own before it is taken to hang.
+        """
         assert self._serving
         engine, sampler = self._serving.engine, self._serving.sampler
         policies = self._serving.policies
         stall_timeout_s = self.settings.stall_timeout_s
-        last_progress = last_look = time.monotonic()
-        last_count = -1
-        last_not_loading = last_progress
+        unproductive_s = looked_at_s = 0.0  # Time with work since the last token.
+        last, last_count = time.monotonic(), -1
+        proving: asyncio.Task[None] | None = None
         while True:
             if reason := engine.death():
                 self._die(reason)
                 return
-            now = time.monotonic()
-            if not policies.is_loading:
-                last_not_loading = now
-            elif now - last_not_loading > stall_timeout_s:
-                self._die(f"the engine has not loaded an adapter within {stall_timeout_s:g} s")
+            if (call := policies.engine_call) and call.age_s > stall_timeout_s:
+                self._die(f"the engine has not {call.what} within {stall_timeout_s:g} s")
                 return
-            if engine.num_unfinished() == 0:
-                last_progress = last_look = now
+            elapsed_s = time.monotonic() - last
+            last += elapsed_s
+            if engine.num_unfinished():
+                unproductive_s += elapsed_s
             # Reading the count is not free.
-            elif now - last_look > stall_timeout_s / _LOOKS_PER_STALL:
-                last_look, count = now, engine.num_tokens_processed()
+            if unproductive_s - looked_at_s > stall_timeout_s / _LOOKS_PER_STALL:
+                looked_at_s, count = unproductive_s, engine.num_tokens_processed()
                 if count != last_count:
-                    last_progress, last_count = now, count
-                elif now - last_progress > stall_timeout_s:
+                    unproductive_s, looked_at_s, last_count = 0.0, 0.0, count
+                elif unproductive_s > stall_timeout_s:
                     self._die(
                         f"the engine made no token for {stall_timeout_s:g} s with "
                         f"{sampler.num_outstanding} completions outstanding"
                     )
                     return
+                elif unproductive_s > stall_timeout_s / 2 and (not proving or proving.done()):
+                    proving = self._background.run("a try of the engine", sampler.try_engine())
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
     def _die(self, reason: str) -> None:
@@ -244,7 +256,7 @@ class Replica:
         """Go not-ready, keep serving a moment, finish what runs, then exit 0."""
         if self._state in ("starting", "ready"):
             self._state, self._detail = "draining", "finishing what runs"
-            self._tasks.append(asyncio.create_task(self._drain()))
+            self._background.run("draining", self._drain(), on_error=lambda _: self._on_exit(1))
         return self.status()
 
     async def _drain(self) -> None:

@@ -151,6 +151,16 @@ class Sampler:
             await self._engine.interrupt(tuple(self._running))
             await asyncio.sleep(_INTERRUPT_PAUSE_S)
 
+    async def try_engine(self) -> None:
+        """Generate one token under the newest version, whoever else waits for the engine."""
+        request_id = self._next_id()
+        sampling = SamplingParams(max_tokens=1, ignore_eos=True, detokenize=False)
+        with self._policies.lease(None, request_id, interruptible=True) as lease:
+            deltas = self._engine.generate(request_id, (0,), sampling, lease.adapter, stream=False)
+            async with aclosing(deltas):
+                async for _ in deltas:
+                    pass
+
     @asynccontextmanager
     async def _admitted_work(self, request: GenerateRequest) -> AsyncGenerator[list[_Work]]:
         """Check the request, count it in, and lease what it runs under; all of it ends together.

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from services.background import Background
 from services.boot import report
 from services.trainer.fleet.conformance import Conformance, Probe
 from services.trainer.fleet.fleet import Fleet
@@ -111,6 +112,7 @@ class Trainer:
         self._detail = "loading the model"
         self._current: _CurrentRun | None = None
         self._starting_run = asyncio.Lock()
+        self._background = Background(lambda task: self.metrics.failures.labels(task).inc())
         self._boot_task: asyncio.Task[None] | None = None
         self.metrics.watch(
             run_state=lambda: self._current.run.log.state if self._current else None,
@@ -124,7 +126,9 @@ class Trainer:
     def start(self) -> None:
         """Load the policy and look for replicas in the background. Call from the event loop."""
         self._fleet.start()
-        self._boot_task = asyncio.create_task(self.boot())
+        self._boot_task = self._background.run(
+            "the start", self.boot(), on_error=self._cannot_start
+        )
 
     async def boot(self) -> None:
         started, what = time.perf_counter(), "boot failed"
@@ -133,9 +137,7 @@ class Trainer:
             what = f"TRAINER_MODEL {self.settings.model} cannot be loaded"
             learner = await asyncio.to_thread(load_learner, self.settings)
         except Exception as error:  # The process cannot work, whatever failed: say why and exit.
-            self._detail, exit_code = report(log, what, error)
-            self._state = "dead"
-            self._on_exit(exit_code)
+            self._cannot_start(error, what)
             return
         async with self._starting_run:  # A run that is posted now waits for the unfinished one.
             self._learner = learner
@@ -148,6 +150,11 @@ class Trainer:
                 self.settings.port,
                 self.settings.model,
             )
+
+    def _cannot_start(self, error: Exception, what: str = "boot failed") -> None:
+        self._detail, exit_code = report(log, what, error)
+        self._state = "dead"
+        self._on_exit(exit_code)
 
     async def _take_up_unfinished(self) -> None:
         """Resume the run that the last process with this runs_dir was in, if any."""
@@ -253,7 +260,7 @@ class Trainer:
         except BaseException:
             current.close()
             raise
-        current.task = asyncio.create_task(self._execute(current))
+        current.task = self._background.run("a run", self._execute(current))
         self._current = current
         return self.run_status()
 

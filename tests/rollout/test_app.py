@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import hashlib
 import itertools
@@ -10,6 +11,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -410,6 +412,75 @@ async def test_an_engine_that_takes_no_adapter_in_exits_1_though_it_makes_tokens
     service.engine.release_loads()
     service.engine.release()
     await asyncio.gather(sync, task)
+
+
+async def test_an_engine_hangs_though_its_clients_come_and_go(
+    serve: Callable[..., Service],
+) -> None:
+    """Fault S6: the clock began anew whenever nothing was outstanding."""
+    service = serve(stall_timeout_s=2.0)
+    await service.started()
+    service.engine.hold()
+    async with asyncio.timeout(60):
+        while not service.exit_codes:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.4):
+                    await service.client.generate(request())
+            await asyncio.sleep(0.1)
+    assert service.exit_codes == [1]
+    assert "the engine made no token for 2 s" in service.replica.status().detail
+
+
+async def test_an_engine_that_only_serves_impatient_clients_proves_that_it_works(
+    serve: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their requests make no token; the replica asks for one of its own, and stays."""
+    service = serve(stall_timeout_s=1.0)
+    await service.started()
+    num_tokens = 0
+    tries = 0
+    generate = service.engine.generate
+
+    def try_or_hold(request_id: str, ids: Any, *rest: Any, **options: Any) -> Any:
+        nonlocal num_tokens, tries
+        if tuple(ids) == (0,):
+            num_tokens += 1
+            tries += 1
+            service.engine.release()
+        else:
+            service.engine.hold()
+        return generate(request_id, ids, *rest, **options)
+
+    monkeypatch.setattr(service.engine, "generate", try_or_hold)
+    monkeypatch.setattr(service.engine, "num_tokens_processed", lambda: num_tokens)
+    async with asyncio.timeout(60):
+        while tries < 3 and not service.exit_codes:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await service.client.generate(request())
+    assert service.exit_codes == []
+
+
+async def test_an_engine_that_removes_no_adapter_exits_1(
+    serve: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault S6: it held every later sync, and nobody noticed."""
+    service = serve(stall_timeout_s=0.3, max_live_policies=1)
+    await service.started()
+    never = asyncio.Event()
+
+    async def unload(_: object) -> None:
+        await never.wait()
+
+    monkeypatch.setattr(service.engine, "unload_adapter", unload)
+    syncs = []
+    for version in (1, 2, 3):
+        content = await adapter_of(service, version=version)
+        syncs.append(asyncio.ensure_future(service.client.sync_weights(content)))
+    assert await service.exit_code() == 1
+    assert service.replica.status().detail == "the engine has not removed an adapter within 0.3 s"
+    never.set()
+    await asyncio.gather(*syncs, return_exceptions=True)
 
 
 async def test_an_idle_engine_is_not_a_stalled_one(serve: Callable[..., Service]) -> None:

@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+from services.background import Background
 from services.generation import Draft, Part
 from services.trainer.fleet.discovery import addresses, replica_id
 from services.trainer.fleet.member import Goal, Load, Member, Requirements, now, pause_s
@@ -70,6 +71,9 @@ class Fleet:
         self._metrics = metrics
         self._resolve = resolve
         self._members: dict[str, Member] = {}
+        self._background = Background(
+            lambda task: metrics.failures.labels(task).inc() if metrics else None
+        )
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._looking: asyncio.Task[None] | None = None
         self._nowhere: list[str] = []  # Configured names that have no address.
@@ -98,23 +102,14 @@ class Fleet:
     def start(self) -> None:
         """Start looking for replicas. Call from the event loop."""
         if self._looking is None:
-            self._looking = asyncio.create_task(self._look_again_and_again())
+            self._looking = self._background.repeat(
+                "the search for replicas", self.look, pause_s=self._interval_s
+            )
 
     async def aclose(self) -> None:
-        tasks = [*self._keepers.values(), *([self._looking] if self._looking else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._background.aclose()
         for member in self._members.values():
             await member.client.aclose()
-
-    async def _look_again_and_again(self) -> None:
-        while True:
-            try:
-                await self.look()
-            except Exception as error:  # Discovery must not end, whatever fails.
-                log.error("looking for replicas failed", exc_info=error)
-            await asyncio.sleep(self._interval_s)
 
     async def look(self) -> None:
         """Update the configured addresses, and drop members whose lease has ended."""
@@ -150,7 +145,9 @@ class Fleet:
         if self._metrics:
             self._metrics.record_replica(identity, member.state, member.state)
         member.assign(self._goal)
-        self._keepers[identity] = asyncio.create_task(member.keep())
+        self._keepers[identity] = self._background.repeat(
+            "the care of a replica", member.keep, pause_s=self._interval_s
+        )
         return member
 
     async def _forget(self, member: Member) -> None:
