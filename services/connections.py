@@ -207,6 +207,7 @@ class Listener:
         *,
         limit: int,
         head_timeout_s: float,
+        unread_timeout_s: float,
     ) -> None:
         self._socket = listener
         self._config = config
@@ -214,6 +215,7 @@ class Listener:
         self._app_state = app_state
         self._limit = limit
         self._head_timeout_s = head_timeout_s
+        self._unread_timeout_s = unread_timeout_s
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[Any]] = set()
         self._is_paused = True
@@ -287,6 +289,10 @@ class Listener:
     def _open(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # The kernel ends a connection whose client has read nothing for so long.
+        connection.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._unread_timeout_s * 1000)
+        )
         task = self._loop.create_task(
             self._loop.connect_accepted_socket(self._protocol, connection)
         )

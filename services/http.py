@@ -280,7 +280,7 @@ def _hostname(host: str) -> str:
 def check_content_length(request: Request, limit_bytes: int) -> None:
     """Raise BodyTooLarge if the announced length is over the limit, before reading the body."""
     announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit_bytes:
+    if announced.isdecimal() and len(announced) < 20 and int(announced) > limit_bytes:
         raise too_large(limit_bytes, int(announced))
 
 

@@ -35,8 +35,6 @@ class ProcessFailed(Exception):
 class ChildService:
     """`python -m services.<kind>`, or another `module`, in a separate session so that Ctrl-C
     reaches only the parent.
-
-    The thread that creates it must outlive it: the kernel ends the service with that thread.
     """
 
     def __init__(

@@ -42,7 +42,8 @@ def read_settings(cls: type[Settings]) -> Settings:
 class Server(uvicorn.Server):
     """Serves until `exit`. The first SIGTERM or SIGINT calls `on_stop`; the second one exits.
 
-    A client has `head_timeout_s` to send the head of a request.
+    A client has `head_timeout_s` to send the head of a request, and is disconnected when it has
+    read nothing of an answer for `unread_timeout_s`.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Server(uvicorn.Server):
         port: int,
         on_stop: Callable[[], object],
         head_timeout_s: float = 30.0,
+        unread_timeout_s: float = 120.0,
     ):
         super().__init__(
             uvicorn.Config(
@@ -68,6 +70,7 @@ class Server(uvicorn.Server):
         )
         self.exit_code = 0
         self._head_timeout_s = head_timeout_s
+        self._unread_timeout_s = unread_timeout_s
         self._socket: socket.socket | None = None
         self._listener: Listener | None = None
         self._on_stop = on_stop
@@ -111,6 +114,7 @@ class Server(uvicorn.Server):
             self.lifespan.state,
             limit=max_connections(),
             head_timeout_s=self._head_timeout_s,
+            unread_timeout_s=self._unread_timeout_s,
         )
 
     def _on_signal(self) -> None:

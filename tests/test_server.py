@@ -25,7 +25,7 @@ from examples.demo.processes import free_ports
 # The app forks a process that briefly outlives the service, as an engine does.
 SERVICE = """
 import asyncio, os, resource, sys, time
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from services.server import Server
 
 app = FastAPI()
@@ -46,7 +46,16 @@ server = Server(
     port=port,
     on_stop=lambda: server.exit(0),
     head_timeout_s=head_timeout_s,
+    unread_timeout_s=2.0,
 )
+
+@app.get("/large")
+async def large() -> Response:
+    return Response(bytes(64 << 20))
+
+@app.get("/num-connections")
+async def num_connections() -> int:
+    return len(server.server_state.connections)
 
 @app.get("/slow")
 async def slow() -> None:
@@ -206,6 +215,21 @@ def test_a_connection_that_waits_between_requests_outlives_the_head_timeout() ->
             time.sleep(1)
         assert client.sock is connected
         client.close()
+
+
+def test_a_client_that_reads_nothing_of_its_answer_is_disconnected() -> None:
+    """It held its connection, and what was buffered for it, for ever."""
+    with running() as (_, port), connect(port) as client:
+        client.sendall(b"GET /large HTTP/1.1\r\nHost: service\r\n\r\n")
+
+        def others() -> int:
+            url = f"http://127.0.0.1:{port}/num-connections"
+            return int(httpx.get(url, trust_env=False, timeout=20).json()) - 1
+
+        deadline = time.monotonic() + 60
+        while others():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
 
 
 def test_more_clients_than_descriptors_are_all_answered() -> None:

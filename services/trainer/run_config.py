@@ -343,6 +343,8 @@ class FunctionReward(Config):
     type: Literal["function"] = "function"
     path: str = Field(pattern=r"^[\w.]+:\w+$")  # `module:name`, on the trainer's PYTHONPATH.
     timeout_s: float = Field(gt=0, default=120.0)  # Time limit of the import, and of each call.
+    # Memory that its process may allocate; none: no limit.
+    max_memory_bytes: int | None = Field(ge=64 << 20, le=1 << 50, default=None)
     weight: float = 1.0  # Factor of this reward in the sum.
 
 

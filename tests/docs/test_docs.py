@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -40,12 +41,23 @@ def in_language(name: str) -> pytest.MarkDecorator:
 
 
 @in_language("yaml")
-def test_a_yaml_block_is_a_run_config_or_fits_into_the_demos(block: Block) -> None:
+def test_a_yaml_block_is_a_run_config_or_fits_into_the_demos_or_the_stack(block: Block) -> None:
     kind, text = block.text.partition("\n")[0], block.text
+    if kind == "# on top of docker-compose.yml":
+        return check_compose_file(yaml.safe_load(text))
     assert kind in ("# run config", "# in a run config")
     if kind == "# in a run config":
         text = yaml.safe_dump(yaml.safe_load(DEMO_RUN) | yaml.safe_load(text))
     parse_run_config(text)
+
+
+def check_compose_file(added: dict[str, Any]) -> None:
+    """Each service is one of the stack or whole, and each network is declared."""
+    stack = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    networks = {"default", *added.get("networks", {})}
+    for name, service in added["services"].items():
+        assert name in stack["services"] or "image" in service
+        assert set(service.get("networks", ())) <= networks
 
 
 @in_language("python")

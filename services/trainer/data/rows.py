@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -81,7 +82,7 @@ class Consumed:
     def add(self, positions: Iterable[int]) -> None:
         """Raises ValueError, without adding any, when a position was consumed before."""
         new = list(positions)
-        twice = sorted({p for p in new if p in self or new.count(p) > 1})
+        twice = sorted(p for p, count in Counter(new).items() if count > 1 or p in self)
         if twice:
             raise ValueError(f"positions {twice} of the dataset were consumed already")
         self.beyond.update(new)

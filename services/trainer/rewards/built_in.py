@@ -82,10 +82,12 @@ class _ExactMatch(_BuiltIn):
 class _InProcess:
     """A function in a process of its own (process.py), which can be killed."""
 
-    def __init__(self, name: str, path: str, timeout_s: float) -> None:
+    def __init__(
+        self, name: str, path: str, timeout_s: float, *, max_memory_bytes: int | None = None
+    ) -> None:
         self.name = name
         self._timeout_s = timeout_s
-        self._process = FunctionProcess(path)
+        self._process = FunctionProcess(path, max_memory_bytes=max_memory_bytes)
 
     async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
         """It starts with the first batch."""
@@ -143,7 +145,12 @@ class _Function(_InProcess):
     """A function of the user."""
 
     def __init__(self, config: FunctionReward) -> None:
-        super().__init__(f"reward function {config.path}", config.path, config.timeout_s)
+        super().__init__(
+            f"reward function {config.path}",
+            config.path,
+            config.timeout_s,
+            max_memory_bytes=config.max_memory_bytes,
+        )
 
     async def check(self, columns: Mapping[str, Sequence[Any]], *, dataset: str) -> None:
         try:

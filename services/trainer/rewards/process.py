@@ -1,11 +1,13 @@
 """A reward function of the user's in a process of its own.
 
     trainer: FunctionProcess ──{prompts, completions, columns}──▶ child: the function
-                             ◀──rewards, or what it raised──────
+                             ◀──JSON: rewards, or what it raised─
 
-There it can hang, also in C code that never lets another thread run, use up its memory or end the
-interpreter, and the trainer says so and continues. It runs in the main thread, where signal.alarm
-works, and never twice at once. What it prints is in the trainer's log. A new run imports it anew.
+Rewards may run what a model wrote, so the trainer never unpickles what the child sends, and the
+child's environment has no secret of the trainer. There the function can hang, also in C code that
+never lets another thread run, use up its memory or end the interpreter, and the trainer says so and
+continues. It runs in the main thread, where signal.alarm works, and never twice at once. What it
+prints is in the trainer's log. A new run imports it anew.
 """
 
 from __future__ import annotations
@@ -14,25 +16,37 @@ import asyncio
 import ctypes
 import importlib
 import inspect
+import json
 import logging
 import os
+import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from services.trainer.rewards.batch import as_reward
+from services.trainer.rewards.batch import NoNumber, as_reward
 
 log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _EXIT_S = 5.0  # How long an ending process may take.
 _TRACE_CHARACTERS = 8000
+_PROBLEM_CHARACTERS = 600
+_MAX_ANSWER_BYTES = 16 << 20
+# What a process needs from the environment, and what is named for rewards; never other variables,
+# some of which are secrets.
+_INHERITED = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_\w+|TZ|TERM|TMPDIR|LD_LIBRARY_PATH|VIRTUAL_ENV"
+    r"|PYTHON\w+|(OMP|MKL|OPENBLAS|NUMEXPR|CUDA|NVIDIA|XDG)_\w+|SSL_CERT_(FILE|DIR)"
+    r"|HF_(HOME|HUB_CACHE|HUB_OFFLINE)|TOKENIZERS_PARALLELISM|REWARD_\w+"
+)
 
 
 class FunctionFailed(Exception):
@@ -51,8 +65,9 @@ class Parameters:
 class FunctionProcess:
     """The trainer's side. `path` is `module:function` on the trainer's import path."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, max_memory_bytes: int | None = None) -> None:
         self._path = path
+        self._max_memory_bytes = max_memory_bytes
         self._child: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None  # Our end, which can be shut down to end a call.
         self._connection: Connection | None = None  # The connection over that socket.
@@ -63,7 +78,9 @@ class FunctionProcess:
         if self._child is None:
             self._start_child()
             try:
-                self._parameters = Parameters(*await self._ask(self._path, timeout_s=timeout_s))
+                question = (self._path, self._max_memory_bytes)
+                required, optional, takes_any = await self._ask(question, timeout_s=timeout_s)
+                self._parameters = Parameters(tuple(required), tuple(optional), bool(takes_any))
             except FunctionFailed:
                 self.close()
                 raise
@@ -73,19 +90,25 @@ class FunctionProcess:
         self._socket, theirs = socket.socketpair()
         with theirs:
             path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+            inherited = {k: v for k, v in os.environ.items() if _INHERITED.fullmatch(k)}
             self._child = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(os.getpid()), str(theirs.fileno())],
                 start_new_session=True,  # Processes that the function starts end with it.
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+                env={**inherited, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
             )
         self._connection = Connection(os.dup(self._socket.fileno()))
 
-    async def call(self, arguments: Mapping[str, Any], *, timeout_s: float) -> Sequence[Any]:
+    async def call(
+        self, arguments: Mapping[str, Any], *, timeout_s: float
+    ) -> list[float | NoNumber]:
         """The function's values, converted by `as_reward`. Raises FunctionFailed."""
-        values: Sequence[Any] = await self._ask(dict(arguments), timeout_s=timeout_s)
-        return values
+        values = await self._ask(dict(arguments), timeout_s=timeout_s)
+        return [
+            NoNumber(value[:_PROBLEM_CHARACTERS]) if isinstance(value, str) else as_reward(value)
+            for value in values
+        ]
 
     async def _ask(self, question: Any, *, timeout_s: float) -> Any:
         """The child's answer. Raises FunctionFailed, and kills a child that did not answer."""
@@ -93,10 +116,14 @@ class FunctionProcess:
         assert child
         assert connection
 
-        def exchange() -> tuple[bool, Any]:
+        def exchange() -> bytes | None:
             connection.send(question)
-            answer: tuple[bool, Any] = connection.recv()
-            return answer
+            try:
+                return connection.recv_bytes(_MAX_ANSWER_BYTES)
+            except OSError as error:
+                if str(error) == "bad message length":  # Nothing else tells it from a closed end.
+                    return None
+                raise
 
         exchanging = asyncio.ensure_future(asyncio.to_thread(exchange))
         try:
@@ -105,19 +132,41 @@ class FunctionProcess:
                 raise FunctionFailed(f"took more than {timeout_s:g} s")
             # The process is gone, or only its forks hold the other end of the connection.
             if not exchanging.done() or isinstance(exchanging.exception(), EOFError | OSError):
-                raise FunctionFailed(f"ended its process, which {await _ending(child)}")
+                raise FunctionFailed(
+                    f"ended its process, which {await _ending(child)}{self._memory_hint}"
+                )
         finally:
             if not exchanging.done() or exchanging.exception():
                 self._kill()
                 await asyncio.wait({exchanging})  # Nobody answers any more, so it ends at once.
                 exchanging.exception()  # Retrieve it, so that asyncio does not warn.
                 self.close()
-        succeeded, result = exchanging.result()
+        succeeded, result = self._parsed(exchanging.result())
         if not succeeded:
-            problem, trace = result
-            log.error("reward function %s %s\n%s", self._path, problem, trace.rstrip())
-            raise FunctionFailed(problem)
+            problem, trace = (str(part) for part in result)
+            if problem.startswith("raised MemoryError"):
+                problem += self._memory_hint
+            trace = trace[-_TRACE_CHARACTERS:].rstrip()
+            log.error("reward function %s %s\n%s", self._path, problem, trace)
+            raise FunctionFailed(problem[:_PROBLEM_CHARACTERS])
         return result
+
+    def _parsed(self, answer: bytes | None) -> tuple[bool, list[Any]]:
+        """Whether the function succeeded, and its list: values or parameters, problem and trace."""
+        problem = f"answered more than {_MAX_ANSWER_BYTES} bytes"
+        if answer is not None:
+            problem = "wrote to its connection to the trainer by itself"
+            with suppress(ValueError, TypeError, RecursionError):
+                succeeded, result = json.loads(answer)
+                if isinstance(result, list) and (succeeded or len(result) == 2):
+                    return bool(succeeded), result
+        self.close()
+        raise FunctionFailed(f"{problem}, and was ended")
+
+    @property
+    def _memory_hint(self) -> str:
+        limit = self._max_memory_bytes
+        return f"; its max_memory_bytes is {limit}" if limit is not None else ""
 
     def _kill(self) -> None:
         """End the process with everything it started, and wake whoever waits for its answer."""
@@ -158,14 +207,21 @@ def main() -> None:
         return  # The trainer ended before this.
     connection = Connection(descriptor)
     try:
-        is_loaded, function = _try(_load, connection.recv())
-        connection.send((is_loaded, _parameters(function) if is_loaded else function))
+        path, max_memory_bytes = connection.recv()
+        if max_memory_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (max_memory_bytes, max_memory_bytes))
+        is_loaded, function = _try(_load, path)
+        _answer(connection, is_loaded, _parameters(function) if is_loaded else function)
         # One loop for all calls: what a coroutine opens stays usable.
         with asyncio.Runner() as runner:
             while is_loaded:
-                connection.send(_try(_rewards, function, connection.recv(), runner))
+                _answer(connection, *_try(_rewards, function, connection.recv(), runner))
     except (EOFError, OSError):  # The trainer closed the connection.
         pass
+
+
+def _answer(connection: Connection, succeeded: bool, result: Any) -> None:
+    connection.send_bytes(json.dumps([succeeded, result]).encode())
 
 
 def _load(path: str) -> Callable[..., Any]:
@@ -192,7 +248,8 @@ def _parameters(function: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[st
 
 def _rewards(
     function: Callable[..., Any], arguments: Mapping[str, Any], runner: asyncio.Runner
-) -> list[Any]:
+) -> list[float | str]:
+    """Numbers, and the text of what is none."""
     values = function(**arguments)
     if inspect.isawaitable(values):
         values = runner.run(_result(values))
@@ -200,7 +257,8 @@ def _rewards(
         values = values.tolist()
     if isinstance(values, str | Mapping | Set) or not isinstance(values, Iterable):
         raise TypeError(f"it returned {values!r:.80}, not a list of numbers")
-    return [as_reward(value) for value in values]
+    rewards = map(as_reward, values)
+    return [value.text if isinstance(value, NoNumber) else value for value in rewards]
 
 
 async def _result(values: Awaitable[Any]) -> Any:

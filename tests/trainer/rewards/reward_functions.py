@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import pickle
 import re
 import signal
 import sys
 import time
 from array import array
 from fractions import Fraction
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,37 @@ def count_characters(prompts: list[str], completions: list[str], answer: list[st
         float(len(p) + len(c) + len(a))
         for p, c, a in zip(prompts, completions, answer, strict=True)
     ]
+
+
+def environment(completions: list[str], path: list[str]) -> list[float]:
+    Path(path[0]).write_text(json.dumps(dict(os.environ)))
+    return [1.0] * len(completions)
+
+
+class RunsACommand:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+def answers_an_object(completions: list[str], path: list[str]) -> list[Any]:
+    return [RunsACommand(path[0])] * len(completions)
+
+
+def writes_an_object_itself(completions: list[str], path: list[str]) -> list[float]:
+    content = pickle.dumps((True, [RunsACommand(path[0])]))
+    Connection(os.dup(int(sys.argv[2]))).send_bytes(content)
+    return [1.0] * len(completions)
+
+
+def answers_at_length(completions: list[str], **_: object) -> list[float]:
+    return [0.5] * (8 << 20)
+
+
+def takes_memory(completions: list[str], **_: object) -> list[float]:
+    return [float(len(bytearray(1 << 30)))] * len(completions)
 
 
 async def always_half(completions: list[str], **_: object) -> list[float]:

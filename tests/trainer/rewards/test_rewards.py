@@ -22,7 +22,7 @@ import pytest
 from services.tokens import PromptEncoder
 from services.trainer.data.rows import Prompt
 from services.trainer.rewards import scorer
-from services.trainer.rewards.batch import Reward, RewardBatch
+from services.trainer.rewards.batch import NoNumber, Reward, RewardBatch
 from services.trainer.rewards.built_in import build_reward
 from services.trainer.rewards.process import FunctionFailed, FunctionProcess
 from services.trainer.rewards.scorer import Scorer, compute, overlong_penalty, punish_overlong
@@ -250,6 +250,75 @@ async def test_a_process_that_ends_before_its_workers_takes_them_along(tmp_path:
             await process.call(arguments, timeout_s=3)
     worker = int((tmp_path / "worker").read_text())
     assert eventually(lambda: has_ended(worker), timeout_s=10)
+
+
+# --- what a function can reach (fault S10) --------------------------------------------------------
+
+FUNCTIONS = "tests.trainer.rewards.reward_functions"
+
+
+async def test_a_function_has_no_secret_but_those_named_for_rewards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TANDEM_API_KEY", "HF_TOKEN", "TRAINER_MODEL", "OPENAI_API_KEY", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("REWARD_KEY", "for-rewards")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    process = FunctionProcess(f"{FUNCTIONS}:environment")
+    path = tmp_path / "environment"
+    try:
+        await process.start(timeout_s=60)
+        await process.call({"completions": ["a"], "path": [str(path)]}, timeout_s=60)
+    finally:
+        process.close()
+    environment = json.loads(path.read_text())
+    assert "secret" not in environment.values()
+    assert environment["REWARD_KEY"] == "for-rewards"
+    assert environment["LC_ALL"] == "C.UTF-8"
+    assert environment["PATH"] == os.environ["PATH"]
+
+
+async def test_an_answered_object_does_not_run_in_the_trainer(tmp_path: Path) -> None:
+    """The trainer used to unpickle answers: an object with __reduce__ ran a command."""
+    made = tmp_path / "made"
+    process = FunctionProcess(f"{FUNCTIONS}:answers_an_object")
+    try:
+        await process.start(timeout_s=60)
+        (value,) = await process.call({"completions": ["a"], "path": [str(made)]}, timeout_s=60)
+    finally:
+        process.close()
+    assert isinstance(value, NoNumber)
+    assert not made.exists()
+
+
+async def test_what_a_function_writes_itself_is_not_unpickled(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    process = FunctionProcess(f"{FUNCTIONS}:writes_an_object_itself")
+    await process.start(timeout_s=60)
+    with pytest.raises(FunctionFailed, match="wrote to its connection to the trainer by itself"):
+        await process.call({"completions": ["a"], "path": [str(made)]}, timeout_s=60)
+    assert not made.exists()
+
+
+async def test_an_answer_has_a_largest_size() -> None:
+    process = FunctionProcess(f"{FUNCTIONS}:answers_at_length")
+    await process.start(timeout_s=60)
+    with pytest.raises(FunctionFailed, match="answered more than 16777216 bytes, and was ended"):
+        await process.call({"completions": ["a"]}, timeout_s=60)
+    process.close()
+
+
+async def test_the_memory_of_a_function_can_be_limited() -> None:
+    limit = 512 << 20
+    process = FunctionProcess(f"{FUNCTIONS}:takes_memory", max_memory_bytes=limit)
+    try:
+        await process.start(timeout_s=60)
+        with pytest.raises(
+            FunctionFailed, match=rf"MemoryError.*; its max_memory_bytes is {limit}"
+        ):
+            await process.call({"completions": ["a"]}, timeout_s=60)
+    finally:
+        process.close()
 
 
 _TRAINER = """
