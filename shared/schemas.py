@@ -139,7 +139,7 @@ class SamplingParams(Wire):
 
     n: int = Field(ge=1, le=MAX_INT32, default=1)  # Completions per prompt.
     # Softmax temperature: 0 samples greedily; any other value must be at least 0.01.
-    temperature: float = Field(ge=0, le=100, default=1.0)
+    temperature: float = Field(ge=0, le=2, default=1.0)
     # Maximum tokens of a completion; None allows as many as fit into the context.
     max_tokens: int | None = Field(ge=1, le=MAX_INT32, default=None)
     # Tokens before a completion may stop.

@@ -162,26 +162,27 @@ class VllmEngine:
         *,
         stream: bool,
     ) -> AsyncGenerator[SampledDelta]:
-        params = vllm.SamplingParams(
-            n=sampling.n,
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_tokens,
-            min_tokens=sampling.min_tokens,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=sampling.seed,
-            stop=list(sampling.stop),
-            stop_token_ids=list(sampling.stop_token_ids),
-            ignore_eos=sampling.ignore_eos,
-            detokenize=sampling.detokenize or bool(sampling.stop),
-            logprobs=0,  # The sampled token's logprob only.
-            flat_logprobs=True,
-            output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
-        )
+        async with _vllm_errors():  # Versions differ in what they allow.
+            params = vllm.SamplingParams(
+                n=sampling.n,
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                min_tokens=sampling.min_tokens,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                repetition_penalty=sampling.repetition_penalty,
+                seed=sampling.seed,
+                stop=list(sampling.stop),
+                stop_token_ids=list(sampling.stop_token_ids),
+                ignore_eos=sampling.ignore_eos,
+                detokenize=sampling.detokenize or bool(sampling.stop),
+                logprobs=0,  # The sampled token's logprob only.
+                flat_logprobs=True,
+                output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
+            )
         async with aclosing(self._run(request_id, prompt_token_ids, params, adapter)) as outputs:
             async for output in outputs:
                 for sequence in output.outputs:

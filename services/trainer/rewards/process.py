@@ -30,16 +30,17 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from services.trainer.rewards.batch import NoNumber, as_reward
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _EXIT_S = 5.0  # How long an ending process may take.
 _TRACE_CHARACTERS = 8000
 _PROBLEM_CHARACTERS = 600
-_MAX_ANSWER_BYTES = 16 << 20
+_MAX_ANSWER_BYTES = 4 << 20
 # What a process needs from the environment, and what is named for rewards; never other variables,
 # some of which are secrets.
 _INHERITED = re.compile(
@@ -62,6 +63,25 @@ class Parameters:
     takes_any: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    problem: str
+    trace: str
+
+
+def _read_parameters(answer: list[Any]) -> Parameters:
+    required, optional, takes_any = answer
+    return Parameters(tuple(required), tuple(optional), bool(takes_any))
+
+
+def _read_values(answer: list[Any]) -> list[float | NoNumber]:
+    """Numbers, and as texts what is none."""
+    return [
+        NoNumber(value[:_PROBLEM_CHARACTERS]) if isinstance(value, str) else as_reward(value)
+        for value in answer
+    ]
+
+
 class FunctionProcess:
     """The trainer's side. `path` is `module:function` on the trainer's import path."""
 
@@ -79,8 +99,7 @@ class FunctionProcess:
             self._start_child()
             try:
                 question = (self._path, self._max_memory_bytes)
-                required, optional, takes_any = await self._ask(question, timeout_s=timeout_s)
-                self._parameters = Parameters(tuple(required), tuple(optional), bool(takes_any))
+                self._parameters = await self._ask(question, _read_parameters, timeout_s=timeout_s)
             except FunctionFailed:
                 self.close()
                 raise
@@ -104,69 +123,59 @@ class FunctionProcess:
         self, arguments: Mapping[str, Any], *, timeout_s: float
     ) -> list[float | NoNumber]:
         """The function's values, converted by `as_reward`. Raises FunctionFailed."""
-        values = await self._ask(dict(arguments), timeout_s=timeout_s)
-        return [
-            NoNumber(value[:_PROBLEM_CHARACTERS]) if isinstance(value, str) else as_reward(value)
-            for value in values
-        ]
+        return await self._ask(dict(arguments), _read_values, timeout_s=timeout_s)
 
-    async def _ask(self, question: Any, *, timeout_s: float) -> Any:
-        """The child's answer. Raises FunctionFailed, and kills a child that did not answer."""
+    async def _ask(
+        self, question: Any, read: Callable[[list[Any]], Answer], *, timeout_s: float
+    ) -> Answer:
+        """The child's answer. Raises FunctionFailed, and kills a child that gave none.
+
+        `read` makes something of the answered list in a thread, as a hostile one may be long.
+        """
         child, connection = self._child, self._connection
         assert child
         assert connection
 
-        def exchange() -> bytes | None:
+        def exchange() -> _Raised | Answer:
             connection.send(question)
-            try:
-                return connection.recv_bytes(_MAX_ANSWER_BYTES)
-            except OSError as error:
-                if str(error) == "bad message length":  # Nothing else tells it from a closed end.
-                    return None
-                raise
+            succeeded, result = json.loads(connection.recv_bytes(_MAX_ANSWER_BYTES))
+            return read(result) if succeeded else _Raised(*map(str, result))
 
         exchanging = asyncio.ensure_future(asyncio.to_thread(exchange))
         try:
             await asyncio.wait({exchanging}, timeout=timeout_s)
             if not exchanging.done() and child.poll() is None:
                 raise FunctionFailed(f"took more than {timeout_s:g} s")
+            error = exchanging.exception() if exchanging.done() else EOFError()
+            if isinstance(error, OSError) and str(error) == "bad message length":
+                raise FunctionFailed(f"answered more than {_MAX_ANSWER_BYTES} bytes, and was ended")
             # The process is gone, or only its forks hold the other end of the connection.
-            if not exchanging.done() or isinstance(exchanging.exception(), EOFError | OSError):
+            if isinstance(error, EOFError | OSError):
                 raise FunctionFailed(
                     f"ended its process, which {await _ending(child)}{self._memory_hint}"
                 )
+            if error:
+                raise FunctionFailed("wrote to its connection to the trainer, and was ended")
         finally:
             if not exchanging.done() or exchanging.exception():
                 self._kill()
                 await asyncio.wait({exchanging})  # Nobody answers any more, so it ends at once.
                 exchanging.exception()  # Retrieve it, so that asyncio does not warn.
                 self.close()
-        succeeded, result = self._parsed(exchanging.result())
-        if not succeeded:
-            problem, trace = (str(part) for part in result)
-            if problem.startswith("raised MemoryError"):
-                problem += self._memory_hint
-            trace = trace[-_TRACE_CHARACTERS:].rstrip()
-            log.error("reward function %s %s\n%s", self._path, problem, trace)
-            raise FunctionFailed(problem[:_PROBLEM_CHARACTERS])
-        return result
-
-    def _parsed(self, answer: bytes | None) -> tuple[bool, list[Any]]:
-        """Whether the function succeeded, and its list: values or parameters, problem and trace."""
-        problem = f"answered more than {_MAX_ANSWER_BYTES} bytes"
-        if answer is not None:
-            problem = "wrote to its connection to the trainer by itself"
-            with suppress(ValueError, TypeError, RecursionError):
-                succeeded, result = json.loads(answer)
-                if isinstance(result, list) and (succeeded or len(result) == 2):
-                    return bool(succeeded), result
-        self.close()
-        raise FunctionFailed(f"{problem}, and was ended")
+        answer = exchanging.result()
+        if not isinstance(answer, _Raised):
+            return answer
+        problem = answer.problem[:_PROBLEM_CHARACTERS]
+        if "memory" in problem.lower():
+            problem += self._memory_hint
+        trace = answer.trace[-_TRACE_CHARACTERS:].rstrip()
+        log.error("reward function %s %s\n%s", self._path, problem, trace)
+        raise FunctionFailed(problem)
 
     @property
     def _memory_hint(self) -> str:
         limit = self._max_memory_bytes
-        return f"; its max_memory_bytes is {limit}" if limit is not None else ""
+        return f"; its max_memory_bytes is {limit}: raise it" if limit is not None else ""
 
     def _kill(self) -> None:
         """End the process with everything it started, and wake whoever waits for its answer."""

@@ -47,6 +47,7 @@ _MAY_CHANGE = frozenset(
         "min_ready_replicas",
         "max_tokens_per_micro_batch",
         "generate_timeout_s",
+        "max_memory_bytes",
         "sync_timeout_s",
         "timeout_s",  # Of rewards.
     }
