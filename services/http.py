@@ -108,7 +108,7 @@ def as_service_error(request: Request, error: Exception) -> ServiceError:
     if isinstance(error, HTTPException):
         asked = f"{request.method} {request.url.path}"
         if error.status_code in (404, 405):
-            return NotFound(f"there is no route {asked}: see /docs for the routes")
+            return NotFound(f"there is no route {asked}: see docs/wire.md for the routes")
         return InvalidRequest(f"{asked}: {error.detail}")
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return InternalError(f"{type(error).__name__}: {error}")
@@ -135,7 +135,7 @@ def invalid_request(first: dict[str, Any]) -> InvalidRequest:
     field = ".".join(path) or "the body"
     if first["type"] == "extra_forbidden":
         return InvalidRequest(
-            f"unknown field {shown(field)}: see /docs for the fields of this request"
+            f"unknown field {shown(field)}: see docs/wire.md for the fields of this request"
         )
     if first["type"] == "json_invalid":
         return InvalidRequest(

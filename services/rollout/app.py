@@ -76,6 +76,8 @@ def create_app(replica: Replica) -> FastAPI:
         title="Tandem rollout",
         lifespan=lifespan,
         responses=PROBLEMS,
+        docs_url=None,  # FastAPI's pages load scripts from another host.
+        redoc_url=None,
         dependencies=[Depends(check_query)],
     )
     prepare_app(

@@ -49,6 +49,8 @@ def create_app(trainer: Trainer) -> FastAPI:
         title="Tandem trainer",
         lifespan=lifespan,
         responses=PROBLEMS,
+        docs_url=None,  # FastAPI's pages load scripts from another host.
+        redoc_url=None,
         dependencies=[Depends(check_query)],
     )
     page = page_files(needs_key=settings.api_key is not None)

@@ -56,7 +56,8 @@ def test_services_of_every_stack(engine: None, tmp_path: Path, name: str) -> Non
 def test_every_service_is_confined_watched_and_restarted(
     engine: None, tmp_path: Path, name: str
 ) -> None:
-    services = config_of(stack_of(tmp_path, name), "observability")["services"]
+    stack = stack_of(tmp_path, name, TANDEM_MEMORY_LIMIT="64g")
+    services = config_of(stack, "observability")["services"]
     for service, config in services.items():
         assert config["cap_drop"] == ["ALL"], service
         assert config["security_opt"] == ["no-new-privileges:true"], service
@@ -66,7 +67,10 @@ def test_every_service_is_confined_watched_and_restarted(
         if service in ("trainer", "rollout", "rollout-0", "rollout-1"):
             assert config["read_only"] is True
             assert config["init"] is True
+            assert "size=8g" in config["tmpfs"][0]
         if service != "demo-model":
+            assert 0 < config["pids_limit"] <= 4096, service
+            assert int(config["mem_limit"]) > 0, service
             assert config["restart"] == "on-failure:5", service
             assert config["healthcheck"]["test"][0] == "CMD", service  # needs no shell
         for port in config.get("ports", []):

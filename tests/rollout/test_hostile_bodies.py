@@ -232,6 +232,14 @@ async def test_an_unknown_query_parameter_is_refused_by_name(path: str, service:
     assert f"has no query parameter '{name}'" in answer.text
 
 
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+async def test_no_page_loads_scripts_from_another_host(path: str, service: Service) -> None:
+    """Fault S13: FastAPI's own pages do."""
+    answer = await service.get(path)
+    assert answer.status_code == 404
+    assert "see docs/wire.md for the routes" in answer.text
+
+
 @pytest.mark.parametrize("character", ["a", '"', "\x00", "€", "\ud800", "\n"])
 async def test_a_refusal_does_not_echo_what_was_sent(character: str, service: Service) -> None:
     """Fault S13: refusals had the megabytes of the request."""
