@@ -578,8 +578,8 @@ class LagKl(Wire):
 
 
 def statistic(unit: str, meaning: str, default: Any = None) -> Any:
-    """A number of a record: declared here once, it is in the log, the curves, the metrics, the page
-    and docs/metrics.md. One that does not apply is None in Python and absent everywhere else;
+    """A number of a record: declared here once, it is in the log, the curves, the metrics and
+    docs/metrics.md. One that does not apply is None in Python and absent everywhere else;
     `meaning` says when. `default` is ... for a number that every record has."""
     return Field(
         default=default,
