@@ -219,7 +219,7 @@ REFUSALS = [
         lambda _: Upload(struct.pack("<Q", 100_000) + b"[" * 100_000),
         422,
         INVALID,
-        "not a safetensors file",
+        "more than 30000 objects and lists",
     ),
     Refusal(
         "duplicate header keys",
