@@ -40,6 +40,7 @@ from shared.schemas import (
 
 log = logging.getLogger(__name__)
 _WATCH_INTERVAL_S = 0.25
+_LONGEST_LOOK_S = 1.0  # What counts of a pause of the event loop, which says little of the engine.
 _LOOKS_PER_STALL = 20
 _INTERRUPT_TIMEOUT_S = 2.0
 
@@ -228,7 +229,7 @@ class Replica:
             elapsed_s = time.monotonic() - last
             last += elapsed_s
             if engine.num_unfinished():
-                unproductive_s += elapsed_s
+                unproductive_s += min(elapsed_s, _LONGEST_LOOK_S)
             # Reading the count is not free.
             if unproductive_s - looked_at_s > stall_timeout_s / _LOOKS_PER_STALL:
                 looked_at_s, count = unproductive_s, engine.num_tokens_processed()

@@ -147,6 +147,7 @@ def check(http: httpx.Client, route: Route, body: object, expected: dict[str, An
 def properties(num_requests: int) -> Callable[..., None]:
     """The test of one route with so many requests, the same ones in every run."""
 
+    @pytest.mark.timeout(1200)
     @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
     def test(route: Route, http: httpx.Client) -> None:
         expected = control(http)
