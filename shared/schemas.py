@@ -57,13 +57,14 @@ class Wire(BaseModel):
 
 
 MAX_INT32 = 2**31 - 1  # Engines count and number tokens in 32 bits.
+MAX_TOKENS = 1 << 22  # Tokens of one sequence.
 MAX_ITEMS = 1 << 16  # Prompts, sequences, groups or pairs of one request.
 MAX_MESSAGES = 4096  # Messages of a chat: a template may look at each of them for each of them.
 MAX_TOOL_CALLS = 256  # Tool calls of one message.
 MAX_JSON_VALUES = 10_000  # Values in a free-form JSON object.
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32, strict=True)]
-TokenIds = Annotated[tuple[TokenId, ...], Field(max_length=1 << 22)]  # Tokens of one sequence.
-SomeTokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=1 << 22)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(max_length=MAX_TOKENS)]
+SomeTokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=MAX_TOKENS)]
 Text = Annotated[str, Field(max_length=1 << 26)]
 Name = Annotated[str, Field(max_length=256)]
 Logprob = Annotated[float, Field(ge=-1e6, le=1e-3)]  # Rounding can push it slightly above 0.
@@ -296,7 +297,7 @@ class Completion(Wire):
 
     token_ids: TokenIds  # Sampled tokens, including the stop token.
     # One per token, under the distribution it was sampled from.
-    logprobs: tuple[Logprob, ...] = Field(max_length=1 << 22)
+    logprobs: tuple[Logprob, ...] = Field(max_length=MAX_TOKENS)
     # Which version sampled which tokens, in order.
     segments: tuple[Segment, ...] = Field(max_length=MAX_ITEMS)
     # `stop`: a stop token or text; `length`: the token limit; `interrupted`: a sync or drain.
@@ -424,9 +425,8 @@ class AdapterManifest(Wire):
     base: BaseIdentity  # The base that the adapter was trained on.
     rank: int = Field(ge=1, le=MAX_INT32)  # LoRA rank of every target module.
     scaling: float = Field(gt=0, le=1e4)  # Factor on B·A; lora_alpha / rank in PEFT's terms.
-    target_modules: tuple[Name, ...] = Field(
-        min_length=1, max_length=1024
-    )  # Adapted linear layers, such as q_proj.
+    # Adapted linear layers, such as q_proj.
+    target_modules: tuple[Name, ...] = Field(min_length=1, max_length=1024)
 
     @field_validator("policy")
     @classmethod
